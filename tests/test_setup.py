@@ -1,0 +1,88 @@
+"""Section 1: real pip on real wheels, made here, so that nothing is fetched."""
+
+import importlib.metadata
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import qlora_helpers as qlora
+
+
+def wheel(folder, name, version, requires=()):
+    """A minimal wheel with one empty module."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/__init__.py", "")
+        needs = "".join(f"Requires-Dist: {need}\n" for need in requires)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder that is pip's only source; what the test installed from it is removed again."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    yield tmp_path
+    pip = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "qlora_probe", "torchao"]
+    subprocess.run(pip, check=True, capture_output=True)
+
+
+def installed(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def ask(shelf, *lines):
+    (shelf / "requirements.txt").write_text("\n".join(lines))
+    return shelf / "requirements.txt"
+
+
+def test_nothing_is_installed_when_nothing_is_missing(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
+    assert qlora.install_missing(qlora.Path(__file__).parent.parent / "requirements.txt") == []
+
+
+def test_only_what_is_missing_is_installed(shelf):
+    wheel(shelf, "qlora_probe", "1.5")
+    assert qlora.install_missing(ask(shelf, "numpy>=1  # a comment", "", "qlora_probe>=1.2,<2")) == [
+        "qlora_probe>=1.2,<2"
+    ]
+    assert installed("qlora_probe") == "1.5"
+    assert qlora.install_missing(ask(shelf, "qlora_probe>=1.2,<2")) == []
+
+
+def test_a_package_that_the_kernel_has_loaded_is_never_replaced(shelf):
+    import numpy  # noqa: F401
+
+    before = installed("numpy")
+    wheel(shelf, "numpy", "99.0")
+    wheel(shelf, "qlora_probe", "1.5", requires=["numpy>=99"])
+    with pytest.raises(qlora.UserError, match=r"(?s)pip install .*numpy.*restart the kernel, Run all"):
+        qlora.install_missing(ask(shelf, "qlora_probe"))
+    assert installed("numpy") == before and installed("qlora_probe") is None
+    assert not (shelf / ".loaded-packages.txt").exists()
+
+
+def test_pins_leave_out_the_local_part_of_a_version(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
+    assert "torch==2.11.0" in qlora.loaded_pins()
+
+
+def test_the_torchao_that_breaks_merging_is_removed(shelf):
+    from peft.import_utils import is_torchao_available
+
+    wheel(shelf, "torchao", "0.10.0")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "torchao"], check=True)
+    qlora.importlib.invalidate_caches()
+    is_torchao_available.cache_clear()
+    with pytest.raises(ImportError, match="incompatible version of torchao"):
+        is_torchao_available()
+    qlora.install_missing(ask(shelf, "numpy"))
+    assert installed("torchao") is None
+    assert is_torchao_available() is False

@@ -1,0 +1,121 @@
+"""Sections 10 and 11: a few real steps of the embedded model in NF4, through TRL as the notebook calls it."""
+
+import datasets
+import pytest
+import torch
+import trl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import qlora_helpers as qlora
+
+ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(22)]
+
+
+def train(model, tokenizer, cfg, folder):
+    """The notebook's sections 10 and 11 over `ROWS`, in fp32; returns the trainer and the plan."""
+    data = datasets.Dataset.from_list(qlora.encode_rows(ROWS, tokenizer, 512))
+    plan = qlora.make_plan(cfg, model, data)
+    args = trl.SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation,
+        num_train_epochs=cfg.epochs,
+        max_steps=cfg.max_steps,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=plan.warmup_steps,
+        bf16=False,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_steps=1,
+        report_to="tensorboard",
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    qlora.adapter_to_fp32(model)
+    trainer.train()
+    return trainer, plan
+
+
+@pytest.fixture(scope="module")
+def run(request, tmp_path_factory, settings, smollm_path, smollm_tokenizer):
+    """Two epochs of 22 rows, 2 × 4 a step: model, trainer, plan, folder, and the base weights' sum before."""
+    import peft
+    import transformers
+
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm_path, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    qlora.mend_cpu_gradients(model)
+    before = fingerprint(model)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
+    folder = tmp_path_factory.mktemp("run")
+    cfg = settings(batch_size=2, gradient_accumulation=4, epochs=2)
+    return (model, *train(model, smollm_tokenizer, cfg, folder), folder, before)
+
+
+def fingerprint(model):
+    """A number that changes with any weight of the base model."""
+    return sum(p.double().sum().item() for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_the_plan_counts_the_steps_as_the_trainer_does(run):
+    _, trainer, plan, *_ = run
+    assert plan.steps_per_epoch == 3 and plan.warmup_steps == 1
+    assert plan.steps == trainer.state.max_steps == trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "epochs", "steps"), [(17, 4, 4, 1, 2), (16, 4, 4, 5, 5), (3, 4, 4, 2, 2)]
+)
+def test_steps_of_other_sizes(settings, run, rows, batch, accumulation, epochs, steps):
+    cfg = settings(batch_size=batch, gradient_accumulation=accumulation, epochs=epochs)
+    data = datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}] * rows)
+    assert qlora.make_plan(cfg, run[0], data).steps == steps
+
+
+def test_training_learns_and_touches_the_adapter_alone(run):
+    model, trainer, _, _, before = run
+    losses = qlora.history(trainer.state.log_history, "loss")[1]
+    assert losses[-1] < 0.85 * losses[0]
+    assert fingerprint(model) == before
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    assert len(adapter) == 240 and all(p.dtype == torch.float32 for p in adapter)
+    assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(run):
+    rates = qlora.history(run[1].state.log_history, "learning_rate")[1]
+    assert rates[0] == 0 and rates[1] == pytest.approx(1e-3)
+    assert rates[1] > rates[2] > rates[3] > rates[4] > rates[5] > 0
+
+
+def test_tensorboard_can_read_the_run_back(run):
+    _, trainer, _, folder, _ = run
+    events = list(folder.rglob("events.out.tfevents.*"))
+    assert events
+    board = EventAccumulator(str(events[0].parent)).Reload()
+    logged = [event.value for event in board.Scalars("train/loss")]
+    assert logged == pytest.approx(qlora.history(trainer.state.log_history, "loss")[1], abs=1e-3)
+
+
+def test_checkpointing_is_chosen_by_memory(run, settings, monkeypatch):
+    data = datasets.Dataset.from_list([{"input_ids": [1] * 1000}])
+    cfg = settings(gradient_checkpointing="auto")
+    monkeypatch.setattr(qlora, "free_memory_size", lambda: 100.0)
+    assert qlora.make_plan(cfg, run[0], data).gradient_checkpointing is False
+    monkeypatch.setattr(qlora, "free_memory_size", lambda: 1.0)
+    plan = qlora.make_plan(cfg, run[0], data)
+    assert plan.gradient_checkpointing is True and "0.8 GB can be spared" in plan.why
+    assert qlora.make_plan(settings(gradient_checkpointing=False), run[0], data).gradient_checkpointing is False
