@@ -112,7 +112,7 @@ def run_pip(*arguments: str) -> None:
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"pip {' '.join(arguments)} failed:\n{done.stderr.strip()[-800:]}\n"
+            f"pip {' '.join(arguments)} failed:\n{(done.stdout + done.stderr).strip()[-1500:]}\n"
             "Check that this machine reaches the internet (Kaggle: Settings › Internet), restart the kernel, Run all."
         )
     importlib.invalidate_caches()

@@ -73,7 +73,8 @@ class Hub:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return ({"commitUrl": f"{self.url}/commit/1", "commitOid": "1" * 40, "success": True},)
+            repo = path.removeprefix("/api/models/").split("/commit/")[0]
+            return ({"commitUrl": f"{self.url}/{repo}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True},)
         if path.endswith("/revision/main") or path.startswith("/api/models/"):
             return ({"id": path.split("/api/models/")[1].split("/revision")[0], "sha": "1" * 40, "siblings": []},)
         return {"error": f"the stand-in does not know {method} {path}"}, 404

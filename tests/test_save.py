@@ -114,10 +114,11 @@ def test_the_push_is_private_and_sends_the_allowed_files_alone(saved):
     assert TOKEN not in shown and not any(TOKEN.encode() in content for content in hub.files.values())
 
 
-def test_a_failed_push_costs_nothing_and_says_how_to_push_later(saved):
+@pytest.mark.parametrize("refuse", ["/preupload/", "/commit/"])
+def test_a_failed_push_costs_nothing_and_says_how_to_push_later(saved, refuse):
     cfg = saved[0]
     with Hub() as hub:
-        hub.refuse["/api/repos/create"] = (403,)
+        hub.refuse[refuse] = (403,)
         shown = in_fresh_process(call("push_adapter", cfg), hub)
     assert "Nothing is lost" in shown and f"hf upload ada/save-test {cfg.final_model} --private" in shown
     assert (cfg.final_model / "adapter_model.safetensors").exists()
