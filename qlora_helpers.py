@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -430,14 +431,23 @@ def check_machine(settings: Settings) -> Iterator[tuple[str, str]]:
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         yield "✓", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {settings.precision}"
-    elif settings.base_model == "embedded":
-        yield "✓", "no GPU, and none needed for the embedded model"
+    elif is_small(settings.base_model):
+        yield "✓", "no GPU, and none needed for a base model this small"
     else:
-        yield "!", "no GPU: a 7B model would take days. Colab: Runtime › Change runtime type › T4 GPU or better"
-    need, free = (2 if is_local(settings.base_model) else 17), shutil.disk_usage(existing(content_root())).free / 2**30
+        yield "✗", (
+            f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › Change runtime type › "
+            "T4 GPU or better. To try the notebook without: base_model = 'embedded'"
+        )
+    need, free = (2 if is_local(settings.base_model) else 17), shutil.disk_usage(existing(settings.run_dir)).free / 2**30
     yield ("✓" if free > need else "✗"), f"{free:,.0f} GB of disk free, about {need} GB needed"
     if settings.final_model.exists():
         yield "!", f"a run named {settings.run_name} is finished already: its zip stays, its folder is replaced"
+
+
+def is_small(base_model: str) -> bool:
+    """Whether a CPU can train this base model: the embedded one, or a folder with under 4 GB of weights."""
+    weights = [path.stat().st_size for path in Path(base_model).glob("*.safetensors")]
+    return base_model == "embedded" or 0 < sum(weights) < 4 * 2**30
 
 
 def existing(path: Path) -> Path:
@@ -480,17 +490,18 @@ def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # Python frees to glibc, and glibc keeps it
-    print(f"Memory in use: {memory_in_use():.2f} GB of {'GPU' if torch.cuda.is_available() else 'main'} memory")
+    print(f"Memory in use by models: {memory_in_use():.2f} GB of {'GPU' if torch.cuda.is_available() else 'main'} memory")
 
 
 def memory_in_use() -> float:
-    """GiB that this process holds: on the GPU where there is one, else of main memory."""
-    import psutil
+    """GiB that tensors hold: on the GPU where there is one, else in main memory (each storage counted once)."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return sum(storages.values()) / 2**30
 
 
 def free_memory_size() -> float:
@@ -855,6 +866,38 @@ def needs_checkpointing(model: PreTrainedModel, tokens: int) -> tuple[bool, str]
 
 
 # -------- 11. Train -----------------------------------------------------------------------
+
+
+def steps_by_length(trainer: Any) -> None:
+    """Shuffle rows as always, but lay the rows of each optimizer step in order of length; call it before training.
+
+    A step's gradient is the sum over its rows, normalised by the step's trained tokens, so their order within the
+    step changes nothing but rounding; rows of like length in a micro-batch need less padding.
+    """
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    step = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    sampler = StepSampler(lengths, step * trainer.args.world_size, trainer.args.seed)
+    trainer._get_train_sampler = lambda *_: sampler
+
+
+class StepSampler:
+    """Row numbers of an epoch: shuffled by `seed` and epoch, then sorted by length within each `step` rows."""
+
+    def __init__(self, lengths: Sequence[int], step: int, seed: int):
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop: each epoch has its own order, and a resumed one the same again."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.step):
+            yield from sorted(order[start : start + self.step], key=lambda row: self.lengths[row])
 
 
 def adapter_to_fp32(model: PreTrainedModel) -> None:

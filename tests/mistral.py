@@ -4,14 +4,18 @@ The tokenizer is built from the SentencePiece file that mistral-common ships; `t
 mistral-common's own. The shape is that of mistralai/Mistral-7B-Instruct-v0.3's config.json.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
-import mistral_common
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+
+def sentencepiece_model() -> SentencePieceProcessor:
+    """Mistral v0.3's SentencePiece model, as mistral-common ships it."""
+    data = Path(find_spec("mistral_common").submodule_search_locations[0]) / "data"
+    return SentencePieceProcessor(model_file=str(data / "mistral_instruct_tokenizer_240323.model.v3"))
 
 
 def merges(pieces: list[str], score: dict[str, float]) -> list[tuple[str, str]]:
@@ -26,7 +30,7 @@ def merges(pieces: list[str], score: dict[str, float]) -> list[tuple[str, str]]:
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
     """The v0.3 tokenizer (32,768 ids: 771 control and byte pieces, then the words) as a fast tokenizer."""
-    spm = SentencePieceProcessor(model_file=str(SENTENCEPIECE))
+    spm = sentencepiece_model()
     ids = range(spm.get_piece_size())
     pieces = [spm.id_to_piece(i) for i in ids]
     score = {pieces[i]: spm.get_score(i) for i in ids}

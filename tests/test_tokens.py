@@ -3,11 +3,10 @@
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from mistral import SENTENCEPIECE
+from mistral import sentencepiece_model
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from sentencepiece import SentencePieceProcessor
 
 import qlora_helpers as qlora
 
@@ -23,7 +22,7 @@ many = settings(max_examples=400, deadline=None, suppress_health_check=list(Heal
 @example(text="a  double  space")
 @example(text="emoji 🙂 and \x00 control")
 def test_the_built_tokenizer_is_mistrals(mistral_tokenizer, text):
-    spm = SentencePieceProcessor(model_file=str(SENTENCEPIECE))
+    spm = sentencepiece_model()
     assert qlora.encode_text(mistral_tokenizer, "x" + text)[1:] == spm.encode("x" + text)
 
 

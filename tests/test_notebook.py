@@ -1,0 +1,225 @@
+"""The notebook: its form as committed, and itself executed on the embedded model, twice in one kernel."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from run_notebook import NOTEBOOK, defaults, parse
+
+import qlora_helpers as qlora
+
+ROOT = Path(__file__).parents[1]
+HEADINGS = [
+    "Set-up",
+    "Hyperparameters",
+    "Sign in",
+    "Preflight",
+    "Free memory",
+    "Data",
+    "Base model in 4 bits",
+    "LoRA",
+    "What it answers now",
+    "Plan",
+    "Train",
+    "Curves",
+    "Before and after",
+    "Save, back up, push",
+    "Merge (optional)",
+    "Use it",
+]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_it_is_committed_clean_and_valid(committed):
+    nbformat.validate(committed)
+    assert (committed.nbformat, committed.nbformat_minor) >= (4, 5)
+    assert len({cell.id for cell in committed.cells}) == len(committed.cells)
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert "widgets" not in committed.metadata
+
+
+def test_its_cells_are_in_order_few_and_short(committed):
+    headings = re.findall(r"^## (\d+)\. (.+)$", "\n".join(c.source for c in committed.cells), re.M)
+    assert headings == [(str(n), name) for n, name in enumerate(HEADINGS, 1)]
+    code = [cell.source.splitlines() for cell in committed.cells if cell.cell_type == "code"]
+    assert len(code) <= 20 and sorted(map(len, code))[len(code) // 2] <= 8
+    tags = [cell.metadata.get("tags", []) for cell in committed.cells]
+    assert tags.count(["parameters"]) == 1
+
+
+def test_every_setting_is_a_form_field_explained_in_one_line(committed):
+    cell = next(c for c in committed.cells if "parameters" in c.metadata.get("tags", []))
+    lines = [line for line in cell.source.splitlines() if not line.startswith("# @markdown **")]
+    for field, note in zip(lines[::2], lines[1::2], strict=True):
+        assert re.fullmatch(r"\w+ = \S.*  # @param .+", field)
+        assert re.fullmatch(r"# @markdown \S.{10,110}", note)
+
+
+def test_command_line_settings_take_the_cells_types(committed):
+    known = defaults(committed)
+    given = ["EPOCHS=1", "LEARNING_RATE=4e-4", "RUN_NAME=7", "DATA=a=b.jsonl", "BF16=auto", "MERGE=True"]
+    assert parse(given, known) == {
+        "epochs": 1,
+        "learning_rate": 4e-4,
+        "run_name": "7",
+        "data_files": "a=b.jsonl",
+        "bf16": "auto",
+        "merge": True,
+    }
+    with pytest.raises(SystemExit, match="EPOCS=1: no such setting. There are: BASE_MODEL "):
+        parse(["EPOCS=1"], known)
+
+
+def small_settings(root: Path) -> dict:
+    """Settings of a run that takes seconds: 14 rows of the examples, two steps of four."""
+    rows = (ROOT / "data_examples" / "support_triage.jsonl").read_bytes().splitlines(keepends=True)[:14]
+    (root / "rows.jsonl").write_bytes(b"".join(rows))
+    return {
+        "base_model": "embedded",
+        "data_files": str(root / "rows.jsonl"),
+        "model_cache": str(ROOT / "content" / "model_cache"),
+        "output_dir": str(root / "outputs"),
+        "merged_dir": str(root / "merged"),
+        "run_name": "small",
+        "learning_rate": 4e-3,
+        "max_steps": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "validation_fraction": 0.2,
+        "max_new_tokens": 6,
+        "push_to_hub": False,
+    }
+
+
+def client_for(notebook, settings: dict, folder: Path) -> NotebookClient:
+    """A client whose kernel runs in the repository, with the parameters cell's values replaced."""
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
+    return NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+
+
+def printed(cell) -> str:
+    """All that a cell wrote to stdout."""
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory, committed):
+    """Run all, then one number changed and run all again, in one kernel: folder, and what each run printed."""
+    root = tmp_path_factory.mktemp("twice")
+    notebook = nbformat.from_dict(committed)
+    client, texts = client_for(notebook, small_settings(root) | {"merge": True}, ROOT), []
+    with client.setup_kernel():
+        for rank in (8, 4):
+            cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+            cell.source += f"\nlora_r = {rank}\nmerge = {rank == 8}"
+            for index, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, index)
+            texts.append("\n".join(printed(c) for c in notebook.cells if c.cell_type == "code"))
+            texts[-1] += json.dumps([o for c in notebook.cells for o in c.get("outputs", [])])
+    return root, notebook, texts
+
+
+def test_run_all_ends_with_a_saved_adapter_a_backup_a_picture_and_a_merged_model(twice):
+    run = twice[0] / "outputs" / "small"
+    assert (run / "final_model" / "adapter_model.safetensors").stat().st_size > 100_000
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list(run.glob("small-*.zip"))) == 2
+    assert (twice[0] / "merged" / "model.safetensors").exists()
+    assert list(run.rglob("events.out.tfevents.*"))
+
+
+def test_the_changed_number_takes_effect_in_the_same_kernel(twice):
+    run = twice[0] / "outputs" / "small" / "final_model"
+    assert json.loads((run / "adapter_config.json").read_text())["r"] == 4
+    assert "r 8, alpha" in twice[2][0] and "r 4, alpha" in twice[2][1]
+
+
+def test_memory_returns_to_where_the_first_run_began(twice):
+    first, second = (float(re.search(r"in use by models: ([\d.]+) GB", text)[1]) for text in twice[2])
+    assert abs(second - first) <= max(0.05 * first, 0.01)
+
+
+def test_training_steps_and_answers_were_real(twice):
+    result = json.loads((twice[0] / "outputs" / "small" / "final_model" / "run.json").read_text())["results"]
+    assert result["after"]["validation_loss"] < result["before"]["validation_loss"] - 0.05
+
+
+def test_a_fresh_process_answers_as_the_notebook_did(twice, committed):
+    root = twice[0]
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import peft, torch, transformers, qlora_helpers as q
+folder = {str(root / "outputs" / "small")!r}
+run = json.load(open(folder + "/final_model/run.json"))
+cfg = q.Settings(**run["settings"])
+nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                      bnb_4bit_compute_dtype=cfg.dtype)
+base = transformers.AutoModelForCausalLM.from_pretrained(
+    q.base_model_path(cfg), quantization_config=nf4, dtype=cfg.dtype, device_map={{"": q.device()}})
+q.mend_cpu_gradients(base)
+model = peft.PeftModel.from_pretrained(base, cfg.final_model)
+tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.final_model)
+rows = [json.loads(line) for line in open(folder + "/answers.jsonl")]
+now = q.generate_answers(model, tokenizer, [row["prompt"] for row in rows], cfg.max_new_tokens)
+assert len(rows) >= 2 and any(row["before"] != row["after"] for row in rows)
+assert [a.text for a in now] == [row["after"] for row in rows], (now, rows)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+COLAB = """
+import sys, types
+google, colab = types.ModuleType("google"), types.ModuleType("google.colab")
+userdata, output = types.ModuleType("google.colab.userdata"), types.ModuleType("google.colab.output")
+for name in ("SecretNotFoundError", "NotebookAccessError", "TimeoutException"):
+    setattr(userdata, name, type(name, (Exception,), {}))
+userdata.get = lambda name: "hf_" + "t0ken" * 6
+google.colab, google.__path__, colab.userdata, colab.output = colab, [], userdata, output
+sys.modules |= {"google": google, "google.colab": colab,
+                "google.colab.userdata": userdata, "google.colab.output": output}
+from IPython.core.magic import register_line_magic
+register_line_magic(lambda line: print("TensorBoard shows", line), "tensorboard")
+get_ipython().extension_manager.loaded.add("tensorboard")
+"""
+
+
+def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(tmp_path, committed):
+    notebook = nbformat.from_dict(committed)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(COLAB))
+    client_for(notebook, small_settings(tmp_path) | {"push_to_hub": False, "max_steps": 1}, ROOT).execute()
+    text = "\n".join(printed(cell) for cell in notebook.cells if cell.cell_type == "code")
+    assert "Hugging Face token found in Colab's secrets." in text
+    assert f"TensorBoard shows --logdir {tmp_path / 'outputs' / 'small'}" in text
+    assert "t0ken" not in nbformat.writes(notebook).replace(COLAB.replace("\n", "\\n"), "").replace('"t0ken', "")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data_files": "nowhere/*.jsonl"}, "No file matches data_files = 'nowhere/*.jsonl'"),
+        ({"run_name": "../out"}, "run_name = '../out'"),
+        ({"lora_r": 0, "learning_rate": "fast"}, "lora_r = 0.*learning_rate = 'fast'"),
+        ({"base_model": "mistralai/Mistral-7B-Instruct-v0.3"}, "no GPU.*Change runtime type.*base_model = 'embedded'"),
+    ],
+)
+def test_a_mistake_ends_in_its_own_words_and_nothing_is_trained(tmp_path, change, words):
+    settings = {k.upper(): v for k, v in (small_settings(tmp_path) | change).items()}
+    command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), *(f"{k}={v}" for k, v in settings.items())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 1
+    assert re.search(words, done.stderr, re.S), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path).rglob("adapter_model.safetensors"))
