@@ -7,13 +7,14 @@ mistral-common's own. The shape is that of mistralai/Mistral-7B-Instruct-v0.3's 
 from importlib.util import find_spec
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
 
-def sentencepiece_model() -> SentencePieceProcessor:
-    """Mistral v0.3's SentencePiece model, as mistral-common ships it."""
+def sentencepiece_model():
+    """Mistral v0.3's SentencePiece model (a `SentencePieceProcessor`), as mistral-common ships it."""
+    from sentencepiece import SentencePieceProcessor
+
     data = Path(find_spec("mistral_common").submodule_search_locations[0]) / "data"
     return SentencePieceProcessor(model_file=str(data / "mistral_instruct_tokenizer_240323.model.v3"))
 

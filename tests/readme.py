@@ -27,6 +27,7 @@ def settings_table() -> str:
 def results_table(run: dict) -> str:
     """A Markdown table of one run's scores, with what made it."""
     before, after, settings = run["results"]["before"], run["results"]["after"], run["settings"]
+    minutes = run["results"]["training"]["train_runtime"] / 60
     lines = [
         f"| {run['results']['rows']} held-out rows | before | after |",
         "|---|---|---|",
@@ -35,7 +36,7 @@ def results_table(run: dict) -> str:
         f"| validation loss | {before['validation_loss']:.2f} | {after['validation_loss']:.2f} |",
         "",
         f"One run of `make run` on {run['created'][:10]}, on a {run['device'].upper()} with two cores:"
-        f" {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}, {run['results']['training']['train_runtime'] / 60:.0f} minutes of"
+        f" {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}, {minutes:.0f} minutes of"
         f" training, transformers {run['versions']['transformers']}, trl {run['versions']['trl']}.",
     ]
     return "\n".join(lines)

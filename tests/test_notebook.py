@@ -11,8 +11,6 @@ import pytest
 from nbclient import NotebookClient
 from run_notebook import NOTEBOOK, defaults, parse
 
-import qlora_helpers as qlora
-
 ROOT = Path(__file__).parents[1]
 HEADINGS = [
     "Set-up",
@@ -76,7 +74,7 @@ def test_command_line_settings_take_the_cells_types(committed):
         "bf16": "auto",
         "merge": True,
     }
-    with pytest.raises(SystemExit, match="EPOCS=1: no such setting. There are: BASE_MODEL "):
+    with pytest.raises(SystemExit, match=r"EPOCS=1: no such setting\. There are: BASE_MODEL "):
         parse(["EPOCS=1"], known)
 
 

@@ -1,0 +1,318 @@
+"""Sections 8, 10 and 11: every way of computing a step is the same training; real NF4 and SmolLM2 where that matters."""
+
+import dataclasses
+import itertools
+import random
+
+import datasets
+import peft
+import pytest
+import torch
+import transformers
+import trl
+
+import qlora_helpers as qlora
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def tiny(dropout=0.0, layers=3, **lora):
+    """A model of Mistral's architecture with random weights, in real NF4 and fp32 compute, with LoRA."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=None,
+    )
+    plain = transformers.MistralForCausalLM(config)
+    folder = qlora.Path("content/tiny_mistral")
+    plain.save_pretrained(folder)
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    qlora.mend_cpu_gradients(model)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS, **lora
+    )
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def rows(n=37, seed=1, longest=60):
+    """Encoded rows of random ids: prompts untrained, lengths from 5 to `longest`."""
+    chance = random.Random(seed)
+    found = []
+    for _ in range(n):
+        ids = [chance.randrange(3, 500) for _ in range(chance.randrange(5, longest))]
+        start = chance.randrange(1, len(ids) - 1)
+        found.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+    return datasets.Dataset.from_list(found)
+
+
+def gradients(model, batch, **kwargs):
+    model.zero_grad()
+    model.train()
+    loss = model(**batch, num_items_in_batch=50, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def close(one, other, tolerance):
+    norm = sum((a - other[n]).norm() ** 2 for n, a in one.items()) ** 0.5
+    assert one.keys() == other.keys() and norm <= tolerance * sum(a.norm() ** 2 for a in one.values()) ** 0.5
+
+
+PADDED, FLAT = qlora.Cut(4, False, "sdpa"), qlora.Cut(4, True, "sdpa")
+
+
+def test_fused_lora_and_loss_equal_pefts_and_transformers_own():
+    model, batch = tiny(), qlora.Collator(PADDED, 2)(list(rows(4)))
+    loss, expected = gradients(model, batch)
+    assert qlora.fuse_lora(model) == 12 and qlora.fuse_loss(model.get_base_model())
+    fused_loss, found = gradients(model, batch)
+    assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
+    assert len(found) == 24
+    close(found, expected, 1e-5)
+
+
+def test_fused_dropout_is_pefts_to_the_bit():
+    model, batch = tiny(dropout=0.4), qlora.Collator(PADDED, 2)(list(rows(4)))
+    torch.manual_seed(5)
+    loss, expected = gradients(model, batch)
+    qlora.fuse_lora(model)
+    torch.manual_seed(5)
+    fused_loss, found = gradients(model, batch)
+    assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
+    close(found, expected, 1e-5)
+    torch.manual_seed(6)
+    assert gradients(model, batch)[0] != pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_a_variant_of_lora_keeps_pefts_own_code():
+    model = tiny(use_dora=True)
+    assert qlora.fuse_lora(model) == 0
+
+
+def test_answers_and_a_switched_off_adapter_use_the_original_code():
+    model, ids = tiny(), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        on, (off, _) = model(ids).logits, (None, None)
+        with model.disable_adapter():
+            off = model(ids).logits
+        qlora.use_fast_kernels(model)
+        assert torch.equal(model(ids).logits, on) and not torch.equal(on, off)
+        with model.disable_adapter():
+            assert torch.equal(model.train()(ids).logits, off)
+        assert model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
+
+
+def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
+    model, batch = tiny(), qlora.Collator(PADDED, 2)(list(rows(4)))
+    qlora.use_fast_kernels(model)
+    loss, expected = gradients(model, batch)
+    qlora.keep_dense(model, True)
+    assert sum(getattr(m, "dense", None) is not None for m in model.modules()) == 21
+    dense_loss, found = gradients(model, batch)
+    assert dense_loss == loss and all(torch.equal(found[n], g) for n, g in expected.items())
+    qlora.keep_dense(model, False)
+    assert not any(getattr(m, "dense", None) is not None for m in model.modules())
+
+
+@pytest.mark.parametrize("cut", [PADDED, FLAT, dataclasses.replace(FLAT, attention="eager")])
+@pytest.mark.parametrize("layers", [0, 2, 3])
+def test_layouts_and_recomputed_layers_give_the_same_gradients(cut, layers):
+    model, data = tiny(), list(rows(4))
+    qlora.use_fast_kernels(model)
+    one_by_one = [gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row])) for row in data]
+    expected = {n: sum(g[n] for _, g in one_by_one) for n in one_by_one[0][1]}
+    model.set_attn_implementation(cut.attention)
+    qlora.recompute_layers(model, layers)
+    assert [layer.gradient_checkpointing for layer in qlora.checkpointable(model)] == [True] * layers + [False] * (
+        3 - layers
+    )
+    loss, found = gradients(model, qlora.Collator(cut, 2)(data))
+    assert loss == pytest.approx(sum(l.item() for l, _ in one_by_one), rel=1e-5)
+    close(found, expected, 1e-4)
+
+
+def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
+    model, data = tiny(), list(rows(4))
+    qlora.use_fast_kernels(model)
+    loss, _ = gradients(model, qlora.Collator(FLAT, 2)(data))
+    leaking = qlora.Collator(FLAT, 2)(data)
+    leaking["position_ids"] = torch.arange(leaking["input_ids"].shape[1])[None]
+    assert gradients(model, leaking)[0] != pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("cut", [PADDED, FLAT, qlora.Cut(16, True, "sdpa"), qlora.Cut(1, False, "sdpa")])
+@pytest.mark.parametrize("n", [37, 32, 5])
+def test_every_cut_holds_the_same_rows_in_each_step(cut, n):
+    lengths = [len(row["input_ids"]) for row in rows(n)]
+    sampler = qlora.StepSampler(lengths, 16, 7, cut)
+    reference = qlora.StepSampler(lengths, 16, 7, qlora.Cut(1, False, "sdpa"))
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        reference.set_epoch(epoch)
+        order, other = list(sampler), list(reference)
+        assert sorted(order) == list(range(n))
+        for start in range(0, n, 16):
+            assert set(order[start : start + 16]) == set(other[start : start + 16])
+        assert [*itertools.chain(*sampler.micro_batches())] == order
+        assert max(map(len, sampler.micro_batches())) <= cut.micro_batch
+    assert order != list(range(n))
+
+
+def test_the_epochs_order_differs_and_comes_back():
+    sampler = qlora.StepSampler(list(range(50)), 16, 7, PADDED)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def train(model, settings, plan, data, folder, **changes):
+    """Steps through TRL's trainer as the notebook builds it; returns losses and the adapter."""
+    args = trl.SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=plan.cut.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        max_steps=plan.steps,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=plan.warmup_steps,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=settings.seed,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained("content/model_cache/SmolLM2-135M-Instruct")
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=data, data_collator=qlora.Collator(plan.cut, 2), processing_class=tokenizer
+    )
+    qlora.follow_plan(trainer, plan, settings)
+    for name, value in changes.items():
+        setattr(trainer, name, value(trainer))
+    trainer.train()
+    adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return qlora.history(trainer.state.log_history, "loss")[1], adapter
+
+
+def plan_for(settings, model, data, cut=None):
+    plan = qlora.make_plan(settings, model, data)
+    if cut is None:
+        return plan
+    return dataclasses.replace(plan, cut=cut, accumulation=settings.effective_batch // cut.micro_batch)
+
+
+CUTS = [
+    qlora.Cut(4, False, "sdpa", recomputed_layers=3),
+    qlora.Cut(16, True, "sdpa"),
+    qlora.Cut(8, True, "sdpa", recomputed_layers=1),
+    qlora.Cut(2, False, "sdpa", dense=True),
+]
+
+
+def test_every_cut_trains_the_same_adapter(settings, smollm_path, tmp_path):
+    cfg, data, results = settings(max_steps=20), rows(90), []
+    for cut in CUTS:
+        model = tiny()
+        qlora.use_fast_kernels(model)
+        results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path))
+    losses, adapter = results[0]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    for other, weights in results[1:]:
+        assert other == pytest.approx(losses, abs=1e-4)
+        close(weights, adapter, 1e-4)
+
+
+def test_planning_leaves_everything_as_it_was_to_the_bit(settings, smollm_path, tmp_path):
+    cfg, data, results = settings(max_steps=3, lora_dropout=0.1), rows(40), []
+    for planned in (False, True):
+        model = tiny(dropout=0.1)
+        qlora.use_fast_kernels(model)
+        model.eval()
+        fixed = plan_for(cfg, tiny(), data, qlora.Cut(4, False, "sdpa"))
+        torch.manual_seed(3)
+        if planned:
+            qlora.make_plan(cfg, model, data)
+            assert model.training is False and all(p.grad is None for p in model.parameters())
+        drawn = torch.rand(3)
+        results.append((drawn, *train(model, cfg, fixed, data, tmp_path)))
+    (drawn, losses, adapter), (drawn_after, losses_after, adapter_after) = results
+    assert torch.equal(drawn, drawn_after) and losses == losses_after
+    assert all(torch.equal(weight, adapter_after[name]) for name, weight in adapter.items())
+
+
+def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(settings):
+    model, data = tiny(), rows(50)
+    qlora.use_fast_kernels(model)
+    plan = qlora.make_plan(settings(batch_size=3, gradient_accumulation=5, epochs=2), model, data)
+    assert plan.cut.micro_batch * plan.accumulation == 15
+    assert (plan.steps_per_epoch, plan.steps) == (4, 8)
+    assert sum(row["chosen"] for row in plan.table) == 1 and len(plan.table) >= 2
+    best = min((r for r in plan.table if r["tokens/s"]), key=lambda r: r["minutes an epoch"])
+    assert best["minutes an epoch"] == next(r for r in plan.table if r["chosen"])["minutes an epoch"]
+    assert "← chosen" in plan._repr_html_() and str(plan) in plan._repr_html_()
+
+
+@pytest.mark.parametrize("cut", [qlora.Cut(8, False, "sdpa"), qlora.Cut(8, True, "sdpa")])
+def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(settings, smollm_path, tmp_path, capsys, cut):
+    cfg, data, results = settings(max_steps=4), rows(64), []
+
+    def failing(trainer):
+        """Runs out of memory after the backward pass of every micro-batch of more than two rows."""
+        inner = trainer.training_step
+
+        def step(model, inputs, count=None):
+            loss = inner(model, inputs, count)
+            many = inputs.get("position_ids", torch.zeros(1, 0)).eq(0).sum() if cut.flat else len(inputs["input_ids"])
+            if many > 2:
+                raise torch.OutOfMemoryError("planted")
+            return loss
+
+        trainer.training_step = step
+        qlora.survive_out_of_memory(trainer)
+        return trainer.training_step
+
+    for changes in ({}, {"training_step": failing}):
+        model = tiny()
+        qlora.use_fast_kernels(model)
+        results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path, **changes))
+    (losses, adapter), (losses_after, adapter_after) = results
+    assert losses_after == pytest.approx(losses, abs=1e-5)
+    close(adapter_after, adapter, 1e-4)
+    assert capsys.readouterr().out.count("Memory ran out") == 2  # 8 rows to 4, 4 to 2, and never again
+
+
+def test_a_single_row_that_does_not_fit_is_a_clear_error():
+    class Failing:
+        model = torch.nn.Linear(1, 1)
+
+        def training_step(self, *_):
+            raise torch.OutOfMemoryError
+
+    trainer = Failing()
+    qlora.survive_out_of_memory(trainer)
+    with pytest.raises(qlora.UserError, match="single row. Lower max_length"):
+        trainer.training_step(None, qlora.Collator(PADDED, 2)(list(rows(1))))
