@@ -1250,7 +1250,8 @@ class Trials:
         attention = "varlen" if has_varlen() else "sdpa"
         with untouched(self.model):
             self.climb([Cut(size, False, "sdpa") for size in self.sizes()])
-            self.climb([Cut(size, True, attention) for size in self.sizes() if size > 1])
+            if self.padding(self.sizes()[-1]) > 0.02:
+                self.climb([Cut(size, True, attention) for size in self.sizes() if size > 1])
             if self.gpu and self.fitting() and self.dense_size() < self.limit - memory_in_use():
                 self.climb([dataclasses.replace(self.best().cut, dense=True)])
             keep_dense(self.model, False)
@@ -1268,15 +1269,22 @@ class Trials:
         return [n for n in range(1, min(step, 64 if self.gpu else 4) + 1) if step % n == 0]
 
     def climb(self, cuts: Iterable[Cut]) -> None:
-        """Measure cuts in turn until one is slower than the one before, or time is up."""
-        last = math.inf
+        """Measure cuts in turn until one is slower than the one before or must recompute more, or time is up."""
+        last, again = math.inf, self.layers
         for cut in cuts:
             if self.fitting() and time.monotonic() > self.deadline:
                 return
-            self.tried.append(self.measure(cut))
-            if self.tried[-1].seconds > 1.02 * last or self.tried[-1].note:
+            trial = self.measure(cut, again)
+            self.tried.append(trial)
+            if trial.seconds > 1.02 * last or trial.note:
                 return
-            last = self.tried[-1].seconds
+            last, again = trial.seconds, trial.cut.recomputed_layers
+
+    def padding(self, size: int) -> float:
+        """Share of padding in padded micro-batches of `size` rows."""
+        cut = Cut(size, False, "sdpa")
+        batches = StepSampler(self.lengths, self.settings.effective_batch, self.settings.seed, cut).micro_batches()
+        return 1 - sum(self.lengths) / sum(self.tokens(cut, rows) for rows in batches)
 
     def fitting(self) -> list[Trial]:
         """The trials that ran."""
@@ -1293,14 +1301,20 @@ class Trials:
         shapes = [m.weight.quant_state.shape for m in self.model.modules() if isinstance(m, Linear4bit)]
         return 2.2 * sum(math.prod(shape) for shape in shapes) / 2**30
 
-    def measure(self, cut: Cut) -> Trial:
-        """Recompute as few layers as memory demands, then time the longest and two typical micro-batches of `cut`."""
+    def measure(self, cut: Cut, most: int) -> Trial:
+        """Recompute as few layers as memory demands, then time the longest and two typical micro-batches of `cut`.
+
+        Gives up where more than `most` layers must be recomputed.
+        """
         import torch
 
         sampler = StepSampler(self.lengths, self.settings.effective_batch, self.settings.seed, cut)
         batches = sorted(sampler.micro_batches(), key=lambda rows: self.tokens(cut, rows))
         keep_dense(self.model, cut.dense)
-        for again in self.recomputed(cut, batches):
+        numbers = self.recomputed(cut, batches)
+        if numbers[0] > most:
+            return Trial(cut, note=f"would recompute {numbers[0]} layers")
+        for again in numbers:
             cut = dataclasses.replace(cut, recomputed_layers=again)
             with contextlib.suppress(torch.OutOfMemoryError):
                 seconds, _, peak = self.timed(cut, batches[-1])

@@ -1,0 +1,318 @@
+"""How fast one card trains Mistral-7B by QLoRA: plain recipe, TRL as it comes, Unsloth if installed, this project.
+
+    python tests/bench/speed.py                            # makes a model of Mistral-7B's shape with random weights
+    python tests/bench/speed.py --memory-limit-gb 22 --data long --only plain ours
+
+Every way trains the same rows on the same card in one run, each in a process of its own, with the recipe's LoRA and
+16 examples a step: one epoch to warm up, one timed. Rows are either 4096 tokens long, or short (lognormal lengths,
+median 180, sigma 0.9, clipped to 24…4096). Prints real tokens a second, seconds a step, the peak memory, the loss, and
+the share of what the card's arithmetic allows; writes JSON and a Markdown table.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+
+WAYS = {
+    "plain": "plain recipe: k-bit preparation, reentrant checkpointing, paged 8-bit AdamW, batch 4",
+    "trl": "TRL as it comes, batch 4",
+    "unsloth": "Unsloth, its defaults, batch 4",
+    "unsloth-best": "Unsloth, batch 16, no recomputation where it fits",
+    "ours": "this project",
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def lengths(kind: str) -> list[int]:
+    """Lengths of the benchmark's rows."""
+    if kind == "long":
+        return [4096] * 32
+    chance = random.Random(0)
+    return [min(4096, max(24, round(180 * math.exp(0.9 * chance.gauss(0, 1))))) for _ in range(96)]
+
+
+def rows(kind: str):
+    """Random ids as encoded rows, every token trained."""
+    import datasets
+
+    chance = random.Random(1)
+    ids = [[chance.randrange(1000, 32000) for _ in range(n)] for n in lengths(kind)]
+    return datasets.Dataset.from_list([{"input_ids": i, "labels": [-100, *i[1:]]} for i in ids])
+
+
+def nf4():
+    """The recipe's quantisation."""
+    import torch
+    import transformers
+
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def base_model(path: str):
+    """The base in 4 bits on the GPU."""
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=nf4(), dtype=torch.bfloat16, device_map={"": "cuda:0"}
+    )
+
+
+def clock():
+    """A Trainer callback that keeps the time and the step's loss at every step's end."""
+    import torch
+    import transformers
+
+    class Clock(transformers.TrainerCallback):
+        times: list = []  # noqa: RUF012
+        losses: list = []  # noqa: RUF012
+
+        def on_train_begin(self, *_, **__):
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs=None, **__):
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    return Clock()
+
+
+def recipe(**changes):
+    """Arguments of the recipe for two epochs; `changes` are what a way does differently."""
+    import trl
+
+    fixed = {
+        "output_dir": "content/bench",
+        "num_train_epochs": 2,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "bf16": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    return trl.SFTConfig(**(fixed | changes))
+
+
+def lora(model):
+    """The recipe's adapter."""
+    import peft
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=0.05, target_modules=TARGETS)
+    return peft.get_peft_model(model, config)
+
+
+def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
+    """The trainer of one way, and what its plan says."""
+    import peft
+    import trl
+
+    common = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [watch]}
+    if way == "plain":
+        model = peft.prepare_model_for_kbit_training(
+            base_model(path), gradient_checkpointing_kwargs={"use_reentrant": True}
+        )
+        args = recipe(
+            optim="paged_adamw_8bit", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+        )
+        return trl.SFTTrainer(lora(model), args, **common), {}
+    if way == "trl":
+        return trl.SFTTrainer(lora(base_model(path)), recipe(), **common), {}
+    if way.startswith("unsloth"):
+        return unsloth_trainer(way, path, common)
+    import qlora_helpers as qlora
+
+    cfg = qlora.Settings(**settings(path, limit))
+    model = lora(base_model(path))
+    used = qlora.use_fast_kernels(model)
+    start = time.perf_counter()
+    plan = qlora.make_plan(cfg, model, data)
+    planned = time.perf_counter() - start
+    print(plan, f"\nplanned in {planned:.0f} s; {used}\n" + json.dumps(plan.table, indent=None), file=sys.stderr)
+    args = recipe(
+        per_device_train_batch_size=plan.cut.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        gradient_checkpointing=False,
+        optim="adamw_torch_fused",
+    )
+    trainer = trl.SFTTrainer(model, args, data_collator=qlora.Collator(plan.cut, 2), **common)
+    qlora.follow_plan(trainer, plan, cfg)
+    notes = {"cut": str(plan.cut), "planned_seconds": planned, "plan_peak": plan.peak}
+    return trainer, notes | {"plan_tokens_per_second": plan.tokens_per_second}
+
+
+def settings(path: str, limit: float) -> dict:
+    """The notebook's defaults, for this model and memory limit."""
+    from papermill.iorw import load_notebook_node
+    from run_notebook import NOTEBOOK, defaults
+
+    return defaults(load_notebook_node(str(NOTEBOOK))) | {"base_model": path, "memory_limit_gb": limit}
+
+
+def unsloth_trainer(way: str, path: str, common: dict):
+    """Unsloth's model and trainer; its best is a batch of 16 and recomputation only where memory asks for it."""
+    import unsloth
+
+    import trl  # isort: skip
+
+    model, _ = unsloth.FastLanguageModel.from_pretrained(path, max_seq_length=4096, load_in_4bit=True)
+    best = way == "unsloth-best"
+    skip = {"checkpoint_skip_layers": "auto"} if best else {}
+    model = unsloth.FastLanguageModel.get_peft_model(
+        model, r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS, **skip
+    )
+    batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1} if best else {}
+    return trl.SFTTrainer(model, recipe(optim="adamw_8bit", **batch), **common), {"unsloth": unsloth.__version__}
+
+
+def measure(way: str, kind: str, path: str, limit: float) -> dict:
+    """Train two epochs one way; figures of the second."""
+    if way.startswith("unsloth"):
+        import unsloth  # noqa: F401  it wants to be imported first
+    import torch
+    import transformers
+
+    if limit:
+        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.mem_get_info()[1])
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.eos_token
+    data, watch = rows(kind), clock()
+    trainer, notes = trainer_for(way, path, data, tokenizer, limit, watch)
+    trainer.train()
+    steps = len(data) // 16
+    seconds = watch.times[-1] - watch.times[-1 - steps]
+    return notes | {
+        "way": way,
+        "data": kind,
+        "limit_gb": limit,
+        "tokens_per_second": sum(lengths(kind)) / seconds,
+        "step_seconds": seconds / steps,
+        "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": sum(watch.losses[-steps:]) / steps,
+        "card": torch.cuda.get_device_name(),
+    }
+
+
+def rates() -> tuple[float, float]:
+    """This card's bf16 matrix rate (FLOP/s) and copy bandwidth (bytes/s, read and written), measured."""
+    import torch
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.empty(2**30, device="cuda", dtype=torch.float32)
+
+    def seconds(work, n=20):
+        work()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(n):
+            work()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n
+
+    return 2 * 8192**3 / seconds(lambda: a @ a), 8 * b.numel() / seconds(lambda: b.copy_(b.roll(0)))
+
+
+def ceiling(kind: str, rate: float, bandwidth: float) -> float:
+    """Tokens/s that the arithmetic allows without recomputation: matrix products, and dequantising twice a step.
+
+    Per token `4 N + 6 N_lora + 3.5 A + 6 head` FLOP, with N = 6.979e9, N_lora = 27.3e6, head = 134e6 and
+    `A = 2 layers hidden (Σl² / Σl)`; 2.52 bytes × N for each dequantising pass.
+    """
+    sizes = lengths(kind)
+    attention = 2 * 32 * 4096 * sum(n * n for n in sizes) / sum(sizes)
+    flop = 4 * 6.979e9 + 6 * 27.3e6 + 3.5 * attention + 6 * 134e6
+    tokens = 16 * sum(sizes) / len(sizes)
+    return 1 / (flop / rate + 2 * 2.52 * 6.979e9 / bandwidth / tokens)
+
+
+def table(results: list[dict], ceilings: dict[str, float]) -> str:
+    """Markdown."""
+    lines = ["| rows | way | tokens/s | s a step | peak GB | of the ceiling | loss |", "|---|---|---|---|---|---|---|"]
+    for r in results:
+        limit = f", {r['limit_gb']:g} GB" if r["limit_gb"] else ""
+        head = f"| {r['data']}{limit} | {WAYS[r['way']]} "
+        if "error" in r:
+            lines.append(head + f"| {r['error']} | | | | |")
+            continue
+        share = r["tokens_per_second"] / ceilings[r["data"]]
+        lines.append(
+            head + f"| {r['tokens_per_second']:,.0f} | {r['step_seconds']:.2f} | {r['peak_gb']:.1f} | {share:.2f} "
+            f"| {r['loss']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def in_a_process(way: str, kind: str, options) -> dict:
+    """`measure` in a process of its own; its failure is a result too."""
+    command = [sys.executable, __file__, "--one", way, kind, "--model", options.model]
+    command += ["--memory-limit-gb", str(options.memory_limit_gb)]
+    environment = dict(os.environ)
+    if way.startswith("unsloth") and options.unsloth_path:
+        environment["PYTHONPATH"] = options.unsloth_path
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
+    print(done.stderr[-6000:] if way == "ours" or not lines else "", file=sys.stderr)
+    if lines:
+        return json.loads(lines[-1])
+    reason = (
+        "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["failed"])[-1][:80]
+    )
+    return {"way": way, "data": kind, "limit_gb": options.memory_limit_gb, "error": reason}
+
+
+def main() -> None:
+    """Measure what was asked for, print the table, write `content/bench/speed.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="content/model_cache/mistral-7b-random", help="a folder; made if missing")
+    parser.add_argument("--memory-limit-gb", type=float, default=0)
+    parser.add_argument("--data", nargs="+", choices=["long", "short"], default=["long", "short"])
+    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--out", type=Path, default=Path("content/bench/speed.json"))
+    parser.add_argument("--unsloth-path", help="a folder of packages for Unsloth alone, which wants other versions")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(*options.one, options.model, options.memory_limit_gb)))
+        return
+    if not (Path(options.model) / "config.json").exists():
+        from mistral_7b import make_model
+
+        make_model(Path(options.model), None)
+    rate, bandwidth = rates()
+    ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in ("long", "short")}
+    results = [in_a_process(way, kind, options) for kind in options.data for way in options.only]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    found = {"rate": rate, "bandwidth": bandwidth, "ceilings": ceilings, "results": results}
+    options.out.write_text(json.dumps(found, indent=2))
+    print(f"{rate / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s; ceilings {ceilings}\n")
+    print(table(results, ceilings))
+
+
+if __name__ == "__main__":
+    main()
