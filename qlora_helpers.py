@@ -7,7 +7,6 @@ imported where they are used, because the set-up cell imports this module before
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import dataclasses
 import gc
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from IPython.display import Image
     from pandas import DataFrame
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 # TRL reports its use over the network unless told not to.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -647,7 +646,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
             elif not line:
                 return
             if line.strip():
-                yield number, line
+                yield number, line.rstrip(b"\r\n")
 
 
 class RowReader:
@@ -815,10 +814,10 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Mapping[str, list]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
     """`input_ids` of each text, without BOS. `</s>` or `[INST]` in a text stay plain text."""
     plain = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    return tokenizer(texts, **plain, **options, verbose=False)
+    return tokenizer(texts, **plain, verbose=False)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[list[int]]:
@@ -847,12 +846,13 @@ def encode_examples(
     """
     starts = [PROMPT_TEMPLATE.format(prompt=prompt) for prompt in prompts]
     texts = [p + COMPLETION_TEMPLATE.format(completion=c) for p, c in zip(starts, completions, strict=True)]
-    encoded = tokenize(tokenizer, texts, return_offsets_mapping=True)
+    encoded = tokenize(tokenizer, texts)
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     examples: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
-    for start, ids, spans in zip(starts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        answer = bisect.bisect_right(spans, len(start), key=lambda span: span[1])
-        if answer < len(spans) and spans[answer][0] < len(start):
+    for row, (start, text, ids) in enumerate(zip(starts, texts, encoded["input_ids"], strict=True)):
+        places = (encoded.char_to_token(row, place) for place in range(len(start), len(text)))
+        answer = next(token for token in places if token is not None)
+        if encoded.token_to_chars(row, answer).start < len(start):
             raise ValueError("this tokenizer joins the end of the prompt with the start of the answer")
         masked = len(begin) + answer if completion_only_loss else 0
         ids = [*begin, *ids, tokenizer.eos_token_id]
@@ -876,31 +876,30 @@ def encode_rows(
     Done again only if the rows, the tokenizer, the setting or this file have changed.
     """
     import datasets
+    import pyarrow as pa
 
     if not isinstance(rows, datasets.Dataset):
         rows = datasets.Dataset.from_list([{"where": f"row {n}"} | row for n, row in enumerate(rows, 1)])
-    ids = datasets.Sequence(datasets.Value("int32"))
-    columns = {"input_ids": ids, "labels": ids, "length": datasets.Value("int32")}
+    types = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()}
     made_by = [Path(__file__).read_text(), tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
     key = hashlib.sha256(repr([rows._fingerprint, *made_by, completion_only_loss]).encode()).hexdigest()[:16]
-    return rows.map(
-        lambda prompt, completion: encode_examples(tokenizer, prompt, completion, completion_only_loss),
-        input_columns=["prompt", "completion"],
-        batched=True,
-        batch_size=256,
-        features=datasets.Features(rows.features | columns),
-        new_fingerprint=key,
-        desc="Encoding",
-    )
+
+    def encode(table: pa.Table) -> pa.Table:
+        texts = table["prompt"].to_pylist(), table["completion"].to_pylist()
+        for name, column in encode_examples(tokenizer, *texts, completion_only_loss).items():
+            table = table.append_column(name, pa.array(column, types[name]))
+        return table
+
+    options = {"batched": True, "batch_size": 256, "new_fingerprint": key, "desc": "Encoding"}
+    return rows.with_format("arrow").map(encode, **options).with_format(None)
 
 
 def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> str:
     """The end of `prompt` with which the example has `max_length` tokens at most; empty if the answer is too long."""
-    spans = tokenize(tokenizer, [prompt], return_offsets_mapping=True)["offset_mapping"][0]
-    cut, end = 0, prompt
+    encoded, cut, end = tokenize(tokenizer, [prompt]), 0, prompt
     while end and (over := encode_examples(tokenizer, [end], [completion])["length"][0] - max_length) > 0:
         cut += over
-        end = prompt[spans[cut][0] :].strip() if cut < len(spans) else ""
+        end = prompt[encoded.token_to_chars(0, cut).start :].strip() if cut < len(encoded["input_ids"][0]) else ""
     return end
 
 
@@ -967,9 +966,8 @@ def find_mistake(
         "does not begin with exactly one BOS": ids[: len(begin)] != begin or begin == inside[:1],
         "has a control token inside its text": not control.isdisjoint(inside),
         "does not begin with the tokens of its prompt": ids[: len(prompt)] != prompt,
-        "has no label": len(labels) != len(ids) or set(labels) <= {-100},
         "has an EOS that is not trained": labels[-1:] != [eos],
-        "has a label on its prompt": any(label != -100 for label in labels[:masked]),
+        "has a label on its prompt": labels[:masked] != [-100] * masked,
         "has no label on the first token of its answer": labels[masked : masked + 1] != ids[masked : masked + 1],
         "has a label that is not its token": labels[masked:] != ids[masked:],
     }
