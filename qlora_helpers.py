@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import fnmatch
 import functools
 import gc
 import glob
@@ -421,9 +422,17 @@ def hub_api(token: str | None = None) -> HfApi:
 REQUEST_SECONDS = 60
 
 
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that an error of the Hub's client carries, if any."""
-    return getattr(getattr(error, "response", None), "status_code", None)
+    """The HTTP status that an error of the Hub's client carries, itself or in what it came from."""
+    answers = (getattr(one, "response", None) for one in chain(error))
+    return next((answer.status_code for answer in answers if answer is not None), None)
 
 
 def check_base_model(settings: Settings, token: str | None) -> tuple[str, str]:
@@ -1311,11 +1320,10 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
 def disk_is_full(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is that the disk is full; torch and safetensors say it in own words."""
     told = ("No space left", "PytorchStreamWriter failed", "inline_container")
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in told):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(one) for text in told)
+        for one in chain(error)
+    )
 
 
 # -------- 11. Train: copies elsewhere -----------------------------------------------------
@@ -1387,20 +1395,12 @@ def copy_to_hub(settings: Settings, folder: Path) -> str:
     A checkpoint's optimizer and random states are pickles of torch, without which nothing resumes: they go to this
     private repository alone, and are loaded with `weights_only`.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
     api = hub_api()
     repo = with_retries(lambda: backup_repo(settings, api))
     ensure_repo(api, repo, private=True)
     there = {name.split("/")[0] for name in with_retries(lambda: api.list_repo_files(repo))} | {folder.name}
-    files = [*checksums(folder), "checksums.json"]
-
-    def commit() -> None:
-        add = [CommitOperationAdd(f"{folder.name}/{name}", str(folder / name)) for name in files]
-        remove = [CommitOperationDelete(f"{name}/", is_folder=True) for name in superseded(there, folder.name)]
-        api.create_commit(repo, [*add, *remove], commit_message=folder.name)
-
-    with_retries(commit)
+    names = [*checksums(folder), "checksums.json"]
+    commit_folder(api, repo, folder, names, f"{folder.name}/", superseded(there, folder.name))
     return f"{api.endpoint}/{repo}"
 
 
@@ -1417,10 +1417,13 @@ def fetch_backup(settings: Settings) -> None:
                 copy_folder(folder, settings.run_dir / folder.name)
     if settings.backup_to != "hub":
         return
-    api, names = hub_api(), ["checkpoint-*/*", "final_model/*"]
+    api = hub_api()
     try:
         repo = with_retries(lambda: backup_repo(settings, api))
-        with_retries(lambda: api.snapshot_download(repo, local_dir=settings.run_dir, allow_patterns=names))
+        names = [file.rfilename for file in with_retries(lambda: api.model_info(repo)).siblings]
+        for name in names:  # `snapshot_download` would take a Hub that does not answer for an empty repository
+            if re.match(r"checkpoint-\d+/|final_model/", name):
+                with_retries(functools.partial(api.hf_hub_download, repo, name, local_dir=settings.run_dir))
     except RepositoryNotFoundError:
         return
     except Exception as error:
@@ -1658,8 +1661,11 @@ def passes(error: Exception) -> bool:
     """Whether an error of the Hub's client may be gone later: too many requests, a server's fault, no connection."""
     if status := status_of(error):
         return status in (408, 429) or status >= 500
-    of_the_network = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-    return of_the_network or isinstance(error, (ConnectionError, TimeoutError))
+    clients = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return any(
+        type(one).__module__.split(".")[0] in clients or isinstance(one, (ConnectionError, TimeoutError))
+        for one in chain(error)
+    )
 
 
 def with_retries(call: Callable[[], Any]) -> Any:
@@ -1686,6 +1692,28 @@ def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
         raise UserError(f"{repo} exists and is public, and hub_private is True: choose another hub_repo")
 
 
+def commit_folder(
+    api: HfApi, repo: str, folder: Path, names: Iterable[str], prefix: str = "", remove: Iterable[str] = ()
+) -> None:
+    """Upload the named files of `folder` under `prefix`, and remove the folders in `remove`, as one commit.
+
+    By plain HTTP: Xet's client has retries of its own that no time limit of ours reaches (huggingface_hub 2.4 with
+    hf_xet 1.8 had not given up after ten minutes without its server).
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+
+    def commit() -> None:
+        add = [CommitOperationAdd(prefix + name, str(folder / name)) for name in names]
+        delete = [CommitOperationDelete(f"{name}/", is_folder=True) for name in remove]
+        api.create_commit(repo, [*add, *delete], commit_message=f"Add {folder.name}")
+
+    usual, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        with_retries(commit)
+    finally:
+        constants.HF_HUB_DISABLE_XET = usual
+
+
 def push_adapter(settings: Settings, token: str | None) -> str | None:
     """Upload the saved adapter to its repository, private unless set otherwise; return its address.
 
@@ -1702,8 +1730,8 @@ def push_adapter(settings: Settings, token: str | None) -> str | None:
         api = hub_api(token)
         repo = hub_repo_id(settings, with_retries(api.whoami)["name"])
         ensure_repo(api, repo, settings.hub_private)
-        upload = {"repo_id": repo, "folder_path": folder, "allow_patterns": PUSHED_FILES}
-        with_retries(lambda: api.upload_folder(**upload))
+        names = [path.name for path in folder.iterdir()]
+        commit_folder(api, repo, folder, [n for n in names if any(fnmatch.fnmatch(n, p) for p in PUSHED_FILES)])
     except Exception as error:
         private = " --private" * settings.hub_private
         print(

@@ -146,6 +146,7 @@ FAULTS = {fault.__name__: fault for fault in (kill_at, stop_at, nan_at, kill_in_
 def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
     """What a process does: everything it prints goes to `log`; exit code 1 for an error."""
     os.environ.update(environment)
+    os.chdir(Path(log).parent)  # `/content` is a folder of the working directory
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
