@@ -565,7 +565,7 @@ def check_room(settings: Settings, token: str | None) -> Iterator[tuple[str, str
 
     base, download, source = base_model_gb(settings, token)
     # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B model's 14.5 GB.
-    saved = 3 * (0.1 + 0.02 * base * settings.lora_r / 32)
+    saved = 3 * (0.05 + 0.02 * base * settings.lora_r / 32)
     need, free = download + saved + settings.merge * base, shutil.disk_usage(existing(settings.run_dir)).free / 2**30
     parts = f"download {download:.1f}, checkpoints {saved:.1f}" + f", merged model {base:.1f}" * settings.merge
     text = f"{free:,.1f} GB of disk free, about {need:.1f} GB needed ({parts}; base model {base:.1f}, {source})"

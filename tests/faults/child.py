@@ -140,7 +140,29 @@ def kill_in_save(step: int, files: int) -> None:
     Trainer._save_checkpoint = save
 
 
-FAULTS = {fault.__name__: fault for fault in (kill_at, stop_at, nan_at, kill_in_save)}
+def fill_up(disk: str, leave: int) -> None:
+    """Write a file that leaves so many bytes free."""
+    stat = os.statvfs(disk)
+    (Path(disk) / "ballast").write_bytes(bytes(stat.f_bavail * stat.f_frsize - leave))
+
+
+def full_at(micro_batch: int, disk: str, leave: int) -> None:
+    """The disk fills up in training."""
+    at_micro_batch(micro_batch, lambda model: fill_up(disk, leave))
+
+
+def full_at_the_end(disk: str, leave: int) -> None:
+    """The disk fills up before the final save."""
+    original = qlora.save_adapter
+
+    def save_adapter(*args):
+        fill_up(disk, leave)
+        return original(*args)
+
+    qlora.save_adapter = save_adapter
+
+
+FAULTS = {fault.__name__: fault for fault in (kill_at, stop_at, nan_at, kill_in_save, full_at, full_at_the_end)}
 
 
 def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
