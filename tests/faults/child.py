@@ -173,7 +173,11 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import torch
+    from huggingface_hub import constants
 
+    if endpoint := os.environ.get("HF_ENDPOINT"):  # the fork server read it when it imported
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
     torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
     if fault:
         FAULTS[fault[0]](*fault[1:])
