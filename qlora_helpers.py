@@ -1084,12 +1084,9 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
         return sha.hexdigest()
 
     told = {name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING}
-    revision = getattr(trainer.model.config, "_commit_hash", None)
-    return told | {
-        "effective_batch": settings.effective_batch,
-        "base_revision": revision,
-        "training rows": digest(trainer.train_dataset),
-    }
+    told["effective_batch"] = settings.effective_batch
+    told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
+    return told | {"training rows": digest(trainer.train_dataset)}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -1121,16 +1118,11 @@ def why_unusable(folder: Path) -> str:
     if not (folder / "checksums.json").exists():
         return "its save was cut short"
     try:
-        written = json.loads((folder / "checksums.json").read_bytes())
-        found = checksums(folder)
-        wrong = [
-            f"{name} is {'damaged' if name in found else 'missing'}"
-            for name in written
-            if written[name] != found.get(name)
-        ]
+        written, found = json.loads((folder / "checksums.json").read_bytes()), checksums(folder)
+        wrong = [name for name in written if written[name] != found.get(name)]
     except (ValueError, TypeError):
         return "checksums.json is damaged"
-    return ", ".join(wrong)
+    return ", ".join(f"{name} is {'damaged' if name in found else 'missing'}" for name in wrong)
 
 
 def last_good_checkpoint(run_dir: Path) -> Path | None:
@@ -1160,9 +1152,10 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
     now, run_dir, final = fingerprint(settings, trainer), settings.run_dir, settings.final_model
     if settings.resume == "never":
         return begin(run_dir, "resume = 'never'")
-    if not remembered(final) and not last_good_checkpoint(run_dir):
-        fetch_backup(settings)
     done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
+    if not done and not last:
+        fetch_backup(settings)
+        done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
     if done == now:
         return str(final)
     if last is None:
@@ -1179,6 +1172,7 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
             "set resume = 'anyway', to continue with the new ones."
         )
     trainer.args.eval_on_start = False  # its result is in the log already
+    os.utime(last)  # `save_total_limit` keeps the newest by time, and copies come back in any order
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
     return str(last)
 
@@ -1335,7 +1329,7 @@ def drive_folder(settings: Settings) -> Path:
 
 
 def replace_folder(work: Path, folder: Path) -> None:
-    """Put `work` in the place of `folder`: at no moment is a half-written folder there, or neither of the two."""
+    """Put the finished `work` in the place of `folder`; killed in between, both are whole under their other names."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -1411,10 +1405,10 @@ def fetch_backup(settings: Settings) -> None:
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    if settings.backup_to == "drive" and drive_folder(settings).is_dir():
-        for folder in [*checkpoints(drive_folder(settings)), drive_folder(settings) / "final_model"]:
-            if folder.is_dir():
-                copy_folder(folder, settings.run_dir / folder.name)
+    if settings.backup_to == "drive":
+        copies = drive_folder(settings)
+        for folder in [*checkpoints(copies), *copies.glob("final_model")]:
+            copy_folder(folder, settings.run_dir / folder.name)
     if settings.backup_to != "hub":
         return
     api = hub_api()

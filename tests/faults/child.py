@@ -106,6 +106,20 @@ def kill_at(micro_batch: int) -> None:
     at_micro_batch(micro_batch, lambda model: kill())
 
 
+def kill_at_step(step: int) -> None:
+    """SIGKILL when so many steps are done, however they are cut into micro-batches; before anything is saved."""
+    from transformers import Trainer
+
+    original = Trainer._maybe_log_save_evaluate
+
+    def after_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            kill()
+        return original(self, *args, **kwargs)
+
+    Trainer._maybe_log_save_evaluate = after_step
+
+
 def stop_at(micro_batch: int) -> None:
     """The Stop button in the middle of a step."""
     at_micro_batch(micro_batch, lambda model: os.kill(os.getpid(), signal.SIGINT))
@@ -162,7 +176,9 @@ def full_at_the_end(disk: str, leave: int) -> None:
     qlora.save_adapter = save_adapter
 
 
-FAULTS = {fault.__name__: fault for fault in (kill_at, stop_at, nan_at, kill_in_save, full_at, full_at_the_end)}
+FAULTS = {
+    fault.__name__: fault for fault in (kill_at, kill_at_step, stop_at, nan_at, kill_in_save, full_at, full_at_the_end)
+}
 
 
 def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
