@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import fnmatch
 import functools
 import gc
 import glob
@@ -25,14 +27,16 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from inspect import signature
 from pathlib import Path
@@ -44,9 +48,11 @@ from pydantic import Field
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from huggingface_hub import HfApi
     from IPython.display import Image
     from pandas import DataFrame
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers.trainer_utils import TrainOutput
 
 # TRL reports its use over the network unless told not to.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -208,6 +214,8 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     push_to_hub: bool
     hub_repo: str = Field(pattern=f"^$|^({NAME}/)?{NAME}$", max_length=96)
     hub_private: bool
+    resume: Literal["auto", "anyway", "never"]
+    backup_to: Literal["none", "drive", "hub"]
     merge: bool
     model_cache: str = Field(min_length=1)
     output_dir: str = Field(min_length=1)
@@ -395,16 +403,57 @@ def hub_repo_id(settings: Settings, user: str) -> str:
     return name if "/" in name else f"{user}/{name}"
 
 
+def hub_api(token: str | None = None) -> HfApi:
+    """The Hub's client with a time limit on every request: as it comes, huggingface_hub waits for ever.
+
+    60 s without a byte end a request; an upload that moves has all the time it needs. huggingface_hub before 1.0
+    is on requests, later on httpx, whose limits are set in different places.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import _http as http
+
+    def client() -> Any:
+        made = http.default_client_factory()
+        made.timeout = REQUEST_SECONDS
+        return made
+
+    def session() -> Any:
+        made = http._default_backend_factory()
+        made.request = functools.partial(made.request, timeout=REQUEST_SECONDS)
+        return made
+
+    if hasattr(http, "set_client_factory"):
+        http.set_client_factory(client)
+    else:
+        http.configure_http_backend(session)
+    return HfApi(token=token)
+
+
+REQUEST_SECONDS = 60
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that an error of the Hub's client carries, itself or in what it came from."""
+    answers = (getattr(one, "response", None) for one in chain(error))
+    return next((answer.status_code for answer in answers if answer is not None), None)
+
+
 def check_base_model(settings: Settings, token: str | None) -> tuple[str, str]:
     """Ask the Hub whether this token may download the base model."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     name = settings.base_model
     if is_local(name):
         return "✓", f"base model {name}: nothing to download from the Hub"
     try:
-        HfApi(token=token).auth_check(name)
+        hub_api(token).auth_check(name)
     except GatedRepoError:
         return "✗", f"base model {name} is gated: accept its terms at https://huggingface.co/{name} and run this again"
     except RepositoryNotFoundError:
@@ -415,30 +464,62 @@ def check_base_model(settings: Settings, token: str | None) -> tuple[str, str]:
 
 
 def check_push(settings: Settings, token: str | None) -> tuple[str, str]:
-    """Ask the Hub who this token belongs to and whether it may write."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
+    """Ask the Hub who this token belongs to, whether it may write, and whose the target repository is."""
     if not settings.push_to_hub:
         return "✓", "push_to_hub is off: the adapter stays here"
     if not token:
         return "✗", "push_to_hub is on but there is no token: add the secret HF_TOKEN, or set push_to_hub = False"
     try:
-        user = HfApi(token=token).whoami()
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            return "✗", "the Hub refuses this token: make a new one at https://huggingface.co/settings/tokens"
-        return "?", f"the Hub answered {error.response.status_code}: pushing will be tried after training"
+        api = hub_api(token)
+        user = api.whoami()
+        return check_writing(user, repo := hub_repo_id(settings, user["name"])) or check_repo(settings, api, repo)
     except Exception as error:
-        return "?", f"could not reach the Hub ({type(error).__name__}): pushing will be tried after training"
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        if status_of(error) in (401, 403):
+            return "✗", "the Hub refuses this token: make a new one at https://huggingface.co/settings/tokens"
+        said = f"the Hub answered {status_of(error)}" if status_of(error) else f"no Hub ({type(error).__name__})"
+        return "?", f"{said}: pushing will be tried after training"
+
+
+def check_writing(user: Mapping[str, Any], repo: str) -> tuple[str, str] | None:
+    """What forbids this user's token to write to `repo`, as far as `whoami` tells; None if nothing does.
+
+    Fields as in https://huggingface.co/docs/hub/api: `auth.accessToken.role`, `fineGrained.scoped`, `orgs`.
+    """
+    owner, access = repo.split("/")[0], user.get("auth", {}).get("accessToken", {})
+    if access.get("role") == "read":
         return "✗", "this token can only read: make one with write access at https://huggingface.co/settings/tokens"
+    roles = {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
+    if owner != user["name"] and roles.get(owner, "none" if owner not in roles else None) in ("none", "read"):
+        return (
+            "✗",
+            f"hub_repo = '{repo}': {user['name']} may not write to {owner}; use your own name, or leave it empty",
+        )
+    scopes = access.get("fineGrained", {}).get("scoped", [])
+    may_write = [s for s in scopes if s["entity"].get("name") in (owner, repo) and "repo.write" in s["permissions"]]
+    if access.get("role") == "fineGrained" and not may_write:
+        return "!", f"this fine-grained token does not list write access to {owner}'s repositories: pushing may fail"
+    return None
+
+
+def check_repo(settings: Settings, api: HfApi, repo: str) -> tuple[str, str]:
+    """Whether the target repository is there already, and is as private as the settings want it."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     private = "private" if settings.hub_private else "PUBLIC"
-    return "✓", f"will push to {hub_repo_id(settings, user['name'])} ({private}) as {user['name']}"
+    try:
+        found = api.model_info(repo)
+    except RepositoryNotFoundError:
+        return "✓", f"will push to {repo}, a new repository ({private})"
+    if settings.hub_private and not found.private:
+        return "✗", f"{repo} exists and is PUBLIC: choose another hub_repo, or set hub_private = False if that is meant"
+    return (
+        "!",
+        f"will push to {repo}, which exists ({'private' if found.private else 'PUBLIC'}): its files are replaced",
+    )
 
 
 def check_machine(settings: Settings) -> Iterator[tuple[str, str]]:
-    """The GPU, the free disk, and whether the run's name was used before."""
+    """The GPU and its precision, and what is left of an earlier run of the same name."""
     import torch
 
     if torch.cuda.is_available():
@@ -450,17 +531,75 @@ def check_machine(settings: Settings) -> Iterator[tuple[str, str]]:
         yield (
             "✗",
             (
-                f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › "
-                "Change runtime type › T4 GPU or better. To try the notebook without: base_model = 'embedded'"
+                f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › Change runtime type "
+                "› T4 GPU or better. To try the notebook without: base_model = 'embedded'"
             ),
         )
-    need, free = (
-        (2 if is_local(settings.base_model) else 17),
-        shutil.disk_usage(existing(settings.run_dir)).free / 2**30,
-    )
-    yield ("✓" if free > need else "✗"), f"{free:,.0f} GB of disk free, about {need} GB needed"
     if settings.final_model.exists():
-        yield "!", f"a run named {settings.run_name} is finished already: its zip stays, its folder is replaced"
+        yield (
+            "!",
+            (
+                f"a run named {settings.run_name} is finished already: with the same data and settings it is not "
+                "trained again, with others its zip stays and its folder is replaced"
+            ),
+        )
+    elif found := checkpoints(settings.run_dir):
+        yield (
+            "!",
+            f"{settings.run_name} was begun before: its checkpoints ({found[0].name}) are looked at in section 11",
+        )
+
+
+def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, str]:
+    """Size of the base model's weights, how much of it is still to be downloaded (GiB), and where the size is from."""
+    if is_local(settings.base_model):
+        size = sum(path.stat().st_size for path in Path(settings.base_model).glob("*.safetensors")) / 2**30
+        return size or 0.3, 0.3 if settings.base_model == "embedded" else 0, "on disk"
+    here = settings.cache_dir / f"models--{settings.base_model.replace('/', '--')}" / "blobs"
+    have = sum(path.stat().st_size for path in here.glob("*")) / 2**30
+    try:
+        files = hub_api(token).model_info(settings.base_model, files_metadata=True).siblings
+        weights = [
+            f.size or 0 for f in files if re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", f.rfilename)
+        ]
+        safe = [f.size or 0 for f in files if re.fullmatch(r"model.*\.safetensors", f.rfilename)]
+        size, source = sum(safe or weights) / 2**30, "as the Hub says"
+    except Exception:
+        size, source = 14.5, "taking it for a 7B model, because the Hub cannot be asked"
+    return size, max(0.0, size - have), source
+
+
+def check_room(settings: Settings, token: str | None) -> Iterator[tuple[str, str]]:
+    """Free disk for download, three checkpoints and the merge, and main memory for the merge."""
+    import psutil
+
+    base, download, source = base_model_gb(settings, token)
+    # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B model's 14.5 GB.
+    saved = 3 * (0.05 + 0.02 * base * settings.lora_r / 32)
+    need, free = download + saved + settings.merge * base, shutil.disk_usage(existing(settings.run_dir)).free / 2**30
+    parts = f"download {download:.1f}, checkpoints {saved:.1f}" + f", merged model {base:.1f}" * settings.merge
+    text = f"{free:,.1f} GB of disk free, about {need:.1f} GB needed ({parts}; base model {base:.1f}, {source})"
+    yield ("✓", text) if free > need else ("✗", f"{text}: free some, or change the folders in section 2")
+    memory = psutil.virtual_memory().total / 2**30
+    if settings.merge:
+        text = f"{memory:.1f} GB of main memory, and the merge holds {base:.1f} GB"
+        yield ("✓", text) if memory > base + 2 else ("✗", f"{text}: set merge = False, or take a machine with more")
+
+
+def check_backup(settings: Settings, token: str | None) -> tuple[str, str]:
+    """Whether checkpoints can be copied to where `backup_to` says."""
+    if settings.backup_to == "none":
+        return (
+            "!",
+            "backup_to is 'none': if this machine goes away, so does the training ('drive' or 'hub' keep copies)",
+        )
+    if settings.backup_to == "hub":
+        told = "a private repository on the Hub" if token else "backup_to = 'hub' needs the secret HF_TOKEN"
+        return ("✓", f"checkpoints are copied to {told}") if token else ("✗", told)
+    drive = drive_folder(settings).parent.parent
+    if not drive.is_dir():
+        return "✗", f"backup_to = 'drive', but there is no {drive}: run section 3 again and allow Drive, or set 'hub'"
+    return "✓", f"checkpoints are copied to {drive_folder(settings)}"
 
 
 def is_small(base_model: str) -> bool:
@@ -479,7 +618,8 @@ def preflight(settings: Settings, token: str | None) -> None:
 
     Raises `UserError` if any line is ✗. A `?` is what cannot be known offline, a `!` what you may want to know.
     """
-    lines = [*check_machine(settings), check_base_model(settings, token), check_push(settings, token)]
+    lines = [*check_machine(settings), *check_room(settings, token), check_base_model(settings, token)]
+    lines += [check_backup(settings, token), check_push(settings, token)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:
         raise UserError(listed("Before training can start:", failed))
@@ -1955,6 +2095,377 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     return result
 
 
+# -------- 11. Train: checkpoints ----------------------------------------------------------
+
+# Settings that do not change what is trained: where things are, what happens afterwards, and how a step is cut.
+NOT_TRAINING = {"run_name", "data_files", "validation_fraction", "max_length", "batch_size", "gradient_accumulation"}
+NOT_TRAINING |= {
+    "gradient_checkpointing",
+    "memory_limit_gb",
+    "bf16",
+    "sample_rows",
+    "max_new_tokens",
+    "push_to_hub",
+    "hub_repo",
+}
+NOT_TRAINING |= {"hub_private", "resume", "backup_to", "merge", "model_cache", "output_dir", "merged_dir"}
+
+
+def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: the settings that matter, and hashes of the tokens."""
+
+    def digest(data: Any) -> str:
+        sha = hashlib.sha256()
+        for batch in data.with_format("arrow").iter(batch_size=1000):
+            for column in (batch["input_ids"].combine_chunks(), batch["labels"].combine_chunks()):
+                sha.update(column.value_lengths().to_numpy().astype("int64").tobytes())
+                sha.update(column.flatten().to_numpy().astype("int64").tobytes())
+        return sha.hexdigest()
+
+    told = {name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING}
+    told["effective_batch"] = settings.effective_batch
+    told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
+    return told | {"training rows": digest(trainer.train_dataset)}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders directly in `folder`, the highest step first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under `folder` by its relative name, but of `checksums.json` itself."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "checksums.json"]
+    sums = {}
+    for path in files:
+        with path.open("rb") as file:
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def seal(folder: Path) -> None:
+    """Write `checksums.json`, last and in one go: a folder without it, or not like it, is not whole."""
+    work = folder / "checksums.json.writing"
+    work.unlink(missing_ok=True)
+    work.write_text(json.dumps(checksums(folder), indent=2) + "\n")
+    work.replace(folder / "checksums.json")
+
+
+def why_unusable(folder: Path) -> str:
+    """Why a sealed folder must not be used, by its checksums; an empty string if it is whole."""
+    if not (folder / "checksums.json").exists():
+        return "its save was cut short"
+    try:
+        written, found = json.loads((folder / "checksums.json").read_bytes()), checksums(folder)
+        wrong = [name for name in written if written[name] != found.get(name)]
+    except (ValueError, TypeError):
+        return "checksums.json is damaged"
+    return ", ".join(f"{name} is {'damaged' if name in found else 'missing'}" for name in wrong)
+
+
+def last_good_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint; the ones passed over are named with the reason and removed.
+
+    They are of no use, and Trainer's own choice and its `save_total_limit` would count them.
+    """
+    for folder in checkpoints(run_dir):
+        if not (why := why_unusable(folder)):
+            return folder
+        print(f"{folder.name} is skipped and removed: {why}.")
+        shutil.rmtree(folder)
+    return None
+
+
+def remembered(folder: Path) -> dict[str, Any]:
+    """What `run.json` in a whole checkpoint or final model says; empty if the folder is not whole."""
+    return {} if why_unusable(folder) else json.loads((folder / "run.json").read_text())
+
+
+def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
+    """The folder to continue from, as `trainer.train(resume_from_checkpoint=…)` takes it, or None to begin.
+
+    Prints what it decided and why. The finished run itself comes back as `final_model`. Copies are fetched from
+    `backup_to` if nothing usable is here. Raises `UserError` if data or settings changed under an unfinished run.
+    """
+    now, run_dir, final = fingerprint(settings, trainer), settings.run_dir, settings.final_model
+    if settings.resume == "never":
+        return begin(run_dir, "resume = 'never'")
+    done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
+    if not done and not last:
+        fetch_backup(settings)
+        done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
+    if done == now:
+        return str(final)
+    if last is None:
+        return begin(run_dir, "there is no checkpoint")
+    was = remembered(last)["fingerprint"]
+    if was != now and settings.resume != "anyway":
+        names = [name for name in now | was if now.get(name) != was.get(name)]
+        changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
+        if was == done:
+            return begin(run_dir, f"the finished {settings.run_name} had other data or settings ({'; '.join(changed)})")
+        raise UserError(
+            listed(f"{last} is of an unfinished run with other data or settings:", changed)
+            + "\nEither choose a new run_name, to begin a run of its own; or put the old values back, to continue; or "
+            "set resume = 'anyway', to continue with the new ones."
+        )
+    trainer.args.eval_on_start = False  # its result is in the log already
+    os.utime(last)  # `save_total_limit` keeps the newest by time, and copies come back in any order
+    print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
+    return str(last)
+
+
+def begin(run_dir: Path, why: str) -> None:
+    """Clear the run's old checkpoints away, because a new run's would be mixed with them."""
+    for folder in checkpoints(run_dir):
+        shutil.rmtree(folder)
+    print(f"Starting at step 0: {why}.")
+
+
+def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
+    """What `trainer.train` would have returned, if `folder` holds the run's last step; else None.
+
+    The model gets the saved adapter and the trainer its log, so that all cells after training work as after it.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import TrainerState
+    from transformers.trainer_utils import TrainOutput
+
+    if folder is None:
+        return None
+    run, path = remembered(Path(folder)), Path(folder) / "trainer_state.json"
+    state = TrainerState(**(run.get("trainer_state") or json.loads(path.read_text())))
+    if "trainer_state" not in run and state.global_step < state.max_steps:
+        return None
+    set_peft_model_state_dict(trainer.model, load_file(f"{folder}/adapter_model.safetensors"))
+    trainer.state = state
+    print(f"This run is finished, and its adapter is loaded from {folder}: nothing is trained again.")
+    metrics = run.get("results", {}).get("training", {"train_runtime": 0.0})
+    return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
+
+
+def require_finite(model: PreTrainedModel) -> None:
+    """Raise `UserError` if any trained weight is NaN or infinite."""
+    broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"The adapter is not saved: {len(broken)} of its matrices hold NaN or infinity ({broken[0]}, …)."
+        )
+
+
+class KeepSafe:
+    """A callback's events: seal and copy checkpoints, stop at a non-finite loss or gradient, stop when asked.
+
+    `mark` is the run's fingerprint. `keep_safe` makes a `TrainerCallback` of it. With fp16 a gradient may overflow
+    now and then (the scaler skips that step), so there only the loss counts.
+    """
+
+    def __init__(self, settings: Settings, mark: Mapping[str, Any]):
+        self.settings, self.mark, self.asked = settings, mark, False
+
+    def ask(self, *_: Any) -> None:
+        """What SIGINT does: the first lets the step end, the second does not."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("Stopping after this step, with a checkpoint. Press again to stop at once, without.")
+
+    def diverged(self, what: str, step: int) -> None:
+        last = next((folder for folder in checkpoints(self.settings.run_dir) if not why_unusable(folder)), "none")
+        raise UserError(
+            f"Training stopped at step {step}: {what} is not finite. The last good checkpoint: {last}\n"
+            "Lower learning_rate (half is a good start) and run all again: with resume = 'anyway' it continues from "
+            "that checkpoint, with a new run_name it begins anew."
+        )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        import torch
+
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not torch.nn.utils.get_total_norm(grads).isfinite():
+            self.diverged("the gradient", state.global_step + 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                self.diverged(f"{name} ({logs[name]})", state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked and state.epoch % 1:  # stopped inside an epoch: its evaluation belongs to its end
+            control.should_save = control.should_evaluate = False
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        require_finite(model)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        (folder / "run.json").write_text(json.dumps({"fingerprint": self.mark, "versions": versions()}, indent=2))
+        seal(folder)
+        back_up(self.settings, folder)
+
+
+def keep_safe(settings: Settings, mark: Mapping[str, Any]) -> TrainerCallback:
+    """`KeepSafe` as the callback that the Trainer takes (transformers is there only after the set-up cell)."""
+    from transformers import TrainerCallback
+
+    return type("KeepSafeCallback", (KeepSafe, TrainerCallback), {})(settings, mark)
+
+
+@contextlib.contextmanager
+def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
+    """Inside, checkpoints are sealed and copied, and what can stop training does so in plain words.
+
+    The Stop button (SIGINT) lets the step end and saves a checkpoint; a second press stops at once. Raises
+    `UserError` after the Stop button, for a non-finite loss or gradient, and for a full disk.
+    """
+    callback = keep_safe(settings, fingerprint(settings, trainer))
+    trainer.add_callback(callback)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, callback.ask) if main else None
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        last = last_good_checkpoint(settings.run_dir)
+        raise UserError(
+            f"The disk is full: {settings.run_dir} could not be written to. Saved before: "
+            f"{last.name if last else 'nothing'}. Free some space, then run this cell again: it continues from there."
+        ) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+        trainer.remove_callback(callback)
+    if callback.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise UserError(
+            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, and saved. "
+            "Run this cell again to continue."
+        )
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that the disk is full; torch and safetensors say it in own words."""
+    told = ("No space left", "PytorchStreamWriter failed", "inline_container")
+    return any(
+        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(one) for text in told)
+        for one in chain(error)
+    )
+
+
+# -------- 11. Train: copies elsewhere -----------------------------------------------------
+
+
+def drive_folder(settings: Settings) -> Path:
+    """Where this run's copies are on Google Drive."""
+    return locate("/content/drive/MyDrive") / "qlora_checkpoints" / settings.run_name
+
+
+def replace_folder(work: Path, folder: Path) -> None:
+    """Put the finished `work` in the place of `folder`; killed in between, both are whole under their other names."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy under another name, and rename when all of it is there."""
+    work = target.with_name(target.name + ".writing")
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(source, work)
+    replace_folder(work, target)
+
+
+def superseded(names: Iterable[str], new: str) -> list[str]:
+    """The copies to remove once `new` is there: all but it and the one before it."""
+    steps = {name: int(name.split("-")[1]) for name in names if re.fullmatch(r"checkpoint-\d+", name)}
+    if new not in steps:
+        return []
+    before = max((name for name in steps if steps[name] < steps[new]), key=steps.get, default=None)
+    return [name for name in steps if name not in (new, before)]
+
+
+def back_up(settings: Settings, folder: Path) -> None:
+    """Copy a checkpoint or the final model to where `backup_to` says; a failure is told and costs nothing else."""
+    if settings.backup_to == "none":
+        return
+    try:
+        where = copy_to_drive(settings, folder) if settings.backup_to == "drive" else copy_to_hub(settings, folder)
+        print(f"{folder.name} is copied to {where}")
+    except Exception as error:
+        print(f"{folder.name} is NOT copied to {settings.backup_to} ({short(error)}). It is safe here: {folder}")
+
+
+def copy_to_drive(settings: Settings, folder: Path) -> Path:
+    """Copy to the run's folder on Drive; returns that."""
+    drive = drive_folder(settings)
+    if not drive.parent.parent.is_dir():
+        raise FileNotFoundError(f"Drive is not mounted at {drive.parent.parent}")
+    drive.mkdir(parents=True, exist_ok=True)
+    copy_folder(folder, drive / folder.name)
+    for name in superseded([path.name for path in checkpoints(drive)], folder.name):
+        shutil.rmtree(drive / name, ignore_errors=True)
+    return drive
+
+
+def backup_repo(settings: Settings, api: HfApi) -> str:
+    """The repository for copies. A branch is as public as its repository, so it is one of its own, always private."""
+    return hub_repo_id(settings, api.whoami()["name"]) + "-checkpoints"
+
+
+def copy_to_hub(settings: Settings, folder: Path) -> str:
+    """Add the folder and remove the superseded ones in one commit: no copy is ever half there. Returns the repository.
+
+    A checkpoint's optimizer and random states are pickles of torch, without which nothing resumes: they go to this
+    private repository alone, and are loaded with `weights_only`.
+    """
+    api = hub_api()
+    repo = with_retries(lambda: backup_repo(settings, api))
+    ensure_repo(api, repo, private=True)
+    there = {name.split("/")[0] for name in with_retries(lambda: api.list_repo_files(repo))} | {folder.name}
+    names = [*checksums(folder), "checksums.json"]
+    commit_folder(api, repo, folder, names, f"{folder.name}/", superseded(there, folder.name))
+    return f"{api.endpoint}/{repo}"
+
+
+def fetch_backup(settings: Settings) -> None:
+    """Bring the copies of this run back to a machine that has none; they are checked like all others afterwards.
+
+    Raises `UserError` if the Hub cannot say whether there are any: beginning anew could replace them.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if settings.backup_to == "drive":
+        copies = drive_folder(settings)
+        for folder in [*checkpoints(copies), *copies.glob("final_model")]:
+            copy_folder(folder, settings.run_dir / folder.name)
+    if settings.backup_to != "hub":
+        return
+    api = hub_api()
+    try:
+        repo = with_retries(lambda: backup_repo(settings, api))
+        names = [file.rfilename for file in with_retries(lambda: api.model_info(repo)).siblings]
+        for name in names:  # `snapshot_download` would take a Hub that does not answer for an empty repository
+            if re.match(r"checkpoint-\d+/|final_model/", name):
+                with_retries(functools.partial(api.hf_hub_download, repo, name, local_dir=settings.run_dir))
+    except RepositoryNotFoundError:
+        return
+    except Exception as error:
+        raise UserError(
+            f"The Hub cannot be asked for this run's checkpoints ({short(error)}). Run this cell again later; or set "
+            "backup_to = 'none', to begin without them."
+        ) from None
+
+
 # -------- 12. Curves ----------------------------------------------------------------------
 
 
@@ -2050,7 +2561,7 @@ def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10)
 # -------- 14. Save, back up, push ---------------------------------------------------------
 
 PUSHED_FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
-PUSHED_FILES += ["chat_template.jinja", "README.md", "run.json"]
+PUSHED_FILES += ["chat_template.jinja", "README.md", "run.json", "checksums.json"]
 
 
 def versions() -> dict[str, str]:
@@ -2059,24 +2570,31 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names}
 
 
-def manifest(settings: Settings, model: PreTrainedModel, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything needed to say later what this adapter is: settings, base revision, plan, scores, versions."""
+def manifest(settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything needed to say later what this adapter is: settings, base revision, data, plan, scores, versions.
+
+    `fingerprint` tells a later run whether this one is the same, and `trainer_state` has its log.
+    """
     import torch
 
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base_model": settings.base_model,
-        "base_revision": getattr(model.config, "_commit_hash", None),
+        "base_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "fingerprint": fingerprint(settings, trainer),
         "settings": settings.model_dump(),
         "plan": dataclasses.asdict(plan),
         "results": result,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions(),
+        "trainer_state": dataclasses.asdict(trainer.state),
     }
 
 
-def model_card(settings: Settings, result: Mapping[str, Any]) -> str:
-    """A short README for the adapter: what it is, how it was made, how it did, how to ask it."""
+def model_card(settings: Settings, run: Mapping[str, Any]) -> str:
+    """A short README for the adapter from its `manifest`: what it is, how it was made, how it did, how to ask it."""
+    result, stack = run["results"], ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    revision = f", revision {run['base_revision']}" if run["base_revision"] else ""
     base = "SmolLM2-135M-Instruct (embedded)" if settings.base_model == "embedded" else settings.base_model
     header = "" if is_local(settings.base_model) else f"base_model: {settings.base_model}\n"
     before, after = result["before"], result["after"]
@@ -2088,7 +2606,7 @@ tags: [lora, qlora, sft]
 
 # {settings.run_name}
 
-A LoRA adapter for {base}, trained with 4-bit NF4 (QLoRA).
+A LoRA adapter for {base}{revision}, trained with 4-bit NF4 (QLoRA) on {run["device"]}.
 
 | on {result["rows"]} held-out rows | before | after |
 |---|---|---|
@@ -2097,7 +2615,9 @@ A LoRA adapter for {base}, trained with 4-bit NF4 (QLoRA).
 | validation loss | {before["validation_loss"]:.3f} | {after["validation_loss"]:.3f} |
 
 r {settings.lora_r}, alpha {settings.lora_alpha}, learning rate {settings.learning_rate:g},
-{settings.effective_batch} examples a step. Settings, versions and hashes: `run.json`.
+{settings.effective_batch} examples a step, seed {settings.seed}. All settings, the plan and the log: `run.json`.
+Training rows (SHA-256 of their tokens): `{run["fingerprint"]["training rows"]}`.
+Made with {stack}.
 
 The tokenizer carries the prompt format as its chat template:
 
@@ -2118,48 +2638,139 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 def save_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, run: Mapping[str, Any]
-) -> Path:
+) -> Path | None:
     """Write adapter, tokenizer with chat template, card and manifest to `folder`; return a zip backup beside it.
 
     Everything is written under another name first and renamed at the end: `folder` is never half-written. An
-    earlier run's folder is replaced; its zip, which has the time in its name, stays.
+    earlier run's folder is replaced; its zip, which has the time in its name, stays. Raises `UserError`, with the
+    earlier folder as it was, if a weight is not finite or the disk is full; without room for the zip alone, returns
+    None.
     """
+    require_finite(model)
     work = folder.with_name(folder.name + ".writing")
     shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work)
-    tokenizer.chat_template = chat_template(tokenizer)
-    tokenizer.save_pretrained(work)
-    (work / "README.md").write_text(card)
-    (work / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    try:
+        model.save_pretrained(work)
+        tokenizer.chat_template = chat_template(tokenizer)
+        tokenizer.save_pretrained(work)
+        (work / "README.md").write_text(card)
+        (work / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+        seal(work)
+    except Exception as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if not disk_is_full(error):
+            raise
+        raise UserError(
+            f"The disk is full: {folder} could not be written. Nothing that was there is harmed, and the trained "
+            "adapter is in memory and in the last checkpoint. Free some space and run this cell again."
+        ) from None
+    replace_folder(work, folder)
+    return zip_folder(folder)
+
+
+def zip_folder(folder: Path) -> Path | None:
+    """A zip of `folder` beside it, named after the run and the time; None, and said, if the disk has no room."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    backup = Path(shutil.make_archive(str(folder.with_name(f"{folder.parent.name}-{stamp}")), "zip", work))
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
-    return backup
+    name, work = f"{folder.parent.name}-{stamp}.zip", folder.with_name(folder.name + ".zipping")
+    try:
+        made = Path(shutil.make_archive(str(work), "zip", folder))
+    except OSError as error:
+        work.with_name(work.name + ".zip").unlink(missing_ok=True)
+        print(f"No zip backup ({short(error)}). The adapter itself is saved: {folder}")
+        return None
+    return made.rename(folder.with_name(name))
+
+
+def short(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+
+
+RETRY_WAITS = (2, 5, 15, 30)  # seconds before each further try
+RETRY_SECONDS = 600  # after so long no further try is begun
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error of the Hub's client may be gone later: too many requests, a server's fault, no connection."""
+    if status := status_of(error):
+        return status in (408, 429) or status >= 500
+    clients = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return any(
+        type(one).__module__.split(".")[0] in clients or isinstance(one, (ConnectionError, TimeoutError))
+        for one in chain(error)
+    )
+
+
+def with_retries(call: Callable[[], Any]) -> Any:
+    """`call()`, tried again after `RETRY_WAITS` for errors that may pass; raises the last error, or any other at once.
+
+    huggingface_hub repeats some requests by itself, but neither the making of a repository nor a commit.
+    """
+    began = time.monotonic()
+    for wait in (*RETRY_WAITS, None):
+        try:
+            return call()
+        except Exception as error:
+            if wait is None or not passes(error) or time.monotonic() - began > RETRY_SECONDS:
+                raise
+            print(f"The Hub: {short(error)}. Trying again in {wait} s.")
+        time.sleep(wait)
+    return None
+
+
+def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
+    """Make `repo` if it is not there; raises `UserError` if it is there and public where `private` is wanted."""
+    with_retries(lambda: api.create_repo(repo, private=private, exist_ok=True))
+    if private and not with_retries(lambda: api.model_info(repo)).private:
+        raise UserError(f"{repo} exists and is public, and hub_private is True: choose another hub_repo")
+
+
+def commit_folder(
+    api: HfApi, repo: str, folder: Path, names: Iterable[str], prefix: str = "", remove: Iterable[str] = ()
+) -> None:
+    """Upload the named files of `folder` under `prefix`, and remove the folders in `remove`, as one commit.
+
+    By plain HTTP: Xet's client has retries of its own that no time limit of ours reaches (huggingface_hub 2.4 with
+    hf_xet 1.8 had not given up after ten minutes without its server).
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+
+    def commit() -> None:
+        add = [CommitOperationAdd(prefix + name, str(folder / name)) for name in names]
+        delete = [CommitOperationDelete(f"{name}/", is_folder=True) for name in remove]
+        api.create_commit(repo, [*add, *delete], commit_message=f"Add {folder.name}")
+
+    usual, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        with_retries(commit)
+    finally:
+        constants.HF_HUB_DISABLE_XET = usual
 
 
 def push_adapter(settings: Settings, token: str | None) -> str | None:
     """Upload the saved adapter to its repository, private unless set otherwise; return its address.
 
-    Only `PUSHED_FILES` go. A failure costs nothing that was trained: it is told with the folder's path and the
-    line that pushes later, and None is returned.
+    Only `PUSHED_FILES` go, and only whole. A failure costs nothing that was trained: it is told with the folder's
+    path and the line that pushes later, and None is returned.
     """
-    from huggingface_hub import HfApi
-
+    folder, repo = settings.final_model, hub_repo_id(settings, "you")
     if not settings.push_to_hub:
-        print(f"push_to_hub is off. The adapter is in {settings.final_model}")
+        print(f"push_to_hub is off. The adapter is in {folder}")
         return None
-    repo = hub_repo_id(settings, "you")
     try:
-        api = HfApi(token=token)
-        repo = hub_repo_id(settings, api.whoami()["name"])
-        api.create_repo(repo, private=settings.hub_private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=settings.final_model, allow_patterns=PUSHED_FILES)
+        if why := why_unusable(folder):
+            raise UserError(f"{folder} is not whole ({why}): run the cell that saves it again")
+        api = hub_api(token)
+        repo = hub_repo_id(settings, with_retries(api.whoami)["name"])
+        ensure_repo(api, repo, settings.hub_private)
+        names = [path.name for path in folder.iterdir()]
+        commit_folder(api, repo, folder, [n for n in names if any(fnmatch.fnmatch(n, p) for p in PUSHED_FILES)])
     except Exception as error:
+        private = " --private" * settings.hub_private
         print(
-            f"Not pushed: {type(error).__name__}: {str(error).splitlines()[0]}\n"
-            f"Nothing is lost: the adapter is in {settings.final_model}. To push it later:\n"
-            f"  hf upload {repo} {settings.final_model} --private"
+            f"Not pushed: {short(error)}\n"
+            f"Nothing is lost: the adapter is in {folder}. To push it later:\n"
+            f"  hf upload {repo} {folder} .{private} --exclude '*.bin'"
         )
         return None
     return f"{api.endpoint}/{repo}"

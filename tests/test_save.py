@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import types
 import zipfile
 
+import datasets
 import pytest
 import torch
 from hub import Hub
@@ -36,8 +38,10 @@ def saved(tmp_path_factory, settings, smollm_path, smollm_tokenizer):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-    run = qlora.manifest(cfg, model, PLAN, RESULT)
-    backup = qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, qlora.model_card(cfg, RESULT), run)
+    data = datasets.Dataset.from_list([qlora.encode_example(smollm_tokenizer, "Hello", "Hi")])
+    trainer = types.SimpleNamespace(model=model, train_dataset=data, state=transformers.TrainerState(global_step=5))
+    run = qlora.manifest(cfg, trainer, PLAN, RESULT)
+    backup = qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, qlora.model_card(cfg, run), run)
     return cfg, model, backup
 
 
@@ -100,44 +104,43 @@ def call(function: str, cfg: qlora.Settings) -> str:
     return f"import qlora_helpers as q\nprint(q.{function}(q.Settings(**{cfg.model_dump()!r}), {TOKEN!r}))"
 
 
-def test_the_push_is_private_and_sends_the_allowed_files_alone(saved):
-    cfg = saved[0]
-    (cfg.final_model / "training_args.bin").write_bytes(TOKEN.encode())
-    with Hub() as hub:
-        shown = in_fresh_process(call("push_adapter", cfg), hub)
-    created = hub.repos["ada/save-test"]  # huggingface_hub 2 says it in other words
-    assert created.get("private") is True or created.get("visibility") == "private"
-    expected = {path.name for path in cfg.final_model.iterdir()} - {"training_args.bin"}
-    assert set(hub.files) - {".gitattributes"} == expected >= {"adapter_model.safetensors", "README.md", "run.json"}
-    assert hub.files["adapter_model.safetensors"] == (cfg.final_model / "adapter_model.safetensors").read_bytes()
-    assert f"{hub.url}/ada/save-test" in shown
-    assert TOKEN not in shown and not any(TOKEN.encode() in content for content in hub.files.values())
+def test_a_weight_that_is_not_finite_is_not_saved(saved, smollm_tokenizer):
+    cfg, model, _ = saved
+    weight, before = next(p for p in model.parameters() if p.requires_grad), qlora.checksums(cfg.final_model)
+    kept = weight.data[0, 0].clone()
+    weight.data[0, 0] = float("inf")
+    with pytest.raises(qlora.UserError, match="The adapter is not saved: 1 of its matrices hold NaN or infinity"):
+        qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, "", {})
+    weight.data[0, 0] = kept
+    assert qlora.checksums(cfg.final_model) == before
 
 
-@pytest.mark.parametrize("refuse", ["/preupload/", "/commit/"])
-def test_a_failed_push_costs_nothing_and_says_how_to_push_later(saved, refuse):
-    cfg = saved[0]
-    with Hub() as hub:
-        hub.refuse[refuse] = (403,)
-        shown = in_fresh_process(call("push_adapter", cfg), hub)
-    assert "Nothing is lost" in shown and f"hf upload ada/save-test {cfg.final_model} --private" in shown
-    assert (cfg.final_model / "adapter_model.safetensors").exists()
-    assert TOKEN not in shown
+FINE = {"role": "fineGrained", "fineGrained": {"scoped": []}}
+SCOPED = {"entity": {"type": "user", "name": "ada"}, "permissions": ["repo.content.read", "repo.write"]}
+WRITES = {"role": "fineGrained", "fineGrained": {"scoped": [SCOPED]}}
 
 
 @pytest.mark.parametrize(
-    ("role", "refuse", "line"),
+    ("user", "target", "refuse", "line"),
     [
-        ("write", {}, "('✓', 'will push to ada/mistral-qlora (private) as ada')"),
-        ("read", {}, "this token can only read"),
-        ("write", {"whoami": (401,)}, "the Hub refuses this token"),
-        ("write", {"whoami": (503,)}, "pushing will be tried after training"),
+        ({}, "", {}, "('✓', 'will push to ada/mistral-qlora, a new repository (private)')"),
+        ({}, "ada/mine", {}, "('!', 'will push to ada/mine, which exists (private): its files are replaced')"),
+        ({}, "ada/open", {}, "('✗', 'ada/open exists and is PUBLIC: choose another hub_repo"),
+        ({}, "lab/x", {}, "('✗', \"hub_repo = 'lab/x': ada may not write to lab"),
+        ({"orgs": [{"name": "lab", "roleInOrg": "read"}]}, "lab/x", {}, "('✗', \"hub_repo = 'lab/x': ada may not"),
+        ({"orgs": [{"name": "lab", "roleInOrg": "write"}]}, "lab/x", {}, "('✓', 'will push to lab/x, a new"),
+        ({"auth": {"accessToken": {"role": "read"}}}, "", {}, "('✗', 'this token can only read"),
+        ({"auth": {"accessToken": FINE}}, "", {}, "('!', \"this fine-grained token does not list write access to ada"),
+        ({"auth": {"accessToken": WRITES}}, "", {}, "('✓', 'will push to ada/mistral-qlora"),
+        ({}, "", {"whoami": (401,)}, "('✗', 'the Hub refuses this token"),
+        ({}, "", {"whoami": (503,)}, "('?', 'the Hub answered 503: pushing will be tried after training"),
     ],
 )
-def test_the_token_is_tried_before_training(settings, role, refuse, line):
-    with Hub(role) as hub:
+def test_token_and_target_are_tried_before_training(settings, user, target, refuse, line):
+    with Hub(user=user) as hub:
+        hub.repos |= {"ada/mine": {"private": True}, "ada/open": {"private": False}}
         hub.refuse = refuse
-        assert line in in_fresh_process(call("check_push", settings()), hub)
+        assert line in in_fresh_process(call("check_push", settings(hub_repo=target)), hub)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +159,37 @@ def test_the_base_model_is_asked_for_before_it_is_downloaded(settings, refuse, l
 
 
 def test_preflight_tells_every_failure_at_once(settings, tmp_path, capsys):
-    cfg = settings(base_model=str(tmp_path), output_dir=str(tmp_path))
+    cfg = settings(base_model=str(tmp_path), output_dir=str(tmp_path), backup_to="drive")
     cfg.final_model.mkdir(parents=True)
-    with pytest.raises(qlora.UserError, match="there is no token"):
+    with pytest.raises(qlora.UserError, match="there is no token") as error:
         qlora.preflight(cfg, None)
     shown = capsys.readouterr().out
     assert "! a run named mistral-qlora is finished already" in shown
     assert "✗ push_to_hub is on but there is no token" in shown
+    assert "✗ backup_to = 'drive', but there is no " in shown and "backup_to = 'drive'" in str(error.value)
     assert "✓ base model" in shown
+
+
+def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    os.truncate(weights, 3 * 2**40)  # a sparse file: 3 TB, more than this machine has
+    lines = list(qlora.check_room(settings(base_model=str(weights.parent), merge=True), None))
+    assert [mark for mark, _ in lines] == ["✗", "✗"]
+    assert "merged model 3072.0; base model 3072.0, on disk)" in lines[0][1]
+    assert "the merge holds 3072.0 GB: set merge = False" in lines[1][1]
+    lines = list(qlora.check_room(settings(base_model="embedded"), None))
+    assert [mark for mark, _ in lines] == ["✓"] and "download 0.3, checkpoints 0.2" in lines[0][1]
+
+
+def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings, tmp_path):
+    files = {"model-1.safetensors": b"x" * 2**20, "consolidated.safetensors": b"x" * 2**21, "config.json": b"{}"}
+    cfg = settings(model_cache=str(tmp_path))
+    with Hub() as hub:
+        hub.repos[cfg.base_model], hub.files[cfg.base_model] = {"private": False}, files
+        (blobs := tmp_path / "models--mistralai--Mistral-7B-Instruct-v0.3" / "blobs").mkdir(parents=True)
+        (blobs / "half").write_bytes(b"x" * 2**19)
+        assert in_fresh_process(call("base_model_gb", cfg), hub).strip() == str((2**-10, 2**-11, "as the Hub says"))
+        hub.refuse["/api/models/"] = (500,)
+        assert "(14.5, 14.49951171875, 'taking it for a 7B model" in in_fresh_process(call("base_model_gb", cfg), hub)

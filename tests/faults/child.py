@@ -1,0 +1,221 @@
+"""The notebook's own cells, run in a process that a test can kill, stop or starve.
+
+A fork server imports the libraries once; each run is then a fresh process of two or three seconds. The model is a tiny
+one of a real architecture with random weights, in real NF4, with SmolLM2's real tokenizer.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import qlora_helpers as qlora
+
+ROOT = Path(__file__).parents[2]
+SKIPPED = ("## 1.", "## 5.", "## 15.", "## 16.")  # set-up, memory, merge, use
+
+
+def make_model(folder: Path) -> None:
+    """Two layers, hidden size 64, SmolLM2's tokenizer: random weights, always the same."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    settings = {"base_model": "embedded", "model_cache": str(ROOT / "content" / "model_cache")}
+    smollm = qlora.base_model_path(qlora.Settings(**defaults() | settings))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def cells() -> list[tuple[str, str]]:
+    """Heading and source of every code cell."""
+    heading, found = "", []
+    for cell in json.loads((ROOT / "finetune_mistral.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            found.append((heading, source))
+        elif source.startswith("## "):
+            heading = source.splitlines()[0]
+    return found
+
+
+def defaults() -> dict:
+    """The hyperparameter cell's values."""
+    values: dict = {}
+    exec(next(source for heading, source in cells() if heading.startswith("## 2.")), values)
+    return {name: value for name, value in values.items() if not name.startswith("__")}
+
+
+def run_all(settings: dict, again: str = "") -> dict:
+    """Run the cells from settings to push; a cell under the heading `again` is run once more after a `UserError`."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    transformers.set_seed(1)  # a new notebook kernel has no such luck; the Trainer sets its own seed for training
+    names = {"qlora": qlora, "datasets": datasets, "peft": peft, "transformers": transformers, "trl": trl}
+    for heading, source in cells():
+        if heading.startswith(SKIPPED):
+            continue
+        if "@param" in source:
+            source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
+        try:
+            exec(compile(source, heading, "exec"), names)
+        except qlora.UserError as error:
+            if not again or not heading.startswith(again):
+                raise
+            print(f"UserError: {error}", flush=True)
+            exec(compile(source, heading, "exec"), names)
+    return names
+
+
+# -------- faults --------------------------------------------------------------------------
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_micro_batch(number: int, act) -> None:
+    """Call `act(model)` after the backward pass of the given micro-batch of training, counted from 1."""
+    from transformers import Trainer
+
+    original, seen = Trainer.training_step, [0]
+
+    def training_step(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        seen[0] += 1
+        if seen[0] == number:
+            act(model)
+        return loss
+
+    Trainer.training_step = training_step
+
+
+def kill_at(micro_batch: int) -> None:
+    """SIGKILL in the middle of a step."""
+    at_micro_batch(micro_batch, lambda model: kill())
+
+
+def kill_at_step(step: int) -> None:
+    """SIGKILL when so many steps are done, however they are cut into micro-batches; before anything is saved."""
+    from transformers import Trainer
+
+    original = Trainer._maybe_log_save_evaluate
+
+    def after_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            kill()
+        return original(self, *args, **kwargs)
+
+    Trainer._maybe_log_save_evaluate = after_step
+
+
+def stop_at(micro_batch: int) -> None:
+    """The Stop button in the middle of a step."""
+    at_micro_batch(micro_batch, lambda model: os.kill(os.getpid(), signal.SIGINT))
+
+
+def nan_at(micro_batch: int) -> None:
+    """One weight of the adapter becomes NaN."""
+
+    def plant(model):
+        next(p for n, p in model.named_parameters() if "lora_B" in n).data[0, 0] = float("nan")
+
+    at_micro_batch(micro_batch, plant)
+
+
+def kill_in_save(step: int, files: int) -> None:
+    """SIGKILL as soon as the checkpoint of `step` has so many files, whole or not; 0: when its folder is made."""
+    from transformers import Trainer
+
+    original = Trainer._save_checkpoint
+
+    def save(self, *args, **kwargs):
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+
+        def watch(frame, event, arg):
+            if folder.is_dir() and len(os.listdir(folder)) >= files:  # noqa: PTH208 (this runs at every call)
+                kill()
+
+        if self.state.global_step == step:
+            sys.setprofile(watch)
+        return original(self, *args, **kwargs)
+
+    Trainer._save_checkpoint = save
+
+
+def fill_up(disk: str, leave: int) -> None:
+    """Write a file that leaves so many bytes free."""
+    stat = os.statvfs(disk)
+    (Path(disk) / "ballast").write_bytes(bytes(stat.f_bavail * stat.f_frsize - leave))
+
+
+def full_at(micro_batch: int, disk: str, leave: int) -> None:
+    """The disk fills up in training."""
+    at_micro_batch(micro_batch, lambda model: fill_up(disk, leave))
+
+
+def full_at_the_end(disk: str, leave: int) -> None:
+    """The disk fills up before the final save."""
+    original = qlora.save_adapter
+
+    def save_adapter(*args):
+        fill_up(disk, leave)
+        return original(*args)
+
+    qlora.save_adapter = save_adapter
+
+
+FAULTS = {
+    fault.__name__: fault for fault in (kill_at, kill_at_step, stop_at, nan_at, kill_in_save, full_at, full_at_the_end)
+}
+
+
+def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
+    """What a process does: everything it prints goes to `log`; exit code 1 for an error."""
+    os.environ.update(environment)
+    os.chdir(Path(log).parent)  # `/content` is a folder of the working directory
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+    from huggingface_hub import constants
+
+    if endpoint := os.environ.get("HF_ENDPOINT"):  # the fork server read it when it imported
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
+    torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
+    if fault:
+        FAULTS[fault[0]](*fault[1:])
+    code = 0
+    try:
+        run_all(settings, again)
+    except qlora.UserError as error:
+        print(f"UserError: {error}")
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def run(settings: dict, log: Path, fault: tuple = (), environment: dict | None = None, again: str = "") -> tuple:
+    """One process from start to end: its exit code (-9 if killed) and what it printed."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=main, args=(settings, str(log), fault, environment or {}, again))
+    process.start()
+    process.join(300)
+    return process.exitcode, log.read_text(errors="replace")

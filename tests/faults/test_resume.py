@@ -1,0 +1,281 @@
+"""Killed, damaged, stopped, starved or moved to another machine: the run goes on and ends as if nothing had happened.
+
+Each run is the notebook's own cells in a process of its own (`child.py`); what must be equal are the adapter's bytes
+and every logged loss.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import child
+import pytest
+from conftest import result_of
+
+import qlora_helpers as qlora
+
+KILLED = -9
+
+
+def run(tiny, folder, *fault, again="", **changes):
+    folder.mkdir(exist_ok=True)
+    return child.run(tiny(folder, **changes), folder / "log", fault, again=again)
+
+
+def outputs(folder: Path) -> Path:
+    return folder / "outputs" / "faults"
+
+
+@pytest.fixture(scope="module")
+def half(tiny, tmp_path_factory):
+    """A run killed in the second step of its second epoch: one whole checkpoint, of step 2."""
+    folder = tmp_path_factory.mktemp("half")
+    code, shown = run(tiny, folder, "kill_at", 7)
+    assert code == KILLED, shown
+    assert [path.name for path in qlora.checkpoints(outputs(folder))] == ["checkpoint-2"]
+    return folder
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7], ids=["first step", "second epoch"])
+def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, micro_batch):
+    if micro_batch == 1:
+        assert run(tiny, tmp_path, "kill_at", 1)[0] == KILLED
+    else:
+        shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    code, shown = run(tiny, tmp_path)
+    assert code == 0, shown
+    begun = "Starting at step 0: there is no checkpoint." if micro_batch == 1 else "Continuing from checkpoint-2."
+    assert begun in shown
+    assert result_of(tmp_path) == undisturbed[0]
+
+
+def test_killed_at_each_file_of_a_save(tiny, tmp_path, undisturbed, half):
+    files = sorted(path.name for path in (outputs(half) / "checkpoint-2").iterdir())
+
+    def kill_and_continue(number):
+        folder = tmp_path / str(number)
+        shutil.copytree(half, folder)
+        code, shown = run(tiny, folder, "kill_in_save", 4, number)
+        assert code == KILLED, shown
+        left = {path.name for path in (outputs(folder) / "checkpoint-4").iterdir()}
+        code, shown = run(tiny, folder)
+        assert code == 0, shown
+        assert "Continuing from checkpoint-2." in shown
+        assert "checkpoint-4 is skipped and removed: its save was cut short." in shown
+        assert result_of(folder) == undisturbed[0]
+        shutil.rmtree(folder)
+        return left
+
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(kill_and_continue, range(len(files) + 1)))
+    assert seen[0] == set() and [len(left) for left in seen] == sorted(len(left) for left in seen)
+    assert {*files} - set.union(*seen) == {"checksums.json"}  # once that is there, the checkpoint is whole
+    assert "checksums.json.writing" in seen[-1]
+
+
+@pytest.fixture
+def looked_for(settings, undisturbed, tmp_path):
+    """Two whole checkpoints, and what `last_good_checkpoint` says about them."""
+    for path in qlora.checkpoints(outputs(undisturbed[1])):
+        shutil.copytree(path, tmp_path / path.name)
+    return tmp_path
+
+
+def missing(file: Path):
+    file.unlink()
+
+
+def truncated(file: Path):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def zeroed_tail(file: Path):
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
+def garbage(file: Path):
+    file.write_bytes(os.urandom(file.stat().st_size))
+
+
+FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+FILES += ["trainer_state.json", "run.json", "checksums.json", "README.md", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("damage", [missing, truncated, zeroed_tail, garbage])
+def test_damage_to_any_file_is_seen_and_the_older_checkpoint_is_used(looked_for, damage, capsys):
+    names = sorted(path.name for path in (looked_for / "checkpoint-6").iterdir())
+    assert set(FILES) <= set(names)
+    for name in names:
+        whole = looked_for.parent / "whole"
+        shutil.copytree(looked_for / "checkpoint-6", whole)
+        damage(looked_for / "checkpoint-6" / name)
+        assert qlora.last_good_checkpoint(looked_for) == looked_for / "checkpoint-4", name
+        shown = capsys.readouterr().out
+        assert shown.startswith("checkpoint-6 is skipped and removed: ") and shown.count("\n") == 1
+        assert name in shown or (name, damage) == ("checksums.json", missing)
+        whole.rename(looked_for / "checkpoint-6")
+    assert qlora.last_good_checkpoint(looked_for) == looked_for / "checkpoint-6"
+
+
+def test_a_damaged_optimizer_does_not_change_the_result(tiny, tmp_path, undisturbed):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(outputs(tmp_path) / "final_model")
+    zeroed_tail(outputs(tmp_path) / "checkpoint-6" / "optimizer.pt")
+    code, shown = run(tiny, tmp_path)
+    assert code == 0, shown
+    assert "checkpoint-6 is skipped and removed: optimizer.pt is damaged." in shown
+    assert "Continuing from checkpoint-4." in shown
+    assert result_of(tmp_path) == undisturbed[0]
+
+
+@pytest.mark.parametrize("kept", ["final_model", "checkpoint-6"])
+def test_a_finished_run_is_not_trained_again(tiny, tmp_path, undisturbed, kept):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    for path in [*qlora.checkpoints(outputs(tmp_path)), outputs(tmp_path) / "final_model"]:
+        if path.name != kept:
+            shutil.rmtree(path)
+    code, shown = run(tiny, tmp_path, "kill_at", 1)
+    assert code == 0, shown
+    assert f"its adapter is loaded from {outputs(tmp_path) / kept}: nothing is trained again" in shown
+    assert result_of(tmp_path) == undisturbed[0]
+    assert (outputs(tmp_path) / "curves.png").exists()
+
+
+def test_changed_settings_stop_with_a_choice_and_anyway_goes_on(tiny, tmp_path, half):
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    before = qlora.checksums(outputs(tmp_path) / "checkpoint-2")
+    code, shown = run(tiny, tmp_path, learning_rate=1e-3, lora_dropout=0.0)
+    assert code == 2
+    assert "unfinished run with other data or settings:" in shown
+    assert "learning_rate was 0.003, is 0.001" in shown and "lora_dropout was 0.05, is 0.0" in shown
+    assert "Either choose a new run_name" in shown and "resume = 'anyway'" in shown and "Traceback" not in shown
+    assert qlora.checksums(outputs(tmp_path) / "checkpoint-2") == before
+    code, shown = run(tiny, tmp_path, learning_rate=1e-3, resume="anyway")
+    assert code == 0 and "Continuing from checkpoint-2 with changed data or settings." in shown
+
+
+def test_changed_rows_stop_and_a_finished_run_gives_way(tiny, tmp_path, undisturbed):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    rows = [json.dumps({"prompt": f"{n}?", "completion": "yes"}) for n in range(6)]
+    (tmp_path / "other.jsonl").write_text("\n".join(rows))
+    other = {"data_files": str(tmp_path / "other.jsonl"), "epochs": 1}
+    shutil.move(outputs(tmp_path) / "final_model", tmp_path / "away")
+    assert run(tiny, tmp_path, **other)[0] == 2
+    shutil.move(tmp_path / "away", outputs(tmp_path) / "final_model")
+    code, shown = run(tiny, tmp_path, **other)
+    assert code == 0, shown
+    assert "Starting at step 0: the finished faults had other data or settings (" in shown
+    assert len(list(outputs(tmp_path).glob("*.zip"))) == 2
+
+
+def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_path):
+    code, shown = run(tiny, tmp_path, "nan_at", 3)  # in the second step, two micro-batches each
+    assert code == 2
+    assert "Training stopped at step 2: the gradient is not finite. The last good checkpoint: none" in shown
+    assert not list(outputs(tmp_path).glob("checkpoint-*")) and not (outputs(tmp_path) / "final_model").exists()
+    code, shown = run(tiny, tmp_path, "nan_at", 7)
+    assert (
+        f"Training stopped at step 4: the gradient is not finite. The last good checkpoint: {outputs(tmp_path)}"
+        in shown
+    )
+    assert "checkpoint-2" in shown and "resume = 'anyway'" in shown
+
+
+@pytest.mark.parametrize("micro_batch", [5, 8], ids=["inside an epoch", "at its end"])
+def test_the_stop_button_keeps_the_work_and_the_cell_continues(tiny, tmp_path, undisturbed, micro_batch):
+    code, shown = run(tiny, tmp_path, "stop_at", micro_batch, again="## 11.")
+    assert code == 0, shown
+    step = (micro_batch + 1) // 2
+    assert f"UserError: Stopped at step {step} of 6, and saved. Run this cell again to continue." in shown
+    assert f"Continuing from checkpoint-{step}." in shown
+    assert result_of(tmp_path) == undisturbed[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system with room for little, and how to fill it up."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", disk], capture_output=True).returncode:
+        pytest.skip("this system does not let us mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
+    shutil.copytree(half / "outputs", small_disk / "outputs")
+    before = qlora.checksums(outputs(small_disk) / "checkpoint-2")
+    # A checkpoint's tokenizer alone has 3.5 MB.
+    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at", 1, str(small_disk), 1_000_000))
+    assert code == 2, shown
+    assert f"The disk is full: {outputs(small_disk)} could not be written to. Saved before: checkpoint-2." in shown
+    assert qlora.checksums(outputs(small_disk) / "checkpoint-2") == before
+    assert [path.name for path in qlora.checkpoints(outputs(small_disk))] == ["checkpoint-2"]
+    (small_disk / "ballast").unlink()
+    code, shown = child.run(tiny(small_disk), tmp_path / "log")
+    assert code == 0, shown
+    assert result_of(small_disk) == undisturbed[0]
+
+
+@pytest.mark.parametrize("where", ["final_model", "the zip"])
+def test_disk_full_at_the_end(tiny, small_disk, tmp_path, undisturbed, where):
+    shutil.copytree(undisturbed[1] / "outputs", small_disk / "outputs")
+    final = outputs(small_disk) / "final_model"
+    before, size = qlora.checksums(final), sum(path.stat().st_size for path in final.iterdir())
+    if where == "the zip":
+        shutil.rmtree(final)
+    leave = 1_000_000 if where == "final_model" else size + 300_000
+    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at_the_end", str(small_disk), leave))
+    if where == "final_model":
+        assert code == 2, shown
+        assert f"The disk is full: {final} could not be written. Nothing that was there is harmed" in shown
+        assert qlora.checksums(final) == before
+    else:
+        assert code == 0, shown
+        assert "No zip backup (OSError: [Errno 28] No space left on device" in shown
+    assert not qlora.why_unusable(final)
+    assert {path.name for path in final.parent.iterdir() if "writing" in path.name or "zipping" in path.name} == set()
+    (small_disk / "ballast").unlink()
+    code, shown = child.run(tiny(small_disk), tmp_path / "log")
+    assert code == 0, shown
+    assert result_of(small_disk) == undisturbed[0]
+
+
+def test_disk_full_at_the_copy(settings, small_disk, tmp_path, undisturbed, monkeypatch, capsys):
+    monkeypatch.setattr(qlora, "locate", lambda path: small_disk / "MyDrive")
+    (small_disk / "MyDrive").mkdir()
+    cfg = settings(backup_to="drive", run_name="faults")
+    first, second = reversed(qlora.checkpoints(outputs(undisturbed[1])))
+    qlora.back_up(cfg, first)
+    before = qlora.checksums(qlora.drive_folder(cfg) / first.name)
+    child.fill_up(small_disk, 1_000_000)
+    qlora.back_up(cfg, second)
+    assert f"{second.name} is NOT copied to drive (" in (shown := capsys.readouterr().out) and "No space left" in shown
+    assert qlora.checksums(qlora.drive_folder(cfg) / first.name) == before
+    assert [path.name for path in qlora.checkpoints(qlora.drive_folder(cfg))] == [first.name]
+    (small_disk / "ballast").unlink()
+    qlora.back_up(cfg, second)
+    assert not qlora.why_unusable(qlora.drive_folder(cfg) / second.name)
+
+
+def test_the_machine_replaced_continues_from_drive(tiny, tmp_path, undisturbed):
+    home = tmp_path / "content" / "drive" / "MyDrive"  # outside Colab /content is a folder of the working directory
+    home.mkdir(parents=True)
+    settings = tiny(tmp_path, backup_to="drive")
+    code, shown = child.run(settings, tmp_path / "log", ("kill_at", 11))
+    assert code == KILLED, shown
+    copies = home / "qlora_checkpoints" / "faults"
+    assert {path.name for path in copies.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    shutil.rmtree(tmp_path / "outputs")
+    code, shown = child.run(settings, tmp_path / "log")
+    assert code == 0, shown
+    assert "Continuing from checkpoint-4." in shown
+    assert result_of(tmp_path) == undisturbed[0]
+    assert {path.name for path in copies.iterdir()} == {"checkpoint-4", "checkpoint-6", "final_model"}
+    shutil.rmtree(tmp_path / "outputs")
+    code, shown = child.run(settings, tmp_path / "log", ("kill_at", 1))
+    assert code == 0 and "nothing is trained again" in shown
