@@ -1557,7 +1557,7 @@ def merge_adapter(
         (work / "README.md").write_text(card)
         shutil.copy(settings.final_model / "run.json", work)
         if not check_merge(model, tokenizer, work, rows, settings.max_new_tokens):
-            raise UserError(f"The merge is not what was trained, and is deleted. Use the adapter: {settings.final_model}")
+            raise UserError(f"The merge is not what was trained; it is deleted. The adapter: {settings.final_model}")
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     finally:
