@@ -8,6 +8,7 @@ imported where they are used, because the set-up cell imports this module before
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import errno
@@ -23,6 +24,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -40,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -209,6 +211,13 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     memory_limit_gb: float = Field(ge=0)
     bf16: bool | Literal["auto"]
     seed: int = Field(ge=0)
+    keep_best: bool
+    early_stopping_patience: int = Field(ge=0)
+    use_rslora: bool
+    use_dora: bool
+    neftune_noise_alpha: float = Field(ge=0, allow_inf_nan=False)
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"]
     sample_rows: int = Field(ge=1)
     max_new_tokens: int = Field(ge=1)
     push_to_hub: bool
@@ -234,6 +243,11 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
             ]
             raise UserError(listed("Please mend the hyperparameter cell and run it again:", lines)) from None
         resolve_precision(settings.bf16)
+        if settings.report_to in ("wandb", "trackio") and importlib.util.find_spec(settings.report_to) is None:
+            raise UserError(
+                f"report_to = {settings.report_to!r} needs a package that is not here. Run this in a cell of its own:\n"
+                f"  %pip install {settings.report_to}"
+            )
         return settings
 
     @property
@@ -1317,64 +1331,6 @@ def mend_cpu_gradients(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-# -------- 9. What it answers now ----------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One generated answer: its text without the end marker, and whether the model stopped by itself (EOS)."""
-
-    text: str
-    stopped: bool
-
-
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    batch_size: int = 16,
-) -> list[Answer]:
-    """Greedy answers, in the order of `prompts`, generated in left-padded batches of similar length."""
-    import torch
-    from tqdm.auto import tqdm
-
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    answers: dict[int, Answer] = {}
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
-            chosen = order[start : start + batch_size]
-            new = _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens)
-            answers |= {i: read_answer(tokenizer, out) for i, out in zip(chosen, new, strict=True)}
-    model.train(was_training)
-    return [answers[i] for i in range(len(ids))]
-
-
-def _generate(model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """New ids for each prompt of one batch, padded on the left."""
-    import torch
-
-    width, eos = max(map(len, batch)), tokenizer.eos_token_id
-    padded = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
-    out = model.generate(input_ids=padded, attention_mask=mask, **greedy, **ends)
-    return out[:, width:].tolist()
-
-
-def read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
-    """The answer in generated ids: up to EOS, without the end marker and the space in front."""
-    stopped = tokenizer.eos_token_id in ids
-    if stopped:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text.removesuffix(END_MARKER).rstrip(), stopped)
-
-
 # -------- 8. LoRA: the same arithmetic with fewer, larger kernels ---------------------------
 
 try:  # the set-up cell imports this module before torch is there to subclass
@@ -1582,6 +1538,123 @@ def has_liger() -> bool:
     import torch
 
     return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+
+
+# -------- 9. What it answers now ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One generated answer: its text without the end marker, and whether the model stopped by itself (EOS)."""
+
+    text: str
+    stopped: bool
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within it: no dropout, no gradients. After it the model is in the mode that it was in."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Row numbers in order of length, cut so that a batch has at most `tokens` tokens once padded, or one row."""
+    found: list[list[int]] = [[]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if found[-1] and (len(found[-1]) + 1) * lengths[row] > tokens:
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def cache_tokens(model: PreTrainedModel) -> int:
+    """How many tokens' keys and values a third of the free memory holds; the rest is for the pass itself."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return int(free_memory_size() * 2**30 / 3 / token)
+
+
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers, in the order of `prompts`, generated in left-padded batches as large as memory allows."""
+    from tqdm.auto import tqdm
+
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers: dict[int, Answer] = {}
+    with evaluating(model):
+        cut = batches([len(row) + max_new_tokens for row in ids], cache_tokens(model))
+        for chosen in tqdm(cut, desc="Answering", leave=False):
+            new = _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens)
+            answers |= {i: read_answer(tokenizer, out) for i, out in zip(chosen, new, strict=True)}
+    return [answers[i] for i in range(len(ids))]
+
+
+def _generate(model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """New ids for each prompt of one batch, padded on the left."""
+    import torch
+
+    width, eos = max(map(len, batch)), tokenizer.eos_token_id
+    padded = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
+    out = model.generate(input_ids=padded, attention_mask=mask, **greedy, **ends)
+    return out[:, width:].tolist()
+
+
+def read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
+    """The answer in generated ids: up to EOS, without the end marker and the space in front."""
+    stopped = tokenizer.eos_token_id in ids
+    if stopped:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text.removesuffix(END_MARKER).rstrip(), stopped)
+
+
+def trained_logits(
+    model: PreTrainedModel, examples: Iterable[Mapping[str, list[int]]], tokens: int = 4096
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits `[n, vocabulary]` in fp32 for the n trained tokens of each example, and those tokens' ids `[n]`.
+
+    `examples` are `encode_rows`'. They come in order of length, in batches of at most `tokens` padded tokens.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in examples]
+    with evaluating(model):
+        for chosen in batches([len(ids) for ids, _ in rows], tokens):
+            ids = pad_sequence([rows[i][0] for i in chosen], batch_first=True).to(model.device)
+            mask = pad_sequence([torch.ones_like(rows[i][0]) for i in chosen], batch_first=True).to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for i, row in zip(chosen, logits, strict=True):
+                labels = rows[i][1][1:]
+                trained = labels.ne(-100).nonzero().flatten()
+                yield row[trained.to(row.device)].float(), labels[trained].to(row.device)
+
+
+def validation_loss(model: PreTrainedModel, examples: Iterable[Mapping[str, list[int]]]) -> float:
+    """Mean loss in nats over all trained tokens of `examples`; its exponential is the perplexity.
+
+    Every token counts the same, so it does not depend on how rows are batched, as the Trainer's `eval_loss` does.
+    """
+    from torch.nn.functional import cross_entropy
+
+    total, count = 0.0, 0
+    for logits, ids in trained_logits(model, examples):
+        total, count = total + cross_entropy(logits, ids, reduction="sum").item(), count + len(ids)
+    return total / count
 
 
 # -------- 10. Plan ------------------------------------------------------------------------
@@ -2098,17 +2171,10 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
 # -------- 11. Train: checkpoints ----------------------------------------------------------
 
 # Settings that do not change what is trained: where things are, what happens afterwards, and how a step is cut.
-NOT_TRAINING = {"run_name", "data_files", "validation_fraction", "max_length", "batch_size", "gradient_accumulation"}
-NOT_TRAINING |= {
-    "gradient_checkpointing",
-    "memory_limit_gb",
-    "bf16",
-    "sample_rows",
-    "max_new_tokens",
-    "push_to_hub",
-    "hub_repo",
-}
-NOT_TRAINING |= {"hub_private", "resume", "backup_to", "merge", "model_cache", "output_dir", "merged_dir"}
+NOT_TRAINING = {"run_name", "data_files", "validation_fraction", "max_length", "on_bad_rows", "too_long", "batch_size"}
+NOT_TRAINING |= {"gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "bf16", "sample_rows"}
+NOT_TRAINING |= {"max_new_tokens", "report_to", "push_to_hub", "hub_repo", "hub_private", "resume", "backup_to"}
+NOT_TRAINING |= {"merge", "model_cache", "output_dir", "merged_dir"}
 
 
 def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
@@ -2475,25 +2541,77 @@ def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], 
     return [step for step, _ in found], [value for _, value in found]
 
 
+def log_speed(trainer: Any) -> None:
+    """Add `tokens_per_second` to what the trainer logs; call it before training.
+
+    Only the steps are timed, not evaluation or saving. The callback stands first, so that TensorBoard sees the number.
+    """
+    from transformers import TrainerCallback
+
+    class Speed(TrainerCallback):
+        began = seconds = tokens = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds += time.perf_counter() - self.began
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "num_tokens" in logs and self.seconds:
+                speed = {"tokens_per_second": (logs["num_tokens"] - self.tokens) / self.seconds}
+                self.tokens, self.seconds = logs["num_tokens"], 0.0
+                logs.update(speed)
+                state.log_history[-1].update(speed)
+
+    trainer.callback_handler.callbacks.insert(0, Speed())
+
+
+def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
+    """One or two sentences: which epoch had the lowest validation loss, whether it overfitted, what is kept."""
+    start = next((entry["eval_loss"] for entry in log if "eval_loss" in entry and not entry["step"]), math.inf)
+    found = [(entry["eval_loss"], entry["epoch"]) for entry in log if "eval_loss" in entry and entry["step"]]
+    if not found:
+        return "No validation loss was measured."
+    (best, epoch), (last, end) = min(found), found[-1]
+    if best > start:
+        return f"Nothing was learned: validation loss never fell below {start:.3f}. Lower learning_rate."
+    if epoch == end:
+        return f"Validation loss was lowest at the end: {best:.3f} after epoch {end:.3g}, which is kept."
+    kept = f"epoch {epoch:.3g} is kept" if keep_best else f"epoch {end:.3g} is kept, because keep_best is off"
+    return f"Overfitting: validation loss rose after epoch {epoch:.3g}, from {best:.3f} to {last:.3f}; {kept}."
+
+
 def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> Image:
-    """Training and validation loss, and the learning rate, over steps: a PNG at `path`, returned to be shown."""
+    """Losses, learning rate, gradient norm and tokens a second over steps: a PNG at `path`, returned to be shown.
+
+    The training loss is drawn as logged and smoothed (exponential moving average, weight 0.3 on the newest value).
+    """
     from IPython.display import Image
     from matplotlib.figure import Figure
+    from pandas import Series
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    loss, rate = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)
-    loss.plot(*history(log, "loss"), label="training", color="#4c78a8")
-    loss.plot(*history(log, "eval_loss"), "o-", label="validation", color="#f58518")
-    loss.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
-    loss.legend()
-    rate.plot(*history(log, "learning_rate"), color="#54a24b")
-    rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    for axes in (loss, rate):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    side = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens a second"}
+    axes = figure.subplot_mosaic([["loss", name] for name in side], width_ratios=[2, 1], sharex=True)
+    steps, losses = history(log, "loss")
+    axes["loss"].plot(steps, losses, color="#4c78a8", alpha=0.3, label="training")
+    smooth = Series(losses, dtype=float).ewm(alpha=0.3).mean()
+    axes["loss"].plot(steps, smooth, color="#4c78a8", label="training, smoothed")
+    axes["loss"].plot(*history(log, "eval_loss"), "o-", color="#f58518", label="validation")
+    axes["loss"].set(ylabel="loss (nats a token)", xlabel="step")
+    axes["loss"].legend()
+    for name, label in side.items():
+        axes[name].plot(*history(log, name), color="#54a24b")
+        axes[name].set_ylabel(label)
+    axes["tokens_per_second"].set_xlabel("step")
+    for each in axes.values():
+        each.set_ylim(0, None)
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=144)
-    return Image(filename=str(path), width=900)
+    return Image(filename=str(path), width=1000)
 
 
 # -------- 13. Before and after ------------------------------------------------------------
@@ -2515,29 +2633,60 @@ def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answ
     )
 
 
-def scores(table: DataFrame, log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Share of exact answers and of answers that stopped (0 to 1), and validation loss, before and after."""
-    losses = history(log, "eval_loss")[1]
+# How the scores are named and printed wherever they are shown.
+SCORES = {
+    "exact_match": ("exact answers", ".0%"),
+    "f1": ("words in common (F1)", ".0%"),
+    "stopped": ("stopped by itself", ".0%"),
+    "validation_loss": ("validation loss (nats a token)", ".3f"),
+    "perplexity": ("perplexity", ".4g"),
+}
+
+
+def words_in_common(answer: str, reference: str) -> float:
+    """F1 of an answer's words against the reference's, 0 to 1, as SQuAD scores answers (without its normalisation).
+
+    https://arxiv.org/abs/1606.05250, section 6.1.
+    """
+    ours, theirs = Counter(answer.split()), Counter(reference.split())
+    common = (ours & theirs).total()
+    return 2 * common / (ours.total() + theirs.total()) if common else 0.0
+
+
+def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers of `SCORES`, under `"before"` and `"after"`; `losses` holds `validation_loss` of each."""
     result: dict[str, Any] = {"rows": len(table)}
-    for when, loss in (("before", losses[:1]), ("after", losses[-1:])):
+    for when in ("before", "after"):
+        pairs = list(zip(table[when], table["reference"], strict=True))
         result[when] = {
-            "exact_match": float((table[when] == table["reference"]).mean()),
+            "exact_match": sum(answer == wanted for answer, wanted in pairs) / len(pairs),
+            "f1": sum(words_in_common(answer, wanted) for answer, wanted in pairs) / len(pairs),
             "stopped": float(table[f"stopped_{when}"].mean()),
-            "validation_loss": loss[0] if loss else None,
+            "validation_loss": losses[when],
+            "perplexity": math.exp(min(losses[when], 700)),
         }
     return result
 
 
+def score_lines(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Name, before and after of every score in `result`, as text."""
+    return [
+        {"score": name} | {when: format(result[when][key], form) for when in ("before", "after")}
+        for key, (name, form) in SCORES.items()
+        if key in result["after"]
+    ]
+
+
 def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10) -> Any:
     """The first rows of `compare` as a styled table, exact answers in green, the scores in its caption."""
-    before, after = result["before"], result["after"]
-    caption = (
-        f"{result['rows']} held-out rows · exact {before['exact_match']:.0%} → {after['exact_match']:.0%}"
-        f" · stopped by itself {before['stopped']:.0%} → {after['stopped']:.0%}"
-        f" · validation loss {before['validation_loss']:.3f} → {after['validation_loss']:.3f}"
-    )
+    from html import escape
+
+    lines = ("{score} {before} → {after}".format(**line) for line in score_lines(result))
+    caption = " · ".join([f"{result['rows']} held-out rows", *lines])
     shown = table[["prompt", "reference", "before", "after"]].head(rows)
     shown = shown.map(lambda text: text if len(text) <= 300 else text[:299] + "…")
+    stopped = table[["stopped_before", "stopped_after"]].head(rows).map(lambda itself: "yes" if itself else "no")
+    shown["stopped by itself"] = stopped["stopped_before"] + " → " + stopped["stopped_after"]
     exact = (table["after"] == table["reference"]).head(rows)
 
     def green(column: Any) -> list[str]:
@@ -2553,7 +2702,7 @@ def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10)
         .format(escape="html")
         .set_properties(**left)
         .apply(green, subset=["after"])
-        .set_caption(caption)
+        .set_caption(escape(caption))
         .set_table_styles(head)
     )
 
@@ -2561,7 +2710,8 @@ def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10)
 # -------- 14. Save, back up, push ---------------------------------------------------------
 
 PUSHED_FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
-PUSHED_FILES += ["chat_template.jinja", "README.md", "run.json", "checksums.json"]
+PUSHED_FILES += ["chat_template.jinja", "README.md", "run.json", "checksums.json", "generation_config.json"]
+PUSHED_FILES += ["Modelfile"]
 
 
 def versions() -> dict[str, str]:
@@ -2591,49 +2741,107 @@ def manifest(settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, 
     }
 
 
-def model_card(settings: Settings, run: Mapping[str, Any]) -> str:
-    """A short README for the adapter from its `manifest`: what it is, how it was made, how it did, how to ask it."""
+def model_card(settings: Settings, run: Mapping[str, Any], merged: bool = False) -> str:
+    """A README for the adapter or the merged model, from its `manifest`: what it is, how it did, how to ask it."""
     result, stack = run["results"], ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     revision = f", revision {run['base_revision']}" if run["base_revision"] else ""
+    local = is_local(settings.base_model)
     base = "SmolLM2-135M-Instruct (embedded)" if settings.base_model == "embedded" else settings.base_model
-    header = "" if is_local(settings.base_model) else f"base_model: {settings.base_model}\n"
-    before, after = result["before"], result["after"]
+    header = "" if local else f"base_model: {settings.base_model}\n"
+    table = "\n".join("| {score} | {before} | {after} |".format(**line) for line in score_lines(result))
+    if merged:
+        what, library = f"{base} with a LoRA adapter merged into it", "transformers"
+        model_class = "AutoModelForCausalLM"
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        serve = "vllm serve . --tokenizer-mode hf"
+    else:
+        what, library = f"A LoRA adapter for {base}", "peft"
+        model_class = "AutoPeftModelForCausalLM"
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        serve = (
+            f"vllm serve {'path/to/base' if local else settings.base_model} --tokenizer . --tokenizer-mode hf \\\n"
+            f"  --enable-lora --max-lora-rank {settings.lora_r} --lora-modules tuned=. \\\n"
+            "  --chat-template chat_template.jinja"
+        )
     return f"""---
-{header}library_name: peft
+{header}library_name: {library}
 pipeline_tag: text-generation
 tags: [lora, qlora, sft]
 ---
 
 # {settings.run_name}
 
-A LoRA adapter for {base}{revision}, trained with 4-bit NF4 (QLoRA) on {run["device"]}.
+{what}{revision}, trained with 4-bit NF4 (QLoRA) on {run["device"]}.
 
 | on {result["rows"]} held-out rows | before | after |
 |---|---|---|
-| exact answers | {before["exact_match"]:.0%} | {after["exact_match"]:.0%} |
-| stopped by itself | {before["stopped"]:.0%} | {after["stopped"]:.0%} |
-| validation loss | {before["validation_loss"]:.3f} | {after["validation_loss"]:.3f} |
+{table}
 
 r {settings.lora_r}, alpha {settings.lora_alpha}, learning rate {settings.learning_rate:g},
 {settings.effective_batch} examples a step, seed {settings.seed}. All settings, the plan and the log: `run.json`.
 Training rows (SHA-256 of their tokens): `{run["fingerprint"]["training rows"]}`.
 Made with {stack}.
 
-The tokenizer carries the prompt format as its chat template:
+The tokenizer carries the prompt format as its chat template, so it can be asked like any chat model:
 
 ```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+{imports}
 
-name = "…"  # this repository or folder
-model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")
+name = "."  # this repository or folder
+model = {model_class}.from_pretrained(name, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(name)
 messages = [{{"role": "user", "content": "…"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs.to(model.device), max_new_tokens=256)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+output = model.generate(**inputs.to(model.device), max_new_tokens={settings.max_new_tokens}, do_sample=False)
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+print(answer.strip().removesuffix("{END_MARKER}").rstrip())
 ```
+
+**vLLM**, in this folder (its chat endpoint adds no second BOS; EOS ends an answer, and `"stop": ["{END_MARKER}"]` in a
+request leaves out the marker before it):
+
+```
+{serve}
+```
+
+**Ollama:** `ollama create {settings.run_name} -f Modelfile`, in this folder.
 """
+
+
+def modelfile(tokenizer: PreTrainedTokenizerBase, base: str | None) -> str:
+    """An Ollama Modelfile with the prompt format; for an adapter with its `base` model, None for a merged model.
+
+    No BOS is written: Ollama's runner adds it where the model wants it.
+    https://github.com/ollama/ollama/blob/main/docs/modelfile.md
+    """
+    (before, asked), (space, ended) = PROMPT_TEMPLATE.split("{prompt}"), COMPLETION_TEMPLATE.split("{completion}")
+    note = "" if base is None or Path(base).is_dir() else f"# First: hf download {base} --local-dir base\n"
+    source = "FROM ." if base is None else f"FROM {base if Path(base).is_dir() else './base'}\nADAPTER ."
+    assistant = f'{{{{ if eq .Role "assistant" }}}}{space}{{{{ .Content }}}}{ended}{tokenizer.eos_token}'
+    user = f"{{{{ else }}}}{before}{{{{ .Content }}}}{asked}{{{{ end }}}}"
+    return f'''{note}{source}
+TEMPLATE """{{{{ range .Messages }}}}{assistant}{user}{{{{ end }}}}"""
+PARAMETER stop "{END_MARKER}"
+PARAMETER stop "{tokenizer.eos_token}"
+PARAMETER temperature 0
+'''
+
+
+def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str | None) -> None:
+    """Write what other programs need beside the weights: tokenizer with chat template, generation config, Modelfile.
+
+    `base` as in `modelfile`. No stop strings in the generation config: `generate` refuses them without a tokenizer,
+    and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know PreTrainedTokenizerFast.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer.chat_template = chat_template(tokenizer)
+    tokenizer.save_pretrained(folder)
+    if json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend":
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False).save_pretrained(folder)
+    (folder / "Modelfile").write_text(modelfile(tokenizer, base))
 
 
 def save_adapter(
@@ -2651,8 +2859,7 @@ def save_adapter(
     shutil.rmtree(work, ignore_errors=True)
     try:
         model.save_pretrained(work)
-        tokenizer.chat_template = chat_template(tokenizer)
-        tokenizer.save_pretrained(work)
+        write_for_others(work, tokenizer, model.peft_config["default"].base_model_name_or_path)
         (work / "README.md").write_text(card)
         (work / "run.json").write_text(json.dumps(run, indent=2) + "\n")
         seal(work)
@@ -2776,21 +2983,227 @@ def push_adapter(settings: Settings, token: str | None) -> str | None:
     return f"{api.endpoint}/{repo}"
 
 
+# -------- 14. Run report ------------------------------------------------------------------
+
+
+def write_report(settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict], **data: Any) -> Path:
+    """Write the whole run to its folder: `run.json`, and `report.html`, one page that needs no other file.
+
+    `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is told as it is. The hashes
+    (SHA-256) are of the data files and of the saved adapter.
+    """
+    files = [Path(name) for name in sorted(glob.glob(str(locate(settings.data_files)), recursive=True))]
+    files += [settings.final_model / "adapter_model.safetensors"]
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()}
+    run = {**run, "data": data, "sha256": hashes}
+    answers = {"log": log, "answers": table.to_dict("records")}
+    (settings.run_dir / "run.json").write_text(json.dumps(run | answers, indent=1, ensure_ascii=False) + "\n")
+    page = settings.run_dir / "report.html"
+    page.write_text(report_page(settings, run, table, log))
+    return page
+
+
+REPORT_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { margin-bottom: 0 } h2 { margin-top: 1.6em; border-bottom: 1px solid #ddd } img { max-width: 100% }
+table { border-collapse: collapse; width: 100%; font-size: 13px } caption { display: none }
+td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; text-align: left; vertical-align: top;
+         overflow-wrap: anywhere; font-weight: normal } thead th, tbody th { font-weight: 600 }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 3em }
+@media (max-width: 700px) { .pair { display: block } }
+"""
+
+
+def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict]) -> str:
+    """The report as HTML: scores, curves, answers, then all that made them. Texts from data are escaped."""
+    from base64 import b64encode
+    from html import escape
+
+    from pandas import DataFrame, Series
+
+    def lines(values: Mapping[str, Any]) -> str:
+        return Series({name: str(value) for name, value in values.items()}).to_frame().to_html(header=False)
+
+    result, curves = run["results"], b64encode((settings.run_dir / "curves.png").read_bytes()).decode()
+    made = {name: value for name, value in run.items() if not isinstance(value, dict)}
+    settings_now = list(run["settings"].items())
+    half = (len(settings_now) + 1) // 2
+    parts = {
+        f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(index=False),
+        "Curves": f"<p>{escape(what_it_learned(log, settings.keep_best))}</p>"
+        f'<img alt="losses, learning rate, gradient norm, speed" src="data:image/png;base64,{curves}">',
+        "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
+        "Settings": f'<div class="pair">{lines(dict(settings_now[:half]))}{lines(dict(settings_now[half:]))}</div>',
+        "Plan": lines(run["plan"]),
+        "Data": lines(run["data"]),
+        "Made with": f'<div class="pair">{lines(made)}{lines(run["versions"])}</div>',
+        "SHA-256": lines(run["sha256"]),
+    }
+    body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items())
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{settings.run_name}</title>\n'
+        f"<style>{REPORT_STYLE}</style>\n<h1>{settings.run_name}</h1>\n"
+        f"<p>{escape(settings.base_model)}, {run['created'][:16].replace('T', ' ')} UTC</p>\n{body}\n</html>\n"
+    )
+
+
+def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
+    """What differs between two runs' folders in settings, data, plan, results and versions: one line each."""
+    from pandas import concat, json_normalize
+
+    columns = []
+    for folder in map(Path, (first, second)):
+        run = json.loads((folder / "run.json").read_text())
+        kept = {name: value for name, value in run.items() if name not in ("log", "answers", "created")}
+        columns.append(json_normalize(kept).iloc[0].rename(folder.name))
+    both = concat(columns, axis=1)
+    return both[both.iloc[:, 0].astype(str) != both.iloc[:, 1].astype(str)]
+
+
 # -------- 15. Merge -----------------------------------------------------------------------
 
 
-def merge_adapter(settings: Settings, base: str, dtype: torch.dtype) -> Path:
-    """Merge the saved adapter into the unquantised base and save a whole model to `merged_dir`.
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight of base and adapter in one, under the base model's names, one at a time, on the model's device.
 
-    `base` is what `base_model_path` returned. The model is held in main memory, in `dtype`.
+    4-bit weights are dequantised: the adapter was trained against these, not against the weights that they were made
+    from. On the embedded model, validation loss was 0.760 with the adapter, 0.760 merged so, and 1.100 merged into the
+    16-bit weights (`tests/bench/merge.py`). Tied weights come once.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import bitsandbytes.functional
 
+    base = model.get_base_model()
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight = parameter.detach()
+        if hasattr(parameter, "quant_state"):
+            weight = bitsandbytes.functional.dequantize_4bit(weight, parameter.quant_state)
+        if name.endswith(".base_layer.weight"):
+            weight = with_delta(base.get_submodule(name.removesuffix(".base_layer.weight")), weight.float())
+        yield name.replace(".base_layer", ""), weight
+
+
+def with_delta(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's base weight with its adapter added, computed by peft (DoRA and rsLoRA too) in fp32."""
+    import torch
+
+    with torch.no_grad():
+        if variant := layer.lora_variant.get("default"):
+            return variant.merge_safe(layer, "default", weight)
+        return weight + layer.get_delta_weight("default").to(weight.device, torch.float32)
+
+
+def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype, shard: int) -> None:
+    """Write weights in `dtype` as safetensors of about `shard` bytes each, with their index; holds one at a time."""
+    from safetensors.torch import save_file
+
+    files, waiting, size = [], {}, 0
+
+    def flush() -> None:
+        save_file(waiting, folder / f"{len(files)}.part", {"format": "pt"})
+        files.append(list(waiting))
+        waiting.clear()
+
+    for name, weight in weights:
+        if waiting and sum(w.nbytes for w in waiting.values()) + weight.numel() * dtype.itemsize > shard:
+            flush()
+        waiting[name] = weight.to("cpu", dtype).contiguous()
+        size += waiting[name].nbytes
+    flush()
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    for i, name in enumerate(names):
+        (folder / f"{i}.part").rename(folder / name)
+    index = {weight: name for name, held in zip(names, files, strict=True) for weight in held}
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text + "\n")
+
+
+def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """config.json without quantisation, with RoPE's settings both as transformers 4.57 and as 5 read them."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    config.save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    rope = saved.get("rope_parameters") or {"rope_type": "default", "rope_theta": saved.get("rope_theta")}
+    rope |= saved.get("rope_scaling") or {}
+    extra = {key: value for key, value in rope.items() if key != "rope_theta"}
+    both = {"rope_parameters": rope, "rope_theta": rope["rope_theta"]} if rope.get("rope_theta") else {}
+    if both and extra["rope_type"] != "default":
+        both["rope_scaling"] = extra
+    name = str(dtype).removeprefix("torch.")
+    edit_json(folder / "config.json", dtype=name, torch_dtype=name, **both)
+
+
+# A merge may differ by this share of what training changed, or by what rounding to 16 bits does to logits. Half of
+# alpha differs by 0.5, the embedded model's merge in bf16 by 0.009.
+MERGE_LIMIT, MERGE_NOISE = 0.2, 0.1
+
+
+def check_merge(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Sequence[dict], max_new_tokens: int
+) -> bool:
+    """Whether the merged model in `folder` says over `rows` what `model` (adapter on base) says; prints the figures.
+
+    Logits at the trained positions, each less its mean, are compared by root mean square: merged against adapter, and
+    adapter against base for scale. Greedy answers are told, not judged: in 16 bits a near tie may go the other way.
+    What does not fit on the GPU is offloaded.
+    """
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    examples = [encode_example(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+
+    def logits(asked: PreTrainedModel) -> torch.Tensor:
+        found = torch.cat([each.cpu() for each, _ in trained_logits(asked, examples)])
+        return found - found.mean(dim=-1, keepdim=True)
+
+    tuned, texts = logits(model), generate_answers(model, tokenizer, prompts, max_new_tokens)
+    with model.disable_adapter():
+        effect = (tuned - logits(model)).square().mean().sqrt().item()
+    gc.collect()
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as offload:
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", offload_folder=offload)
+        merged, answers = logits(whole), generate_answers(whole, tokenizer, prompts, max_new_tokens)
+    difference = (merged - tuned).square().mean().sqrt().item()
+    print(
+        f"Merged against adapter: logits differ by {difference:.4f}; training changed them by {effect:.4f}."
+        f" Same likeliest token {(merged.argmax(-1) == tuned.argmax(-1)).float().mean():.1%},"
+        f" same answer {sum(map(operator.eq, answers, texts))} of {len(texts)}."
+    )
+    return difference <= max(MERGE_LIMIT * effect, MERGE_NOISE)
+
+
+def merge_adapter(
+    settings: Settings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    card: str,
+) -> Path:
+    """Write adapter and base as one model to `merged_dir`, check it on `rows`, and keep it only if it passes.
+
+    It is made from `model` (adapter on the 4-bit base) as it is in memory, in its compute type; main memory holds one
+    shard of 2 GB. Raises `UserError` if the check fails.
+    """
     folder = locate(settings.merged_dir)
-    options = {"dtype": dtype, "device_map": {"": "cpu"}, "cache_dir": settings.cache_dir}
-    whole = AutoModelForCausalLM.from_pretrained(base, **options)
-    merged = PeftModel.from_pretrained(whole, settings.final_model).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(folder, max_shard_size="4GB")
-    AutoTokenizer.from_pretrained(settings.final_model).save_pretrained(folder)
+    work = folder.with_name(folder.name + ".checking")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        write_shards(merged_weights(model), work, model.dtype, 2 * 2**30)
+        write_config(model, work, model.dtype)
+        write_for_others(work, tokenizer, None)
+        (work / "README.md").write_text(card)
+        shutil.copy(settings.final_model / "run.json", work)
+        if not check_merge(model, tokenizer, work, rows, settings.max_new_tokens):
+            raise UserError(f"The merge is not what was trained; it is deleted. The adapter: {settings.final_model}")
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return folder

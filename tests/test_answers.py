@@ -1,6 +1,10 @@
 """Sections 9 and 13: answers, and how they are scored."""
 
+import re
+
 import pytest
+import torch
+from tiny import tiny_base, tiny_tuned
 
 import qlora_helpers as qlora
 
@@ -41,22 +45,86 @@ ROWS = [{"prompt": f"p{i}", "completion": f" c{i} "} for i in range(4)]
 BEFORE = [qlora.Answer("no", False)] * 4
 AFTER = [qlora.Answer("c0", True), qlora.Answer("c1", True), qlora.Answer("C2", True), qlora.Answer("c3", False)]
 LOG = [{"step": 0, "eval_loss": 6.0}, {"step": 5, "loss": 3.0}, {"step": 5, "eval_loss": 1.25}]
+LOSSES = {"before": 6.0, "after": 1.25}
 
 
 def test_scores_count_exact_answers_and_those_that_stopped():
-    result = qlora.scores(qlora.compare(ROWS, BEFORE, AFTER), LOG)
+    result = qlora.scores(qlora.compare(ROWS, BEFORE, AFTER), LOSSES)
     assert result["rows"] == 4
-    assert result["before"] == {"exact_match": 0.0, "stopped": 0.0, "validation_loss": 6.0}
-    assert result["after"] == {"exact_match": 0.75, "stopped": 0.75, "validation_loss": 1.25}
+    before = {"exact_match": 0.0, "f1": 0.0, "stopped": 0.0, "validation_loss": 6.0}
+    after = {"exact_match": 0.75, "f1": 0.75, "stopped": 0.75, "validation_loss": 1.25}
+    assert result["before"] == before | {"perplexity": pytest.approx(403.43, abs=0.01)}
+    assert result["after"] == after | {"perplexity": pytest.approx(3.4903, abs=1e-4)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [("a b", "a b", 1), ("b a", "a b", 1), ("a", "a b", 2 / 3), ("a a a", "a b", 0.4), ("", "a", 0), ("c", "a b", 0)],
+)
+def test_words_in_common_are_counted_as_squad_does(answer, reference, f1):
+    assert qlora.words_in_common(answer, reference) == pytest.approx(f1)
 
 
 def test_the_table_shows_the_scores_and_keeps_html_out():
     table = qlora.compare(
-        [{"prompt": "<b>x</b>", "completion": "y"}], [qlora.Answer("a", True)], [qlora.Answer("y", True)]
+        [{"prompt": "<b>x</b>", "completion": "y"}], [qlora.Answer("a", False)], [qlora.Answer("y", True)]
     )
-    html = qlora.show_comparison(table, qlora.scores(table, LOG)).to_html()
-    assert "1 held-out rows · exact 0% → 100%" in html and "validation loss 6.000 → 1.250" in html
+    html = qlora.show_comparison(table, qlora.scores(table, LOSSES)).to_html()
+    assert "1 held-out rows · exact answers 0% → 100%" in html and "6.000 → 1.250" in html and "no → yes" in html
     assert "&lt;b&gt;x" in html and "<b>x" not in html
+
+
+def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batched(tmp_path, mistral_tokenizer):
+    model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
+    rows = [{"prompt": f"p{i}", "completion": "word " * (1 + 5 * i)} for i in range(4)]
+    examples = qlora.encode_rows(rows, mistral_tokenizer, 512)
+    with torch.no_grad():  # transformers' own loss is a row's mean over its trained tokens
+        alone = [(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item(), row) for row in examples]
+    counts = [sum(label != -100 for label in row["labels"]) for row in examples]
+    mean = sum(loss * n for (loss, _), n in zip(alone, counts, strict=True)) / sum(counts)
+    assert qlora.validation_loss(model, examples) == pytest.approx(mean, rel=1e-5)
+    one_by_one = [ids.tolist() for _, ids in qlora.trained_logits(model, examples, tokens=1)]
+    assert one_by_one == [[i for i in row["labels"] if i != -100] for row in examples]
+    with model.disable_adapter():
+        assert abs(qlora.validation_loss(model, examples) - mean) > 0.1
+    assert not model.training
+
+
+def test_batches_hold_rows_of_like_length_and_no_more_tokens_than_asked_for():
+    assert qlora.batches([5, 1, 4, 2, 9], 8) == [[1, 3], [2], [0], [4]]
+    assert qlora.batches([3, 3], 6) == [[0, 1]] and qlora.batches([3, 3], 5) == [[0], [1]]
+
+
+def test_answers_are_batched_by_the_memory_that_is_free(tmp_path, mistral_tokenizer, monkeypatch):
+    model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
+    token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, fp32
+    monkeypatch.setattr(qlora, "free_memory_size", lambda: 3 * 1000 * token / 2**30)
+    assert qlora.cache_tokens(model) in (999, 1000)
+    seen = []
+    monkeypatch.setattr(qlora, "_generate", lambda m, t, batch, new: seen.append(len(batch)) or [[2]] * len(batch))
+    qlora.generate_answers(model, mistral_tokenizer, ["Hi"] * 25, 90)  # 10 + 90 tokens each
+    assert sum(seen) == 25 and max(seen) in (9, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"report_to": "wandb"}, "report_to = 'wandb' needs a package.*%pip install wandb"),
+        ({"target_modules": []}, "target_modules = "),
+        ({"early_stopping_patience": -1}, "early_stopping_patience = -1"),
+    ],
+)
+def test_a_mistaken_option_is_told_early(settings, change, words):
+    with pytest.raises(qlora.UserError, match=re.compile(words, re.S)):
+        settings(**change)
+
+
+def test_the_options_are_off_by_default(settings):
+    cfg = settings(target_modules="all-linear")
+    assert cfg.target_modules == "all-linear" and settings().target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert cfg.keep_best and not (
+        cfg.use_rslora or cfg.use_dora or cfg.neftune_noise_alpha or cfg.early_stopping_patience
+    )
 
 
 def test_curves_are_a_picture_of_the_log(tmp_path):

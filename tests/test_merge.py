@@ -1,0 +1,148 @@
+"""Section 15: adapter and base become one model, which is checked, and which both transformers majors load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from tiny import tiny_base, tiny_tuned
+
+import qlora_helpers as qlora
+
+ROOT = Path(__file__).parents[1]
+ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(4)]
+# Every stack that is installed here; the one that runs this test always is.
+PYTHONS = sorted({sys.executable} | {str(path) for path in ROOT.glob(".venv/*/bin/python")})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, mistral_tokenizer):
+    return tiny_base(tmp_path_factory.mktemp("base"), mistral_tokenizer)
+
+
+@pytest.fixture
+def cfg(settings, base, tmp_path):
+    """Settings whose run has a finished adapter's folder."""
+    cfg = settings(base_model=base, output_dir=str(tmp_path), merged_dir=str(tmp_path / "merged"), max_new_tokens=4)
+    cfg.final_model.mkdir(parents=True)
+    (cfg.final_model / "run.json").write_text("{}")
+    return cfg
+
+
+def logits(model, tokenizer):
+    examples = qlora.encode_rows(ROWS, tokenizer, 512)
+    return torch.cat([each for each, _ in qlora.trained_logits(model, examples)])
+
+
+@pytest.mark.parametrize(
+    ("lora", "model"),
+    [
+        ({}, {}),
+        ({"use_rslora": True, "target_modules": "all-linear"}, {}),
+        ({"use_dora": True}, {}),
+        ({}, {"tie_word_embeddings": True}),
+    ],
+)
+def test_the_merge_is_the_adapter_on_the_4_bit_base(cfg, tmp_path, mistral_tokenizer, base, lora, model, capsys):
+    where = tiny_base(tmp_path / "tied", mistral_tokenizer, **model) if model else base
+    tuned = tiny_tuned(where, **lora)
+    folder = qlora.merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
+    assert folder == tmp_path / "merged" and "same answer 4 of 4" in capsys.readouterr().out
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert torch.allclose(logits(merged, mistral_tokenizer), logits(tuned, mistral_tokenizer), atol=1e-3)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", "run.json", "Modelfile"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".part", ".pt"))]
+
+
+WRONG = {
+    "base": lambda base, other: tiny_tuned(other),
+    "adapter": lambda base, other: tiny_tuned(base, seed=1),
+    "half of alpha": lambda base, other: halved(tiny_tuned(base)),
+    "no adapter": lambda base, other: halved(tiny_tuned(base), 0),
+}
+
+
+def halved(model, factor=0.5):
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= factor
+    return model
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(cfg, base, tmp_path, mistral_tokenizer, wrong, monkeypatch):
+    other = tiny_base(tmp_path / "other", mistral_tokenizer, seed=1) if wrong == "base" else ""
+    source, merged_weights = WRONG[wrong](base, other), qlora.merged_weights
+    monkeypatch.setattr(qlora, "merged_weights", lambda _: merged_weights(source))
+    earlier = tmp_path / "merged" / "earlier"
+    earlier.mkdir(parents=True)
+    with pytest.raises(qlora.UserError, match="is not what was trained"):
+        qlora.merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
+    assert [path.name for path in tmp_path.glob("merged*")] == ["merged"] and earlier.exists()
+
+
+def test_a_merge_that_dies_leaves_nothing_half_made(cfg, base, tmp_path, mistral_tokenizer, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(qlora, "write_config", full)
+    with pytest.raises(OSError, match="No space"):
+        qlora.merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_shards_hold_every_weight_once_in_files_of_the_size_asked_for(tmp_path):
+    weights = {f"w{i}": torch.full((10, 10), float(i)) for i in range(7)}
+    qlora.write_shards(iter(weights.items()), tmp_path, torch.bfloat16, 400)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 7 * 200
+    assert [p.name for p in sorted(tmp_path.glob("*.safetensors"))] == sorted(set(index["weight_map"].values()))
+    assert len(set(index["weight_map"].values())) == 4
+    for name, weight in weights.items():
+        with safe_open(tmp_path / index["weight_map"][name], "pt") as file:
+            assert torch.equal(file.get_tensor(name), weight.bfloat16())
+
+
+LOADS = """
+import json, sys, torch, transformers
+ids = json.loads(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "Say the number 3"}]
+    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] == ids
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    with torch.no_grad():
+        print(json.dumps(model(torch.tensor([ids])).logits[0, -1, :8].tolist()))
+"""
+
+
+def test_both_transformers_majors_load_it_alike(base, tmp_path, mistral_tokenizer):
+    scaling = {"rope_type": "linear", "factor": 4.0}  # as Llama 3's, the scaling must survive beside theta
+    five = transformers.__version__ >= "5"
+    key = {"rope_parameters": scaling | {"rope_theta": 1e6}} if five else {"rope_scaling": scaling}
+    ids = qlora.encode_prompt(mistral_tokenizer, "Say the number 3")
+    folders, expected = [], []
+    for where in (base, tiny_base(tmp_path / "scaled", mistral_tokenizer, **key)):
+        tuned, folder = tiny_tuned(where), tmp_path / f"merged {len(folders)}"
+        folder.mkdir()
+        qlora.write_shards(qlora.merged_weights(tuned), folder, torch.float32, 2**30)
+        qlora.write_config(tuned, folder, torch.float32)
+        qlora.write_for_others(folder, mistral_tokenizer, None)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
+        with torch.no_grad():
+            expected.append(tuned(torch.tensor([ids])).logits[0, -1, :8])
+        folders.append(str(folder))
+    assert not torch.allclose(*expected, atol=0.1)
+    for python in PYTHONS:
+        command = [python, "-c", LOADS, json.dumps(ids), *folders]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = torch.tensor([json.loads(line) for line in done.stdout.splitlines()])
+        assert found.allclose(torch.stack(expected), atol=1e-3), python

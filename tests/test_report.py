@@ -1,0 +1,203 @@
+"""Sections 11 to 14: a run made to overfit, its curves and best epoch; the report; what differs between two runs."""
+
+import json
+import re
+import subprocess
+from hashlib import sha256
+from shutil import which
+
+import datasets
+import pandas
+import pytest
+import torch
+import transformers
+import trl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_base, tiny_nf4
+
+import qlora_helpers as qlora
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "north", "south", "west"]
+ROWS = [{"prompt": f"Word {i}", "completion": f"{WORDS[i % 12]} {WORDS[i * 5 % 12]}"} for i in range(24)]
+
+
+def train(folder, base, tokenizer, **changes):
+    """A tiny model that learns 16 rows by heart: nine epochs at a high rate, validated on eight others."""
+    import peft
+
+    model = peft.get_peft_model(
+        tiny_nf4(base), peft.LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    )
+    qlora.mend_cpu_gradients(model)
+    rows = qlora.encode_rows(ROWS, tokenizer, 512)
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 9,
+        "learning_rate": 2e-2,
+        "eval_strategy": "epoch",
+        "eval_on_start": True,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "tensorboard",
+    }
+    data = {"train_dataset": rows[:16], "eval_dataset": rows[16:]}
+    data = {name: datasets.Dataset.from_list(part) for name, part in data.items()}
+    trainer = trl.SFTTrainer(model, trl.SFTConfig(**options | changes), processing_class=tokenizer, **data)
+    qlora.adapter_to_fp32(model)
+    qlora.log_speed(trainer)
+    return model, trainer, rows
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory, mistral_tokenizer):
+    folder = tmp_path_factory.mktemp("overfitted")
+    base = tiny_base(folder / "base", mistral_tokenizer)
+    model, trainer, rows = train(folder, base, mistral_tokenizer)
+    trainer.train()
+    return folder, base, model, trainer, rows
+
+
+def test_keep_best_keeps_the_epoch_with_the_lowest_validation_loss(overfitted):
+    _, _, model, trainer, rows = overfitted
+    losses = qlora.history(trainer.state.log_history, "eval_loss")[1][1:]
+    best = losses.index(min(losses))
+    assert 0 < best < 8 and losses[-1] > 1.2 * losses[best]  # it did learn, and it did overfit
+    assert qlora.validation_loss(model, rows[16:]) == pytest.approx(losses[best], rel=0.02)
+    said = qlora.what_it_learned(trainer.state.log_history, True)
+    assert said.startswith(f"Overfitting: validation loss rose after epoch {best + 1}, from {losses[best]:.3f} to ")
+    assert said.endswith(f"; epoch {best + 1} is kept.")
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best(overfitted, tmp_path, mistral_tokenizer):
+    base = overfitted[1]
+    model, trainer, rows = train(tmp_path, base, mistral_tokenizer)
+    trainer.add_callback(transformers.EarlyStoppingCallback(1))
+    trainer.train()
+    losses = qlora.history(trainer.state.log_history, "eval_loss")[1][1:]
+    assert len(losses) < 9 and losses[-1] > min(losses)
+    assert qlora.validation_loss(model, rows[16:]) == pytest.approx(min(losses), rel=0.02)
+
+
+def log_of(*losses):
+    return [{"step": epoch, "epoch": float(epoch), "eval_loss": loss} for epoch, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep_best", "said"),
+    [
+        ((6, 2, 1.5), True, "Validation loss was lowest at the end: 1.500 after epoch 2, which is kept."),
+        (
+            (6, 2, 1.5, 3),
+            True,
+            "Overfitting: validation loss rose after epoch 2, from 1.500 to 3.000; epoch 2 is kept.",
+        ),
+        ((6, 2, 3), False, "Overfitting: .*; epoch 2 is kept, because keep_best is off."),
+        ((2, 6, 7), True, "Nothing was learned: validation loss never fell below 2.000. Lower learning_rate."),
+        ((), True, "No validation loss was measured."),
+    ],
+)
+def test_what_a_run_learned_is_said_in_a_sentence(losses, keep_best, said):
+    assert re.fullmatch(said, qlora.what_it_learned(log_of(*losses), keep_best))
+
+
+def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
+    folder, _, _, trainer, rows = overfitted
+    board = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
+    for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        steps, values = qlora.history(trainer.state.log_history, name)
+        assert steps == list(range(1, 19)) and all(value >= 0 for value in values)
+        assert [event.value for event in board.Scalars(f"train/{name}")] == pytest.approx(values, rel=1e-3)
+    assert len(board.Scalars("eval/loss")) == 10
+    # Speed times the steps' seconds is the tokens of nine epochs; the steps take less than the whole run.
+    tokens = 9 * sum(len(row["input_ids"]) for row in rows[:16])
+    speeds = qlora.history(trainer.state.log_history, "tokens_per_second")[1]
+    seconds = sum(tokens / len(speeds) / speed for speed in speeds)
+    assert 0.1 < seconds / next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e) < 1.1
+
+
+PLAN = qlora.Plan(2, 18, 2, 1, False, "as set")
+EVIL = '<script>document.title = "stolen"</script><img src="http://example.com/x.png">'
+
+
+@pytest.fixture
+def reported(overfitted, settings, tmp_path):
+    """Two runs that differ in their rank: settings, report's page, and run.json of each."""
+    _, _, model, trainer, _ = overfitted
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    found = []
+    for rank, answer in ((8, "no"), (16, "red red")):
+        name = {"run_name": f"rank-{rank}", "lora_r": rank}
+        cfg = settings(output_dir=str(tmp_path), data_files=str(tmp_path / "*.jsonl"), **name)
+        cfg.final_model.mkdir(parents=True)
+        (cfg.final_model / "adapter_model.safetensors").write_bytes(b"adapter")
+        log = trainer.state.log_history
+        rows = [{"prompt": EVIL, "completion": EVIL}, ROWS[0]]
+        table = qlora.compare(rows, [qlora.Answer(EVIL, False)] * 2, [qlora.Answer(answer, True)] * 2)
+        run = qlora.manifest(cfg, model, PLAN, qlora.scores(table, {"before": 9.0, "after": 1.5}))
+        qlora.plot_curves(log, cfg.run_dir / "curves.png", cfg.run_name)
+        page = qlora.write_report(cfg, run, table, log, train=16, validation=8)
+        found.append((cfg, page, json.loads((cfg.run_dir / "run.json").read_text())))
+    return found
+
+
+def test_run_json_holds_all_that_made_the_run(reported):
+    run = reported[1][2]
+    assert (
+        run["settings"]["lora_r"] == 16 and run["plan"]["steps"] == 18 and run["data"] == {"train": 16, "validation": 8}
+    )
+    assert run["results"]["after"] == {
+        "exact_match": 0.5,
+        "f1": 0.5,
+        "stopped": 1.0,
+        "validation_loss": 1.5,
+        "perplexity": pytest.approx(4.4817, abs=1e-4),
+    }
+    assert run["versions"]["torch"] == torch.__version__ and run["device"] and "base_revision" in run
+    assert run["sha256"]["adapter_model.safetensors"] == sha256(b"adapter").hexdigest()
+    assert len(run["sha256"]["rows.jsonl"]) == 64 and len(run["answers"]) == 2
+    assert len([entry for entry in run["log"] if "eval_loss" in entry]) == 10
+
+
+def test_the_report_is_one_page_that_asks_for_nothing_else(reported):
+    page = reported[1][1].read_text()
+    for title in (
+        "Scores on 2 held-out rows",
+        "Curves",
+        "Answers to held-out rows",
+        "Settings",
+        "Plan",
+        "Data",
+        "SHA-256",
+    ):
+        assert f"<h2>{title}</h2>" in page
+    loads = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import\s+(\S+)""", page)
+    assert [source[0][:22] for source in loads] == ["data:image/png;base64,"]
+    assert EVIL not in page and "&lt;script&gt;" in page
+    assert "Overfitting: validation loss rose" in page and "target_modules" in page
+
+
+@pytest.mark.skipif(not which("chromium"), reason="needs Chromium")
+def test_a_browser_draws_the_report_without_the_network(reported, tmp_path):
+    script = "<script>onload = () => document.body.append(`drawn ${document.images[0].naturalWidth} ${document.title}`)"
+    page = tmp_path / "page.html"
+    page.write_text(reported[1][1].read_text() + script + "</script>")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--host-rules=MAP * ~NOTFOUND"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
+    assert re.search(r"drawn 15\d\d rank-16", done.stdout), done.stderr[-1000:]
+
+
+def test_two_runs_are_compared_by_what_differs(reported):
+    (one, *_), (other, *_) = reported
+    table = qlora.compare_runs(one.run_dir, other.run_dir)
+    assert list(table.columns) == ["rank-8", "rank-16"]
+    assert set(table.index) == {"settings.run_name", "settings.lora_r", "results.after.exact_match", "results.after.f1"}
+    assert list(table.loc["settings.lora_r"]) == [8, 16] and isinstance(table, pandas.DataFrame)
