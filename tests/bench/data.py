@@ -123,9 +123,7 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
         seconds = time.perf_counter() - start
         spent += seconds
         alone.append(tokenizer_alone(file, tokenizer))
-        print(
-            f"  {step:6} {seconds:8.1f} s; own memory up to {memory.own:,.0f} MB; tokenizer alone {alone[-1]:,.0f} rows/s"
-        )
+        print(f"  {step:6} {seconds:8.1f} s; tokenizer alone {alone[-1]:,.0f} rows/s", flush=True)
         start = time.perf_counter()
 
     rows = qlora.read_rows(cfg)
