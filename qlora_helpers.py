@@ -48,6 +48,7 @@ import pydantic
 from pydantic import Field
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from datasets import Dataset
     from huggingface_hub import HfApi
@@ -840,7 +841,7 @@ class RowReader:
                 except ValueError as error:
                     self._reject(where, str(error), line)
                 else:
-                    self.digest.update("\0".join(row.values()).encode())
+                    self.digest.update(repr(row).encode())
                     yield row
 
     def _row(self, line: bytes) -> dict[str, str]:
@@ -911,12 +912,19 @@ def keep_new(writing: Path, final: Path) -> Path:
     return final
 
 
+def row_hashes(rows: Dataset, *columns: str) -> np.ndarray:
+    """A 64-bit hash of each row's texts, `[rows]`: eight bytes a row, however long the texts."""
+    import numpy as np
+
+    texts = (text for batch in rows.iter(1000) for text in zip(*(batch[name] for name in columns), strict=True))
+    return np.fromiter(map(hash, texts), np.int64, len(rows))
+
+
 def drop_duplicates(rows: Dataset) -> Dataset:
     """`rows` without those whose prompt and completion both stood in an earlier one, with a count."""
     import numpy as np
 
-    pairs = ((p, c) for b in rows.iter(1000) for p, c in zip(b["prompt"], b["completion"], strict=True))
-    _, first = np.unique(np.fromiter(map(hash, pairs), np.int64, len(rows)), return_index=True)
+    _, first = np.unique(row_hashes(rows, "prompt", "completion"), return_index=True)
     if len(first) == len(rows):
         return rows
     print(f"Dropped {len(rows) - len(first):,} exact duplicates.")
@@ -935,10 +943,11 @@ def data_notes(rows: Dataset) -> list[str]:
 
     Where most completions begin in lower case, that says nothing about the ends of the prompts.
     """
+    import numpy as np
+
     found: dict[str, list[str]] = {note: [] for note in NOTES}
-    counts, completions = Counter[str](), Counter[int]()
+    counts = Counter[str]()
     for batch in rows.iter(1000):
-        completions.update(map(hash, batch["completion"]))
         counts["lower"] += sum(text[0].islower() for text in batch["completion"])
         for prompt, completion, where in zip(batch["prompt"], batch["completion"], batch["where"], strict=True):
             for note in [note for note, applies in NOTES.items() if applies(prompt, completion)]:
@@ -947,7 +956,7 @@ def data_notes(rows: Dataset) -> list[str]:
     habit = "middle of a word" if counts["lower"] > len(rows) / 2 else "no note"
     told = {note: ", ".join(lines) for note, lines in found.items() if lines and habit not in note}
     notes = [f"{counts[note]:,} row(s) {note}: {lines}" for note, lines in told.items()]
-    same = completions.most_common(1)[0][1] / len(rows)
+    same = np.unique(row_hashes(rows, "completion"), return_counts=True)[1].max() / len(rows)
     return notes + ([f"{same:.0%} of the completions are the same text"] if same >= 0.9 and len(rows) > 1 else [])
 
 
@@ -1097,7 +1106,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
             load_from_cache_file=False,
             desc="Shortening",
         )
-        texts = texts.select([n for n, prompt in enumerate(texts["prompt"]) if prompt])
+        texts = texts.select([n for n, prompt in enumerate(texts["prompt"][:]) if prompt])
         if len(texts):
             kept = datasets.concatenate_datasets([kept, encode_rows(texts, tokenizer, settings.completion_only_loss)])
     if not len(kept):
@@ -1111,7 +1120,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
 def tell_long(lengths: Any, long: Dataset, max_length: int) -> str:
     """How many rows are longer than `max_length` tokens, the lines of the first ten, and what would hold them."""
     lines = ", ".join(long["where"][:10]) + (" …" if len(long) > 10 else "")
-    most = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
+    most = sorted(lengths.tolist())[math.ceil(0.99 * len(lengths)) - 1]
     return (
         f"{len(long):,} of {len(lengths):,} rows are longer than max_length = {max_length:,} tokens: {lines}\n"
         f"max_length = {most:,} would keep 99 % of the rows, {max(lengths):,} all."
@@ -1131,7 +1140,7 @@ def find_mistake(
     inside = ids[len(begin) : -1]
     checks = {
         "does not end in EOS: is it cut short?": ids[-1:] != [eos],
-        "does not begin with exactly one BOS": ids[: len(begin)] != begin or begin == inside[:1],
+        "does not begin with exactly one BOS": ids[: len(begin)] != begin or ids[:2] == begin * 2,
         "has a control token inside its text": not control.isdisjoint(inside),
         "does not begin with the tokens of its prompt": ids[: len(prompt)] != prompt,
         "has an EOS that is not trained": labels[-1:] != [eos],

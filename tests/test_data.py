@@ -192,16 +192,16 @@ def test_what_was_written_is_read(read, tmp_path_factory, pairs, newline, bom, e
 
 def test_memory_does_not_grow_with_the_file(tmp_path, read):
     with (tmp_path / "rows.jsonl").open("wb") as stream:
-        for n in range(30_000):
+        for n in range(15_000):
             stream.write(json.dumps({"prompt": f"{n} " * 100, "completion": f"{n} " * 50}).encode() + b"\n")
         stream.write(b'"' + b"a" * 40_000_000)
-    assert (tmp_path / "rows.jsonl").stat().st_size > 60_000_000
+    assert (tmp_path / "rows.jsonl").stat().st_size > 50_000_000
     tracemalloc.start()
     before = pa.total_allocated_bytes()
     rows = read(tmp_path / "rows.jsonl", on_bad_rows="skip")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(rows) == 30_000
+    assert len(rows) == 15_000
     assert peak < 12_000_000 and pa.total_allocated_bytes() - before < 2_000_000
 
 

@@ -10,6 +10,7 @@ Memory is what the process itself holds: pages of mapped files, which the system
 import argparse
 import json
 import random
+import statistics
 import sys
 import tempfile
 import threading
@@ -81,15 +82,24 @@ class Memory(threading.Thread):
             time.sleep(0.05)
 
 
-def tokenizer_alone(file: Path, tokenizer) -> float:
-    """Rows a second of the tokenizer on the first 10,000 joint texts, in batches of 256."""
+def now() -> tuple[float, float]:
+    """Seconds on the clock, and seconds of all this process's threads on processors."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    return tuple(after - before for after, before in zip(now(), start, strict=True))
+
+
+def tokenizer_alone(file: Path, tokenizer) -> tuple[float, float]:
+    """Clock and processor seconds a row of the tokenizer on the first 10,000 joint texts, in batches of 256."""
     with file.open() as stream:
         pairs = [json.loads(line) for line, _ in zip(stream, range(10_000), strict=False)]
     texts = [qlora.PROMPT_TEMPLATE.format(**row) + qlora.COMPLETION_TEMPLATE.format(**row) for row in pairs]
-    start = time.perf_counter()
+    start = now()
     for place in range(0, len(texts), 256):
         tokenizer(texts[place : place + 256])
-    return len(texts) / (time.perf_counter() - start)
+    return tuple(seconds / len(texts) for seconds in since(start))
 
 
 def main() -> None:
@@ -113,18 +123,17 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
     """The notebook's section 6 over `file`, step by step, with the yardstick before, between and after."""
     values = defaults(load_notebook_node(str(NOTEBOOK)))
     cfg = qlora.Settings.from_cell(values | {"data_files": str(file), "output_dir": folder})
-    alone, spent = [tokenizer_alone(file, tokenizer)], 0.0
-    memory, start = Memory(), time.perf_counter()
+    alone, spent = [tokenizer_alone(file, tokenizer)], []
+    memory, start = Memory(), now()
     time.sleep(0.2)
     base = memory.own
 
     def done(step: str) -> None:
-        nonlocal spent, start
-        seconds = time.perf_counter() - start
-        spent += seconds
+        nonlocal start
+        spent.append(since(start))
         alone.append(tokenizer_alone(file, tokenizer))
-        print(f"  {step:6} {seconds:8.1f} s; own memory {memory.own:,.0f} MB; tokenizer alone {alone[-1]:,.0f} rows/s")
-        start = time.perf_counter()
+        print(f"  {step:6} {spent[-1][0]:8.1f} s; tokenizer alone {1 / alone[-1][0]:,.0f} rows/s", flush=True)
+        start = now()
 
     rows = qlora.read_rows(cfg)
     train_rows, held_rows = qlora.split_rows(rows, cfg.validation_fraction)
@@ -135,11 +144,9 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
     for part in data:
         qlora.audit_labels(part, tokenizer)
     done("audit")
-    yardstick = len(alone) / sum(1 / speed for speed in alone)
-    print(
-        f"The tokenizer alone: {yardstick:,.0f} rows/s. Read, checked, encoded and audited: {count / spent:,.0f} rows/s"
-    )
-    print(f"Share of the tokenizer's own speed: {count / spent / yardstick:.2f}")
+    for place, what in enumerate(["clock", "processor"]):
+        ours, theirs = sum(step[place] for step in spent) / count, statistics.mean(one[place] for one in alone)
+        print(f"By the {what}: {ours * 1e6:,.0f} µs a row, {theirs / ours:.2f} of the tokenizer's speed")
     print(
         f"Memory: {memory.own:,.0f} MB at most, {memory.own - base:,.0f} more than at the start; "
         f"{memory.all:,.0f} MB with mapped files"
