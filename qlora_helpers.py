@@ -1364,8 +1364,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 h1 { margin-bottom: 0 } h2 { margin-top: 1.6em; border-bottom: 1px solid #ddd } img { max-width: 100% }
 table { border-collapse: collapse; width: 100%; font-size: 13px } caption { display: none }
 td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; text-align: left; vertical-align: top;
-         overflow-wrap: anywhere; font-weight: normal } thead th, tbody th { font-weight: 600 }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 3em }
+         overflow-wrap: anywhere; font-weight: normal } thead th, tbody th { font-weight: 600 } tbody th { width: 14em }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 3em; align-items: start }
 @media (max-width: 700px) { .pair { display: block } }
 """
 
@@ -1378,14 +1378,14 @@ def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, lo
     from pandas import DataFrame, Series
 
     def lines(values: Mapping[str, Any]) -> str:
-        return Series({name: str(value) for name, value in values.items()}).to_frame().to_html(header=False)
+        return Series({name: str(value) for name, value in values.items()}).to_frame().to_html(header=False, border=0)
 
     result, curves = run["results"], b64encode((settings.run_dir / "curves.png").read_bytes()).decode()
     made = {name: value for name, value in run.items() if not isinstance(value, dict)}
     settings_now = list(run["settings"].items())
     half = (len(settings_now) + 1) // 2
     parts = {
-        f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(index=False),
+        f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(index=False, border=0),
         "Curves": f"<p>{escape(what_it_learned(log, settings.keep_best))}</p>"
         f'<img alt="losses, learning rate, gradient norm, speed" src="data:image/png;base64,{curves}">',
         "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
@@ -1413,7 +1413,7 @@ def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
         kept = {name: value for name, value in run.items() if name not in ("log", "answers", "created")}
         columns.append(json_normalize(kept).iloc[0].rename(folder.name))
     both = concat(columns, axis=1)
-    return both[both.iloc[:, 0].astype(str) != both.iloc[:, 1].astype(str)]
+    return both[both.iloc[:, 0].map(str) != both.iloc[:, 1].map(str)]
 
 
 # -------- 15. Merge -----------------------------------------------------------------------

@@ -19,6 +19,15 @@ ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i 
 PYTHONS = sorted({sys.executable} | {str(path) for path in ROOT.glob(".venv/*/bin/python")})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, mistral_tokenizer):
     return tiny_base(tmp_path_factory.mktemp("base"), mistral_tokenizer)

@@ -9,18 +9,9 @@ import transformers
 
 def tiny_base(folder: Path, tokenizer, seed: int = 0, **changes) -> str:
     """Save a 2-layer Mistral (hidden 64) and the tokenizer; its random weights are large enough to say something."""
-    config = transformers.MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=1e6,
-        sliding_window=None,
-        initializer_range=0.2,
-        **changes,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "initializer_range": 0.2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e6, "sliding_window": None}
+    config = transformers.MistralConfig(vocab_size=len(tokenizer), **shape | heads | changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
