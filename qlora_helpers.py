@@ -1198,15 +1198,24 @@ def model_card(settings: Settings, result: Mapping[str, Any], merged: bool = Fal
     base = "SmolLM2-135M-Instruct (embedded)" if settings.base_model == "embedded" else settings.base_model
     header = "" if local else f"base_model: {settings.base_model}\n"
     table = "\n".join("| {score} | {before} | {after} |".format(**line) for line in score_lines(result))
+    dtype = str(settings.dtype).removeprefix("torch.")
     if merged:
         what, library = f"{base} with a LoRA adapter merged into it", "transformers"
-        model_class = "AutoModelForCausalLM"
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        load = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "."  # this repository or folder
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")"""
         serve = "vllm serve . --tokenizer-mode hf"
     else:
         what, library = f"A LoRA adapter for {base}", "peft"
-        model_class = "AutoPeftModelForCausalLM"
-        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        load = f"""from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+name = "."  # this repository or folder
+nf4 = BitsAndBytesConfig(  # as in training; without it more memory is needed and answers may differ
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"
+)
+model = AutoPeftModelForCausalLM.from_pretrained(name, quantization_config=nf4, dtype="{dtype}", device_map="auto")"""
         serve = (
             f"vllm serve {'path/to/base' if local else settings.base_model} --tokenizer . --tokenizer-mode hf \\\n"
             f"  --enable-lora --max-lora-rank {settings.lora_r} --lora-modules tuned=. \\\n"
@@ -1232,10 +1241,7 @@ r {settings.lora_r}, alpha {settings.lora_alpha}, learning rate {settings.learni
 The tokenizer carries the prompt format as its chat template, so it can be asked like any chat model:
 
 ```python
-{imports}
-
-name = "."  # this repository or folder
-model = {model_class}.from_pretrained(name, device_map="auto")
+{load}
 tokenizer = AutoTokenizer.from_pretrained(name)
 messages = [{{"role": "user", "content": "…"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -1278,14 +1284,16 @@ def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str
     """Write what other programs need beside the weights: tokenizer with chat template, generation config, Modelfile.
 
     `base` as in `modelfile`. No stop strings in the generation config: `generate` refuses them without a tokenizer,
-    and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know PreTrainedTokenizerFast.
+    and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know PreTrainedTokenizerFast, which
+    in 4.57 makes `token_type_ids`, too, that no causal model takes, unless its inputs are named.
     """
     from transformers import GenerationConfig
 
     tokenizer.chat_template = chat_template(tokenizer)
     tokenizer.save_pretrained(folder)
     if json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend":
-        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", **inputs)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False).save_pretrained(folder)
     (folder / "Modelfile").write_text(modelfile(tokenizer, base))

@@ -124,7 +124,8 @@ for folder in sys.argv[2:]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Say the number 3"}]
-    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] == ids
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    assert inputs["input_ids"] == ids and set(inputs) == {"input_ids", "attention_mask"}
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
     with torch.no_grad():
         print(json.dumps(model(torch.tensor([ids])).logits[0, -1, :8].tolist()))
