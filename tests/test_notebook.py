@@ -1,6 +1,5 @@
 """The notebook: its form as committed, and itself executed on the embedded model, twice in one kernel."""
 
-import importlib.metadata
 import json
 import re
 import shutil
@@ -12,6 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from run_notebook import NOTEBOOK, defaults, parse
+from tiny import pythons
 
 import qlora_helpers as qlora
 
@@ -97,7 +97,7 @@ def small_settings(root: Path) -> dict:
         "max_steps": 2,
         "batch_size": 2,
         "gradient_accumulation": 2,
-        "validation_fraction": 0.2,
+        "validation_fraction": 0.3,
         "max_new_tokens": 6,
         "push_to_hub": False,
     }
@@ -199,13 +199,6 @@ for prompt in json.loads(sys.argv[2]):
     exec("messages = " + ask.replace('"…"', repr(prompt)), scope)
 print(json.dumps(answers))
 """
-
-
-def pythons() -> list[str]:
-    """This stack's Python, and one of the other major version of transformers where it is installed."""
-    major = importlib.metadata.version("transformers")[0]
-    other = ROOT / ".venv" / ("newest" if major == "4" else "transformers4") / "bin" / "python"
-    return [sys.executable] + [str(other)] * other.exists()
 
 
 @pytest.mark.parametrize("python", pythons())

@@ -1,5 +1,7 @@
-"""A tiny model of Mistral's real architecture, in real NF4, with an adapter that changes what it says."""
+"""A tiny model of Mistral's real architecture, in real NF4, with an adapter that changes what it says; other stacks."""
 
+import importlib.metadata
+import sys
 from pathlib import Path
 
 import peft
@@ -45,3 +47,10 @@ def tiny_tuned(base: str, seed: int = 0, **lora):
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=generator)
     return model.eval()
+
+
+def pythons() -> list[str]:
+    """This stack's Python, and one of the other major version of transformers where it is installed."""
+    major = importlib.metadata.version("transformers")[0]
+    other = Path(__file__).parents[1] / ".venv" / ("newest" if major == "4" else "transformers4") / "bin" / "python"
+    return [sys.executable] + [str(other)] * other.exists()
