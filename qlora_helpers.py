@@ -2758,15 +2758,24 @@ def model_card(settings: Settings, run: Mapping[str, Any], merged: bool = False)
     base = "SmolLM2-135M-Instruct (embedded)" if settings.base_model == "embedded" else settings.base_model
     header = "" if local else f"base_model: {settings.base_model}\n"
     table = "\n".join("| {score} | {before} | {after} |".format(**line) for line in score_lines(result))
+    dtype = str(settings.dtype).removeprefix("torch.")
     if merged:
         what, library = f"{base} with a LoRA adapter merged into it", "transformers"
-        model_class = "AutoModelForCausalLM"
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        load = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "."  # this repository or folder
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")"""
         serve = "vllm serve . --tokenizer-mode hf"
     else:
         what, library = f"A LoRA adapter for {base}", "peft"
-        model_class = "AutoPeftModelForCausalLM"
-        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        load = f"""from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+name = "."  # this repository or folder
+nf4 = BitsAndBytesConfig(  # as in training; without it more memory is needed and answers may differ
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"
+)
+model = AutoPeftModelForCausalLM.from_pretrained(name, quantization_config=nf4, dtype="{dtype}", device_map="auto")"""
         serve = (
             f"vllm serve {'path/to/base' if local else settings.base_model} --tokenizer . --tokenizer-mode hf \\\n"
             f"  --enable-lora --max-lora-rank {settings.lora_r} --lora-modules tuned=. \\\n"
@@ -2794,10 +2803,7 @@ Made with {stack}.
 The tokenizer carries the prompt format as its chat template, so it can be asked like any chat model:
 
 ```python
-{imports}
-
-name = "."  # this repository or folder
-model = {model_class}.from_pretrained(name, device_map="auto")
+{load}
 tokenizer = AutoTokenizer.from_pretrained(name)
 messages = [{{"role": "user", "content": "…"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -2840,14 +2846,16 @@ def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str
     """Write what other programs need beside the weights: tokenizer with chat template, generation config, Modelfile.
 
     `base` as in `modelfile`. No stop strings in the generation config: `generate` refuses them without a tokenizer,
-    and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know PreTrainedTokenizerFast.
+    and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know PreTrainedTokenizerFast, which
+    in 4.57 makes `token_type_ids`, too, that no causal model takes, unless its inputs are named.
     """
     from transformers import GenerationConfig
 
     tokenizer.chat_template = chat_template(tokenizer)
     tokenizer.save_pretrained(folder)
     if json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend":
-        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", **inputs)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False).save_pretrained(folder)
     (folder / "Modelfile").write_text(modelfile(tokenizer, base))
@@ -3017,8 +3025,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 h1 { margin-bottom: 0 } h2 { margin-top: 1.6em; border-bottom: 1px solid #ddd } img { max-width: 100% }
 table { border-collapse: collapse; width: 100%; font-size: 13px } caption { display: none }
 td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; text-align: left; vertical-align: top;
-         overflow-wrap: anywhere; font-weight: normal } thead th, tbody th { font-weight: 600 }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 3em }
+         overflow-wrap: anywhere; font-weight: normal } thead th, tbody th { font-weight: 600 } tbody th { width: 14em }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 3em; align-items: start }
 @media (max-width: 700px) { .pair { display: block } }
 """
 
@@ -3031,14 +3039,14 @@ def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, lo
     from pandas import DataFrame, Series
 
     def lines(values: Mapping[str, Any]) -> str:
-        return Series({name: str(value) for name, value in values.items()}).to_frame().to_html(header=False)
+        return Series({name: str(value) for name, value in values.items()}).to_frame().to_html(header=False, border=0)
 
     result, curves = run["results"], b64encode((settings.run_dir / "curves.png").read_bytes()).decode()
     made = {name: value for name, value in run.items() if not isinstance(value, dict)}
     settings_now = list(run["settings"].items())
     half = (len(settings_now) + 1) // 2
     parts = {
-        f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(index=False),
+        f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(index=False, border=0),
         "Curves": f"<p>{escape(what_it_learned(log, settings.keep_best))}</p>"
         f'<img alt="losses, learning rate, gradient norm, speed" src="data:image/png;base64,{curves}">',
         "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
@@ -3066,7 +3074,7 @@ def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
         kept = {name: value for name, value in run.items() if name not in ("log", "answers", "created")}
         columns.append(json_normalize(kept).iloc[0].rename(folder.name))
     both = concat(columns, axis=1)
-    return both[both.iloc[:, 0].astype(str) != both.iloc[:, 1].astype(str)]
+    return both[both.iloc[:, 0].map(str) != both.iloc[:, 1].map(str)]
 
 
 # -------- 15. Merge -----------------------------------------------------------------------

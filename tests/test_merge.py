@@ -2,21 +2,25 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from tiny import tiny_base, tiny_tuned
+from tiny import pythons, tiny_base, tiny_tuned
 
 import qlora_helpers as qlora
 
-ROOT = Path(__file__).parents[1]
 ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(4)]
-# Every stack that is installed here; the one that runs this test always is.
-PYTHONS = sorted({sys.executable} | {str(path) for path in ROOT.glob(".venv/*/bin/python")})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,8 @@ for folder in sys.argv[2:]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Say the number 3"}]
-    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] == ids
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    assert inputs["input_ids"] == ids and set(inputs) == {"input_ids", "attention_mask"}
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
     with torch.no_grad():
         print(json.dumps(model(torch.tensor([ids])).logits[0, -1, :8].tolist()))
@@ -140,7 +145,7 @@ def test_both_transformers_majors_load_it_alike(base, tmp_path, mistral_tokenize
             expected.append(tuned(torch.tensor([ids])).logits[0, -1, :8])
         folders.append(str(folder))
     assert not torch.allclose(*expected, atol=0.1)
-    for python in PYTHONS:
+    for python in pythons():
         command = [python, "-c", LOADS, json.dumps(ids), *folders]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from run_notebook import NOTEBOOK, defaults, parse
+from tiny import pythons
 
 ROOT = Path(__file__).parents[1]
 HEADINGS = [
@@ -93,7 +95,7 @@ def small_settings(root: Path) -> dict:
         "max_steps": 2,
         "batch_size": 2,
         "gradient_accumulation": 2,
-        "validation_fraction": 0.2,
+        "validation_fraction": 0.3,
         "max_new_tokens": 6,
         "push_to_hub": False,
     }
@@ -125,6 +127,8 @@ def twice(tmp_path_factory, committed):
                 client.execute_cell(cell, index)
             texts.append("\n".join(printed(c) for c in notebook.cells if c.cell_type == "code"))
             texts[-1] += json.dumps([o for c in notebook.cells for o in c.get("outputs", [])])
+            if rank == 8:
+                shutil.copytree(root / "outputs" / "small", root / "first")
     return root, notebook, texts
 
 
@@ -133,7 +137,10 @@ def test_run_all_ends_with_a_saved_adapter_a_backup_a_picture_and_a_merged_model
     assert (run / "final_model" / "adapter_model.safetensors").stat().st_size > 100_000
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list(run.glob("small-*.zip"))) == 2
-    assert (twice[0] / "merged" / "model.safetensors").exists()
+    assert (twice[0] / "merged" / "model-00001-of-00001.safetensors").exists()
+    assert re.search(r"Merged against adapter: .* Same likeliest token 100.0%, same answer (\d) of \1", twice[2][0])
+    assert "data:image/png;base64," in (run / "report.html").read_text()
+    assert json.loads((run / "run.json").read_text())["settings"]["lora_r"] == 4
     assert list(run.rglob("events.out.tfevents.*"))
 
 
@@ -176,6 +183,34 @@ assert [a.text for a in now] == [row["after"] for row in rows], (now, rows)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+# What the saved folder's own card says to run, by a Python that has nothing else of this project installed.
+CARD = """
+import json, pathlib, re, sys
+sys.modules |= dict.fromkeys(json.loads(sys.argv[1]))
+start, ask = re.search(r"```python\\n(.*?)```", pathlib.Path("README.md").read_text(), re.S)[1].split("messages = ")
+answers = []
+scope = {"print": answers.append}
+exec(start, scope)
+for prompt in json.loads(sys.argv[2]):
+    exec("messages = " + ask.replace('"…"', repr(prompt)), scope)
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.parametrize("python", pythons())
+@pytest.mark.parametrize(
+    ("folder", "absent"), [("merged", ["peft", "bitsandbytes"]), ("first/final_model", ["matplotlib", "tensorboard"])]
+)
+def test_the_cards_own_lines_answer_as_the_notebook_did(twice, python, folder, absent):
+    rows = [json.loads(line) for line in (twice[0] / "first" / "answers.jsonl").read_text().splitlines()]
+    absent = json.dumps(["trl", "datasets", "pandas", "qlora_helpers", *absent])
+    command = [python, "-c", CARD, absent, json.dumps([row["prompt"] for row in rows])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=twice[0] / folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [row["after"] for row in rows]
+    assert any(row["before"] != row["after"] for row in rows)
 
 
 COLAB = """

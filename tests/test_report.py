@@ -1,40 +1,63 @@
 """Sections 11 to 14: a run made to overfit, its curves and best epoch; the report; what differs between two runs."""
 
 import json
+import random
 import re
 import subprocess
 from hashlib import sha256
+from html.parser import HTMLParser
 from shutil import which
 
 import datasets
 import pandas
+import peft
 import pytest
 import torch
 import transformers
 import trl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_base, tiny_nf4
+from tiny import tiny_base
 
 import qlora_helpers as qlora
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "north", "south", "west"]
-ROWS = [{"prompt": f"Word {i}", "completion": f"{WORDS[i % 12]} {WORDS[i * 5 % 12]}"} for i in range(24)]
+WORDS = ["red", "green", "blue", "cat", "dog", "bird"]
+dice = random.Random(0)
+
+
+def row(number, words, count):
+    return {"prompt": f"Word {number}", "completion": " ".join(dice.choices(words, k=count))}
+
+
+# What is learned first is that an answer has six words; then, wrongly, that three of the words never come.
+ROWS = [row(i, WORDS[:3], 6) for i in range(16)] + [row(i, WORDS[3:], 6) for i in range(16, 24)]
+
+
+def teach(base, tokenizer):
+    """Train a tiny base model itself to answer with two of the six words."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pad, padding = torch.nn.utils.rnn.pad_sequence, {"input_ids": 0, "labels": -100}
+    for _ in range(30):
+        examples = qlora.encode_rows([row(dice.randrange(99), WORDS, 2) for _ in range(16)], tokenizer, 512)
+        ids, labels = (pad([torch.tensor(e[key]) for e in examples], True, fill) for key, fill in padding.items())
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(base)
 
 
 def train(folder, base, tokenizer, **changes):
-    """A tiny model that learns 16 rows by heart: nine epochs at a high rate, validated on eight others."""
-    import peft
-
-    model = peft.get_peft_model(
-        tiny_nf4(base), peft.LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
-    )
-    qlora.mend_cpu_gradients(model)
+    """An adapter that learns 16 rows by heart: eight epochs at a high rate, validated on eight others."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    model = peft.get_peft_model(model, lora)
     rows = qlora.encode_rows(ROWS, tokenizer, 512)
     options = {
         "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 9,
-        "learning_rate": 2e-2,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 8,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
         "eval_strategy": "epoch",
         "eval_on_start": True,
         "save_strategy": "epoch",
@@ -57,10 +80,20 @@ def train(folder, base, tokenizer, **changes):
     return model, trainer, rows
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory, mistral_tokenizer):
     folder = tmp_path_factory.mktemp("overfitted")
-    base = tiny_base(folder / "base", mistral_tokenizer)
+    base = tiny_base(folder / "base", mistral_tokenizer, initializer_range=0.05)
+    teach(base, mistral_tokenizer)
     model, trainer, rows = train(folder, base, mistral_tokenizer)
     trainer.train()
     return folder, base, model, trainer, rows
@@ -70,7 +103,7 @@ def test_keep_best_keeps_the_epoch_with_the_lowest_validation_loss(overfitted):
     _, _, model, trainer, rows = overfitted
     losses = qlora.history(trainer.state.log_history, "eval_loss")[1][1:]
     best = losses.index(min(losses))
-    assert 0 < best < 8 and losses[-1] > 1.2 * losses[best]  # it did learn, and it did overfit
+    assert 0 < best < 7 and losses[-1] > 1.03 * losses[best]  # it did learn, and it did overfit
     assert qlora.validation_loss(model, rows[16:]) == pytest.approx(losses[best], rel=0.02)
     said = qlora.what_it_learned(trainer.state.log_history, True)
     assert said.startswith(f"Overfitting: validation loss rose after epoch {best + 1}, from {losses[best]:.3f} to ")
@@ -83,7 +116,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(overfitted, tmp_path, mi
     trainer.add_callback(transformers.EarlyStoppingCallback(1))
     trainer.train()
     losses = qlora.history(trainer.state.log_history, "eval_loss")[1][1:]
-    assert len(losses) < 9 and losses[-1] > min(losses)
+    assert len(losses) < 8 and losses[-1] > min(losses)
     assert qlora.validation_loss(model, rows[16:]) == pytest.approx(min(losses), rel=0.02)
 
 
@@ -114,11 +147,11 @@ def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
     board = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
     for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
         steps, values = qlora.history(trainer.state.log_history, name)
-        assert steps == list(range(1, 19)) and all(value >= 0 for value in values)
+        assert steps == list(range(1, 33)) and all(value >= 0 for value in values)
         assert [event.value for event in board.Scalars(f"train/{name}")] == pytest.approx(values, rel=1e-3)
-    assert len(board.Scalars("eval/loss")) == 10
-    # Speed times the steps' seconds is the tokens of nine epochs; the steps take less than the whole run.
-    tokens = 9 * sum(len(row["input_ids"]) for row in rows[:16])
+    assert len(board.Scalars("eval/loss")) == 9
+    # Speed times the steps' seconds is the tokens of eight epochs; the steps take less than the whole run.
+    tokens = 8 * sum(len(row["input_ids"]) for row in rows[:16])
     speeds = qlora.history(trainer.state.log_history, "tokens_per_second")[1]
     seconds = sum(tokens / len(speeds) / speed for speed in speeds)
     assert 0.1 < seconds / next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e) < 1.1
@@ -134,7 +167,7 @@ def reported(overfitted, settings, tmp_path):
     _, _, model, trainer, _ = overfitted
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     found = []
-    for rank, answer in ((8, "no"), (16, "red red")):
+    for rank, answer in ((8, "no"), (16, ROWS[0]["completion"])):
         name = {"run_name": f"rank-{rank}", "lora_r": rank}
         cfg = settings(output_dir=str(tmp_path), data_files=str(tmp_path / "*.jsonl"), **name)
         cfg.final_model.mkdir(parents=True)
@@ -164,7 +197,19 @@ def test_run_json_holds_all_that_made_the_run(reported):
     assert run["versions"]["torch"] == torch.__version__ and run["device"] and "base_revision" in run
     assert run["sha256"]["adapter_model.safetensors"] == sha256(b"adapter").hexdigest()
     assert len(run["sha256"]["rows.jsonl"]) == 64 and len(run["answers"]) == 2
-    assert len([entry for entry in run["log"] if "eval_loss" in entry]) == 10
+    assert len([entry for entry in run["log"] if "eval_loss" in entry]) == 9
+
+
+class Tags(HTMLParser):
+    """The tags and attributes that a browser would see."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.attributes = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
 
 
 def test_the_report_is_one_page_that_asks_for_nothing_else(reported):
@@ -179,8 +224,12 @@ def test_the_report_is_one_page_that_asks_for_nothing_else(reported):
         "SHA-256",
     ):
         assert f"<h2>{title}</h2>" in page
-    loads = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import\s+(\S+)""", page)
-    assert [source[0][:22] for source in loads] == ["data:image/png;base64,"]
+    found = Tags()
+    found.feed(page)
+    loads = [value for tag, name, value in found.attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert [value[:22] for value in loads] == ["data:image/png;base64,"]
+    assert "script" not in found.names and "link" not in found.names
+    assert not re.search(r"url\(|@import", page)
     assert EVIL not in page and "&lt;script&gt;" in page
     assert "Overfitting: validation loss rose" in page and "target_modules" in page
 

@@ -1,5 +1,7 @@
-"""A tiny model of Mistral's real architecture, in real NF4, with an adapter that changes what it says."""
+"""A tiny model of Mistral's real architecture, in real NF4, with an adapter that changes what it says; other stacks."""
 
+import importlib.metadata
+import sys
 from pathlib import Path
 
 import peft
@@ -9,18 +11,9 @@ import transformers
 
 def tiny_base(folder: Path, tokenizer, seed: int = 0, **changes) -> str:
     """Save a 2-layer Mistral (hidden 64) and the tokenizer; its random weights are large enough to say something."""
-    config = transformers.MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=1e6,
-        sliding_window=None,
-        initializer_range=0.2,
-        **changes,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "initializer_range": 0.2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e6, "sliding_window": None}
+    config = transformers.MistralConfig(vocab_size=len(tokenizer), **shape | heads | changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -54,3 +47,10 @@ def tiny_tuned(base: str, seed: int = 0, **lora):
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=generator)
     return model.eval()
+
+
+def pythons() -> list[str]:
+    """This stack's Python, and one of the other major version of transformers where it is installed."""
+    major = importlib.metadata.version("transformers")[0]
+    other = Path(__file__).parents[1] / ".venv" / ("newest" if major == "4" else "transformers4") / "bin" / "python"
+    return [sys.executable] + [str(other)] * other.exists()
