@@ -209,7 +209,7 @@ def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
     shutil.copytree(half / "outputs", small_disk / "outputs")
     before = qlora.checksums(outputs(small_disk) / "checkpoint-2")
     # A checkpoint's tokenizer alone has 3.5 MB.
-    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at", 1, str(small_disk), 1_000_000))
+    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at", 4, str(small_disk), 1_000_000))
     assert code == 2, shown
     assert f"The disk is full: {outputs(small_disk)} could not be written to. Saved before: checkpoint-2." in shown
     assert qlora.checksums(outputs(small_disk) / "checkpoint-2") == before
