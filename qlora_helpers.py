@@ -2240,16 +2240,15 @@ def why_unusable(folder: Path) -> str:
 
 
 def last_good_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint; the ones passed over are named with the reason and removed.
+    """The newest whole checkpoint; those that are not whole are named with the reason and removed.
 
-    They are of no use, and Trainer's own choice and its `save_total_limit` would count them.
+    They are of no use, and the Trainer would count them (`save_total_limit`) or load them (the best at the end).
     """
     for folder in checkpoints(run_dir):
-        if not (why := why_unusable(folder)):
-            return folder
-        print(f"{folder.name} is skipped and removed: {why}.")
-        shutil.rmtree(folder)
-    return None
+        if why := why_unusable(folder):
+            print(f"{folder.name} is skipped and removed: {why}.")
+            shutil.rmtree(folder)
+    return next(iter(checkpoints(run_dir)), None)
 
 
 def remembered(folder: Path) -> dict[str, Any]:
@@ -2314,6 +2313,9 @@ def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     state = TrainerState(**(run.get("trainer_state") or json.loads(path.read_text())))
     if "trainer_state" not in run and state.global_step < state.max_steps:
         return None
+    best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
+    if "trainer_state" not in run and trainer.args.load_best_model_at_end and not why_unusable(best):
+        folder = str(best)
     set_peft_model_state_dict(trainer.model, load_file(f"{folder}/adapter_model.safetensors"))
     trainer.state = state
     print(f"This run is finished, and its adapter is loaded from {folder}: nothing is trained again.")
@@ -2460,13 +2462,9 @@ def copy_folder(source: Path, target: Path) -> None:
     replace_folder(work, target)
 
 
-def superseded(names: Iterable[str], new: str) -> list[str]:
-    """The copies to remove once `new` is there: all but it and the one before it."""
-    steps = {name: int(name.split("-")[1]) for name in names if re.fullmatch(r"checkpoint-\d+", name)}
-    if new not in steps:
-        return []
-    before = max((name for name in steps if steps[name] < steps[new]), key=steps.get, default=None)
-    return [name for name in steps if name not in (new, before)]
+def superseded(names: Iterable[str], folder: Path) -> list[str]:
+    """The copies to remove once `folder` is there too: of checkpoints that are no longer beside it."""
+    return [n for n in names if re.fullmatch(r"checkpoint-\d+", n) and not (folder.parent / n).exists()]
 
 
 def back_up(settings: Settings, folder: Path) -> None:
@@ -2487,7 +2485,7 @@ def copy_to_drive(settings: Settings, folder: Path) -> Path:
         raise FileNotFoundError(f"Drive is not mounted at {drive.parent.parent}")
     drive.mkdir(parents=True, exist_ok=True)
     copy_folder(folder, drive / folder.name)
-    for name in superseded([path.name for path in checkpoints(drive)], folder.name):
+    for name in superseded([path.name for path in checkpoints(drive)], folder):
         shutil.rmtree(drive / name, ignore_errors=True)
     return drive
 
@@ -2506,9 +2504,9 @@ def copy_to_hub(settings: Settings, folder: Path) -> str:
     api = hub_api()
     repo = with_retries(lambda: backup_repo(settings, api))
     ensure_repo(api, repo, private=True)
-    there = {name.split("/")[0] for name in with_retries(lambda: api.list_repo_files(repo))} | {folder.name}
+    there = {name.split("/")[0] for name in with_retries(lambda: api.list_repo_files(repo))}
     names = [*checksums(folder), "checksums.json"]
-    commit_folder(api, repo, folder, names, f"{folder.name}/", superseded(there, folder.name))
+    commit_folder(api, repo, folder, names, f"{folder.name}/", superseded(there, folder))
     return f"{api.endpoint}/{repo}"
 
 

@@ -60,9 +60,17 @@ def run_all(settings: dict, again: str = "") -> dict:
     import peft
     import transformers
     import trl
+    from IPython.display import display
 
     transformers.set_seed(1)  # a new notebook kernel has no such luck; the Trainer sets its own seed for training
-    names = {"qlora": qlora, "datasets": datasets, "peft": peft, "transformers": transformers, "trl": trl}
+    names = {
+        "display": display,
+        "qlora": qlora,
+        "datasets": datasets,
+        "peft": peft,
+        "transformers": transformers,
+        "trl": trl,
+    }
     for heading, source in cells():
         if heading.startswith(SKIPPED):
             continue
@@ -85,53 +93,39 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_micro_batch(number: int, act) -> None:
-    """Call `act(model)` after the backward pass of the given micro-batch of training, counted from 1."""
+def in_step(step: int, act) -> None:
+    """Call `act(model)` in the given step, counted from 1: after the backward pass of its first micro-batch."""
     from transformers import Trainer
 
-    original, seen = Trainer.training_step, [0]
+    original, seen = Trainer.training_step, set()
 
     def training_step(self, model, *args, **kwargs):
         loss = original(self, model, *args, **kwargs)
-        seen[0] += 1
-        if seen[0] == number:
+        if self.state.global_step == step - 1 and step not in seen:
+            seen.add(step)
             act(model)
         return loss
 
     Trainer.training_step = training_step
 
 
-def kill_at(micro_batch: int) -> None:
+def kill_at(step: int) -> None:
     """SIGKILL in the middle of a step."""
-    at_micro_batch(micro_batch, lambda model: kill())
+    in_step(step, lambda model: kill())
 
 
-def kill_at_step(step: int) -> None:
-    """SIGKILL when so many steps are done, however they are cut into micro-batches; before anything is saved."""
-    from transformers import Trainer
-
-    original = Trainer._maybe_log_save_evaluate
-
-    def after_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            kill()
-        return original(self, *args, **kwargs)
-
-    Trainer._maybe_log_save_evaluate = after_step
-
-
-def stop_at(micro_batch: int) -> None:
+def stop_at(step: int) -> None:
     """The Stop button in the middle of a step."""
-    at_micro_batch(micro_batch, lambda model: os.kill(os.getpid(), signal.SIGINT))
+    in_step(step, lambda model: os.kill(os.getpid(), signal.SIGINT))
 
 
-def nan_at(micro_batch: int) -> None:
-    """One weight of the adapter becomes NaN."""
+def nan_at(step: int) -> None:
+    """One weight of the adapter becomes NaN in the middle of a step."""
 
     def plant(model):
         next(p for n, p in model.named_parameters() if "lora_B" in n).data[0, 0] = float("nan")
 
-    at_micro_batch(micro_batch, plant)
+    in_step(step, plant)
 
 
 def kill_in_save(step: int, files: int) -> None:
@@ -160,9 +154,9 @@ def fill_up(disk: str, leave: int) -> None:
     (Path(disk) / "ballast").write_bytes(bytes(stat.f_bavail * stat.f_frsize - leave))
 
 
-def full_at(micro_batch: int, disk: str, leave: int) -> None:
+def full_at(step: int, disk: str, leave: int) -> None:
     """The disk fills up in training."""
-    at_micro_batch(micro_batch, lambda model: fill_up(disk, leave))
+    in_step(step, lambda model: fill_up(disk, leave))
 
 
 def full_at_the_end(disk: str, leave: int) -> None:
@@ -176,9 +170,7 @@ def full_at_the_end(disk: str, leave: int) -> None:
     qlora.save_adapter = save_adapter
 
 
-FAULTS = {
-    fault.__name__: fault for fault in (kill_at, kill_at_step, stop_at, nan_at, kill_in_save, full_at, full_at_the_end)
-}
+FAULTS = {fault.__name__: fault for fault in (kill_at, stop_at, nan_at, kill_in_save, full_at, full_at_the_end)}
 
 
 def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
@@ -195,6 +187,7 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
         constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
     torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
+    qlora.Trials.best = lambda self: self.fitting()[0]  # time decides on the cut, and the cut on the last digits
     if fault:
         FAULTS[fault[0]](*fault[1:])
     code = 0

@@ -33,21 +33,21 @@ def outputs(folder: Path) -> Path:
 def half(tiny, tmp_path_factory):
     """A run killed in the second step of its second epoch: one whole checkpoint, of step 2."""
     folder = tmp_path_factory.mktemp("half")
-    code, shown = run(tiny, folder, "kill_at", 7)
+    code, shown = run(tiny, folder, "kill_at", 4)
     assert code == KILLED, shown
     assert [path.name for path in qlora.checkpoints(outputs(folder))] == ["checkpoint-2"]
     return folder
 
 
-@pytest.mark.parametrize("micro_batch", [1, 7], ids=["first step", "second epoch"])
-def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, micro_batch):
-    if micro_batch == 1:
+@pytest.mark.parametrize("step", [1, 4], ids=["first step", "second epoch"])
+def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, step):
+    if step == 1:
         assert run(tiny, tmp_path, "kill_at", 1)[0] == KILLED
     else:
         shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     code, shown = run(tiny, tmp_path)
     assert code == 0, shown
-    begun = "Starting at step 0: there is no checkpoint." if micro_batch == 1 else "Continuing from checkpoint-2."
+    begun = "Starting at step 0: there is no checkpoint." if step == 1 else "Continuing from checkpoint-2."
     assert begun in shown
     assert result_of(tmp_path) == undisturbed[0]
 
@@ -173,11 +173,11 @@ def test_changed_rows_stop_and_a_finished_run_gives_way(tiny, tmp_path, undistur
 
 
 def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_path):
-    code, shown = run(tiny, tmp_path, "nan_at", 3)  # in the second step, two micro-batches each
+    code, shown = run(tiny, tmp_path, "nan_at", 2)
     assert code == 2
     assert "Training stopped at step 2: the gradient is not finite. The last good checkpoint: none" in shown
     assert not list(outputs(tmp_path).glob("checkpoint-*")) and not (outputs(tmp_path) / "final_model").exists()
-    code, shown = run(tiny, tmp_path, "nan_at", 7)
+    code, shown = run(tiny, tmp_path, "nan_at", 4)
     assert (
         f"Training stopped at step 4: the gradient is not finite. The last good checkpoint: {outputs(tmp_path)}"
         in shown
@@ -185,11 +185,10 @@ def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_pat
     assert "checkpoint-2" in shown and "resume = 'anyway'" in shown
 
 
-@pytest.mark.parametrize("micro_batch", [5, 8], ids=["inside an epoch", "at its end"])
-def test_the_stop_button_keeps_the_work_and_the_cell_continues(tiny, tmp_path, undisturbed, micro_batch):
-    code, shown = run(tiny, tmp_path, "stop_at", micro_batch, again="## 11.")
+@pytest.mark.parametrize("step", [3, 4], ids=["inside an epoch", "at its end"])
+def test_the_stop_button_keeps_the_work_and_the_cell_continues(tiny, tmp_path, undisturbed, step):
+    code, shown = run(tiny, tmp_path, "stop_at", step, again="## 11.")
     assert code == 0, shown
-    step = (micro_batch + 1) // 2
     assert f"UserError: Stopped at step {step} of 6, and saved. Run this cell again to continue." in shown
     assert f"Continuing from checkpoint-{step}." in shown
     assert result_of(tmp_path) == undisturbed[0]
@@ -210,7 +209,7 @@ def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
     shutil.copytree(half / "outputs", small_disk / "outputs")
     before = qlora.checksums(outputs(small_disk) / "checkpoint-2")
     # A checkpoint's tokenizer alone has 3.5 MB.
-    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at", 1, str(small_disk), 1_000_000))
+    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at", 4, str(small_disk), 1_000_000))
     assert code == 2, shown
     assert f"The disk is full: {outputs(small_disk)} could not be written to. Saved before: checkpoint-2." in shown
     assert qlora.checksums(outputs(small_disk) / "checkpoint-2") == before
@@ -266,7 +265,7 @@ def test_the_machine_replaced_continues_from_drive(tiny, tmp_path, undisturbed):
     home = tmp_path / "content" / "drive" / "MyDrive"  # outside Colab /content is a folder of the working directory
     home.mkdir(parents=True)
     settings = tiny(tmp_path, backup_to="drive")
-    code, shown = child.run(settings, tmp_path / "log", ("kill_at", 11))
+    code, shown = child.run(settings, tmp_path / "log", ("kill_at", 6))
     assert code == KILLED, shown
     copies = home / "qlora_checkpoints" / "faults"
     assert {path.name for path in copies.iterdir()} == {"checkpoint-2", "checkpoint-4"}

@@ -81,7 +81,7 @@ def test_the_machine_replaced_continues_from_the_hub(tiny, tmp_path, undisturbed
     settings = tiny(tmp_path, backup_to="hub")
     with Hub() as hub:
         environment = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url}
-        code, shown = child.run(settings, tmp_path / "log", ("kill_at", 11), environment)
+        code, shown = child.run(settings, tmp_path / "log", ("kill_at", 6), environment)
         assert code == -9, shown
         there = {name.split("/")[0] for name in hub.files["ada/faults-checkpoints"]}
         assert there == {"checkpoint-2", "checkpoint-4"}

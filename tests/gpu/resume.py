@@ -49,7 +49,7 @@ def main() -> None:
         folder.mkdir()
         settings["output_dir"] = str(folder / "outputs")
         if name == "killed":
-            code, shown = child.run(settings, folder / "log", ("kill_at_step", 4))
+            code, shown = child.run(settings, folder / "log", ("kill_at", 5))
             assert code == -9, shown
         code, shown = child.run(settings, folder / "log")
         assert code == 0, shown
