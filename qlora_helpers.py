@@ -1449,8 +1449,13 @@ def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
 def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
     """Attention over rows laid end to end, none seeing another: torch's own kernel (torch 2.10, Ampere or newer).
 
-    `query` is [1, heads, tokens, head size]; `cu_seq_lens_q` [rows + 1] and `max_length_q` come from `Collator`.
+    `query` is [1, heads, tokens, head size]; `cu_seq_lens_q` [rows + 1] and `max_length_q` come from `Collator`. Without
+    them (generating, scoring) it is `sdpa`.
     """
+    if "cu_seq_lens_q" not in kwargs:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
@@ -1461,6 +1466,13 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
     causal = {"is_causal": True} if "is_causal" in signature(varlen_attn).parameters else {"window_size": (-1, 0)}
     out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **causal)
     return out.unsqueeze(0), None
+
+
+def varlen_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    """The mask that goes with `varlen_attention`: none for rows end to end, `sdpa`'s where there is padding."""
+    from transformers.masking_utils import sdpa_mask
+
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 def has_varlen() -> bool:
@@ -1482,7 +1494,7 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
     used = [f"fused LoRA in {fuse_lora(model)} layers", fuse_loss(causal)]
     if has_varlen():
         AttentionInterface.register("varlen", varlen_attention)
-        AttentionMaskInterface.register("varlen", lambda *args, **kwargs: None)
+        AttentionMaskInterface.register("varlen", varlen_mask)
         used.append("variable-length attention")
     if has_liger():
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -1872,9 +1884,11 @@ class Trials:
         """The fastest of the cuts that fit."""
         attention = "varlen" if has_varlen() else "sdpa"
         with untouched(self.model):
-            self.climb([Cut(size, False, "sdpa") for size in self.sizes()])
-            if self.padding(self.sizes()[-1]) > 0.02:
+            padding = self.padding(self.sizes()[-1])
+            if padding > 0.02:
                 self.climb([Cut(size, True, attention) for size in self.sizes() if size > 1])
+            if padding < 0.3 or not self.fitting():
+                self.climb([Cut(size, False, "sdpa") for size in self.sizes()])
             if self.gpu and self.fitting() and self.dense_size() < self.limit - memory_in_use():
                 self.climb([dataclasses.replace(self.best().cut, dense=True)])
             keep_dense(self.model, False)

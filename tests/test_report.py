@@ -157,7 +157,7 @@ def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
     assert 0.1 < seconds / next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e) < 1.1
 
 
-PLAN = qlora.Plan(2, 18, 2, 1, False, "as set")
+PLAN = qlora.Plan(qlora.Cut(2, False, "sdpa"), 1, 2, 18, 2, 1, 100.0, 9.0, 1.0, "as set", [])
 EVIL = '<script>document.title = "stolen"</script><img src="http://example.com/x.png">'
 
 
@@ -175,7 +175,7 @@ def reported(overfitted, settings, tmp_path):
         log = trainer.state.log_history
         rows = [{"prompt": EVIL, "completion": EVIL}, ROWS[0]]
         table = qlora.compare(rows, [qlora.Answer(EVIL, False)] * 2, [qlora.Answer(answer, True)] * 2)
-        run = qlora.manifest(cfg, model, PLAN, qlora.scores(table, {"before": 9.0, "after": 1.5}))
+        run = qlora.manifest(cfg, trainer, PLAN, qlora.scores(table, {"before": 9.0, "after": 1.5}))
         qlora.plot_curves(log, cfg.run_dir / "curves.png", cfg.run_name)
         page = qlora.write_report(cfg, run, table, log, train=16, validation=8)
         found.append((cfg, page, json.loads((cfg.run_dir / "run.json").read_text())))

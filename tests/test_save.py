@@ -21,7 +21,7 @@ TOKEN = "hf_" + "s3cret" * 5
 RESULT = {"rows": 2} | {
     when: {"exact_match": 0.0, "stopped": 1.0, "validation_loss": 2.0} for when in ("before", "after")
 }
-PLAN = qlora.Plan(1, 5, 1, 1, False, "as set")
+PLAN = qlora.Plan(qlora.Cut(2, False, "sdpa"), 1, 1, 5, 1, 1, 100.0, 9.0, 1.0, "as set", [])
 
 
 @pytest.fixture(scope="module")

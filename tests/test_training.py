@@ -1,6 +1,5 @@
 """Sections 10 and 11: a few real steps of the embedded model in NF4, through TRL as the notebook calls it."""
 
-import datasets
 import pytest
 import torch
 import trl
@@ -13,19 +12,20 @@ ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i 
 
 def train(model, tokenizer, cfg, folder):
     """The notebook's sections 10 and 11 over `ROWS`, in fp32; returns the trainer and the plan."""
-    data = datasets.Dataset.from_list(qlora.encode_rows(ROWS, tokenizer, 512))
+    qlora.use_fast_kernels(model)
+    data = qlora.encode_rows(ROWS, tokenizer)
     plan = qlora.make_plan(cfg, model, data)
     args = trl.SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.gradient_accumulation,
+        per_device_train_batch_size=plan.cut.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
         num_train_epochs=cfg.epochs,
         max_steps=cfg.max_steps,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=plan.warmup_steps,
         bf16=False,
-        gradient_checkpointing=plan.gradient_checkpointing,
+        gradient_checkpointing=False,
         save_strategy="no",
         eval_strategy="no",
         logging_steps=1,
@@ -35,8 +35,9 @@ def train(model, tokenizer, cfg, folder):
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-    qlora.adapter_to_fp32(model)
+    collator = qlora.Collator(plan.cut, tokenizer.eos_token_id)
+    trainer = trl.SFTTrainer(model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer)
+    qlora.follow_plan(trainer, plan, cfg)
     trainer.train()
     return trainer, plan
 
@@ -76,15 +77,6 @@ def test_the_plan_counts_the_steps_as_the_trainer_does(run):
     assert plan.steps == trainer.state.max_steps == trainer.state.global_step == 6
 
 
-@pytest.mark.parametrize(
-    ("rows", "batch", "accumulation", "epochs", "steps"), [(17, 4, 4, 1, 2), (16, 4, 4, 5, 5), (3, 4, 4, 2, 2)]
-)
-def test_steps_of_other_sizes(settings, run, rows, batch, accumulation, epochs, steps):
-    cfg = settings(batch_size=batch, gradient_accumulation=accumulation, epochs=epochs)
-    data = datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}] * rows)
-    assert qlora.make_plan(cfg, run[0], data).steps == steps
-
-
 def test_training_learns_and_touches_the_adapter_alone(run):
     model, trainer, _, _, before = run
     losses = qlora.history(trainer.state.log_history, "loss")[1]
@@ -108,14 +100,3 @@ def test_tensorboard_can_read_the_run_back(run):
     board = EventAccumulator(str(events[0].parent)).Reload()
     logged = [event.value for event in board.Scalars("train/loss")]
     assert logged == pytest.approx(qlora.history(trainer.state.log_history, "loss")[1], abs=1e-3)
-
-
-def test_checkpointing_is_chosen_by_memory(run, settings, monkeypatch):
-    data = datasets.Dataset.from_list([{"input_ids": [1] * 1000}])
-    cfg = settings(gradient_checkpointing="auto")
-    monkeypatch.setattr(qlora, "free_memory_size", lambda: 100.0)
-    assert qlora.make_plan(cfg, run[0], data).gradient_checkpointing is False
-    monkeypatch.setattr(qlora, "free_memory_size", lambda: 1.0)
-    plan = qlora.make_plan(cfg, run[0], data)
-    assert plan.gradient_checkpointing is True and "0.8 GB can be spared" in plan.why
-    assert qlora.make_plan(settings(gradient_checkpointing=False), run[0], data).gradient_checkpointing is False

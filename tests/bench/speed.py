@@ -306,10 +306,13 @@ def main() -> None:
         make_model(Path(options.model), None)
     rate, bandwidth = rates()
     ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in ("long", "short")}
-    results = [in_a_process(way, kind, options) for kind in options.data for way in options.only]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"rate": rate, "bandwidth": bandwidth, "ceilings": ceilings, "results": results}
-    options.out.write_text(json.dumps(found, indent=2))
+    results = []
+    for kind, way in ((kind, way) for kind in options.data for way in options.only):
+        results.append(in_a_process(way, kind, options))
+        found = {"rate": rate, "bandwidth": bandwidth, "ceilings": ceilings, "results": results}
+        options.out.write_text(json.dumps(found, indent=2))
+        print(table(results[-1:], ceilings).splitlines()[-1], flush=True)
     print(f"{rate / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s; ceilings {ceilings}\n")
     print(table(results, ceilings))
 
