@@ -2865,9 +2865,10 @@ def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str
 
     tokenizer.chat_template = chat_template(tokenizer)
     tokenizer.save_pretrained(folder)
-    if json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend":
+    plain = ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] in plain:
         inputs = {"model_input_names": ["input_ids", "attention_mask"]}
-        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", **inputs)
+        edit_json(folder / "tokenizer_config.json", tokenizer_class=plain[1], **inputs)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False).save_pretrained(folder)
     (folder / "Modelfile").write_text(modelfile(tokenizer, base))
@@ -3151,7 +3152,8 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """config.json without quantisation, with RoPE's settings both as transformers 4.57 and as 5 read them."""
     config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        config.__dict__.pop(name, None)
     config.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
     rope = saved.get("rope_parameters") or {"rope_type": "default", "rope_theta": saved.get("rope_theta")}

@@ -134,7 +134,7 @@ def test_both_transformers_majors_load_it_alike(base, tmp_path, mistral_tokenize
     ids = qlora.encode_prompt(mistral_tokenizer, "Say the number 3")
     folders, expected = [], []
     for where in (base, tiny_base(tmp_path / "scaled", mistral_tokenizer, **key)):
-        tuned, folder = tiny_tuned(where), tmp_path / f"merged {len(folders)}"
+        tuned, folder = tiny_tuned(where), tmp_path / f"merged_{len(folders)}"
         folder.mkdir()
         qlora.write_shards(qlora.merged_weights(tuned), folder, torch.float32, 2**30)
         qlora.write_config(tuned, folder, torch.float32)

@@ -1,7 +1,7 @@
 """Which base to merge into, and what a merge of Mistral-7B's shape takes.
 
     python tests/bench/merge.py loss content/model_outputs/triage/final_model   # of the embedded model
-    python tests/bench/merge.py memory [--layers 32]                            # random weights in Mistral-7B's shape
+    python tests/bench/merge.py memory [--layers 32]                            # weights in Mistral-7B's shape
 
 `loss` prints the validation loss over `data_examples` of the adapter on NF4, merged into the dequantised NF4 weights,
 and merged into the 16-bit weights. `memory` writes a merged model and prints the process's peak memory and the disk.
@@ -56,7 +56,7 @@ def losses(adapter: Path, work: Path) -> None:
 
 
 def memory(layers: int, work: Path) -> None:
-    """Merge random weights in Mistral-7B's shape, made in NF4 layer by layer, and print what it took."""
+    """Merge weights in the shape of Mistral-7B, made in NF4 one by one, and print what it took."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from mistral import mistral_config
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -69,7 +69,7 @@ def memory(layers: int, work: Path) -> None:
     model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            weight = torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.02
+            weight = torch.full(parameter.shape, 0.02, dtype=torch.bfloat16)  # the values do not matter here
             kind = Params4bit if isinstance(module, Linear4bit) else torch.nn.Parameter
             options = {"quant_type": "nf4", "compress_statistics": True} if kind is Params4bit else {}
             setattr(module, name, kind(weight, requires_grad=False, **options).to(qlora.device()))
