@@ -1449,8 +1449,8 @@ def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
 def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
     """Attention over rows laid end to end, none seeing another: torch's own kernel (torch 2.10, Ampere or newer).
 
-    `query` is [1, heads, tokens, head size]; `cu_seq_lens_q` [rows + 1] and `max_length_q` come from `Collator`. Without
-    them (generating, scoring) it is `sdpa`.
+    `query` is [1, heads, tokens, head size]; `cu_seq_lens_q` [rows + 1] and `max_length_q` come from `Collator`.
+    Without them (generating, scoring) it is `sdpa`.
     """
     if "cu_seq_lens_q" not in kwargs:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

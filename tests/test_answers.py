@@ -77,7 +77,7 @@ def test_the_table_shows_the_scores_and_keeps_html_out():
 def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batched(tmp_path, mistral_tokenizer):
     model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
     rows = [{"prompt": f"p{i}", "completion": "word " * (1 + 5 * i)} for i in range(4)]
-    examples = qlora.encode_rows(rows, mistral_tokenizer, 512)
+    examples = list(qlora.encode_rows(rows, mistral_tokenizer).select_columns(["input_ids", "labels"]))
     with torch.no_grad():  # transformers' own loss is a row's mean over its trained tokens
         alone = [(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item(), row) for row in examples]
     counts = [sum(label != -100 for label in row["labels"]) for row in examples]

@@ -38,7 +38,7 @@ def teach(base, tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     pad, padding = torch.nn.utils.rnn.pad_sequence, {"input_ids": 0, "labels": -100}
     for _ in range(30):
-        examples = qlora.encode_rows([row(dice.randrange(99), WORDS, 2) for _ in range(16)], tokenizer, 512)
+        examples = qlora.encode_rows([row(dice.randrange(99), WORDS, 2) for _ in range(16)], tokenizer)
         ids, labels = (pad([torch.tensor(e[key]) for e in examples], True, fill) for key, fill in padding.items())
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
@@ -51,7 +51,7 @@ def train(folder, base, tokenizer, **changes):
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     model = peft.get_peft_model(model, lora)
-    rows = qlora.encode_rows(ROWS, tokenizer, 512)
+    rows = list(qlora.encode_rows(ROWS, tokenizer).select_columns(["input_ids", "labels"]))
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -164,7 +164,7 @@ EVIL = '<script>document.title = "stolen"</script><img src="http://example.com/x
 @pytest.fixture
 def reported(overfitted, settings, tmp_path):
     """Two runs that differ in their rank: settings, report's page, and run.json of each."""
-    _, _, model, trainer, _ = overfitted
+    trainer = overfitted[3]
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     found = []
     for rank, answer in ((8, "no"), (16, ROWS[0]["completion"])):
