@@ -3087,6 +3087,7 @@ def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
         kept = {name: value for name, value in run.items() if name not in ("log", "answers", "created")}
         columns.append(json_normalize(kept).iloc[0].rename(folder.name))
     both = concat(columns, axis=1)
+    both = both[~both.index.str.startswith("fingerprint.") | (both.index == "fingerprint.training rows")]
     return both[both.iloc[:, 0].map(str) != both.iloc[:, 1].map(str)]
 
 
