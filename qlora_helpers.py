@@ -91,16 +91,19 @@ def on_kaggle() -> bool:
 def quiet() -> None:
     """Silence what the reader of the notebook cannot act on: deprecations between these libraries' versions."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*|IProgress not found")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+GPU_REQUIREMENT = "liger-kernel>=0.8,<1"  # kernels that are of no use, and 200 MB of compiler, without a GPU
+
+
 def missing_requirements(requirements: str | Path) -> list[str]:
-    """The lines of a requirements file that no installed package satisfies."""
+    """Lines of a requirements file, and `GPU_REQUIREMENT` where there is a GPU, that nothing installed satisfies."""
     from packaging.requirements import Requirement
 
-    missing = []
-    for line in Path(requirements).read_text().splitlines():
+    missing, on_gpu = [], shutil.which("nvidia-smi") is not None
+    for line in Path(requirements).read_text().splitlines() + [GPU_REQUIREMENT] * on_gpu:
         if not (line := line.partition("#")[0].strip()):
             continue
         wanted = Requirement(line)

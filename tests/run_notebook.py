@@ -70,7 +70,8 @@ def execute(settings: dict, folder: Path | None = None) -> nbformat.NotebookNode
     folder = folder or cfg.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     notebook = parameterize_notebook(notebook, settings)
-    client = Streaming(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(Path.cwd())}})
+    place = {"metadata": {"path": str(Path.cwd())}}
+    client = Streaming(notebook, timeout=None, kernel_name="python3", resources=place, coalesce_streams=True)
     try:
         client.execute()
     finally:

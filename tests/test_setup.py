@@ -27,7 +27,7 @@ def shelf(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     yield tmp_path
-    pip = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "qlora_probe", "torchao"]
+    pip = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "qlora_probe", "torchao", "liger-kernel"]
     subprocess.run(pip, check=True, capture_output=True)
 
 
@@ -55,6 +55,14 @@ def test_only_what_is_missing_is_installed(shelf):
     ]
     assert installed("qlora_probe") == "1.5"
     assert qlora.install_missing(ask(shelf, "qlora_probe>=1.2,<2")) == []
+
+
+def test_a_machine_with_a_gpu_gets_its_kernels_too(shelf, monkeypatch):
+    wheel(shelf, "liger_kernel", "0.8.5")
+    assert qlora.install_missing(ask(shelf, "numpy")) == []
+    monkeypatch.setattr(qlora.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.GPU_REQUIREMENT]
+    assert installed("liger-kernel") == "0.8.5"
 
 
 def test_a_package_that_the_kernel_has_loaded_is_never_replaced(shelf):
