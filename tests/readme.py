@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from papermill.iorw import load_notebook_node
-from run_notebook import NOTEBOOK, ROOT, defaults
+from run_notebook import NOTEBOOK, ROOT, defaults, qlora
 
 
 def settings_table() -> str:
@@ -26,18 +26,15 @@ def settings_table() -> str:
 
 def results_table(run: dict) -> str:
     """A Markdown table of one run's scores, with what made it."""
-    before, after, settings = run["results"]["before"], run["results"]["after"], run["settings"]
+    settings, versions = run["settings"], run["versions"]
     minutes = run["results"]["training"]["train_runtime"] / 60
-    lines = [
-        f"| {run['results']['rows']} held-out rows | before | after |",
-        "|---|---|---|",
-        f"| exact answers | {before['exact_match']:.0%} | {after['exact_match']:.0%} |",
-        f"| stopped by itself | {before['stopped']:.0%} | {after['stopped']:.0%} |",
-        f"| validation loss | {before['validation_loss']:.2f} | {after['validation_loss']:.2f} |",
+    lines = [f"| {run['results']['rows']} held-out rows | before | after |", "|---|---|---|"]
+    lines += ["| {score} | {before} | {after} |".format(**line) for line in qlora.score_lines(run["results"])]
+    lines += [
         "",
         f"One run of `make run` on {run['created'][:10]}, on a {run['device'].upper()} with two cores:"
-        f" {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}, {minutes:.0f} minutes of"
-        f" training, transformers {run['versions']['transformers']}, trl {run['versions']['trl']}.",
+        f" {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}, {minutes:.0f} minutes of training,"
+        f" transformers {versions['transformers']}, trl {versions['trl']}.",
     ]
     return "\n".join(lines)
 

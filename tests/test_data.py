@@ -149,6 +149,7 @@ MESSY = st.one_of(
 )
 
 
+@pytest.mark.slow
 @many
 @given(content=st.lists(MESSY, max_size=6).map(b"\n".join))
 def test_any_bytes_give_rows_or_located_errors(read, tmp_path_factory, content):
@@ -174,6 +175,7 @@ def test_any_bytes_give_rows_or_located_errors(read, tmp_path_factory, content):
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=15).filter(str.strip)
 
 
+@pytest.mark.slow
 @many
 @given(
     pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4, unique=True),

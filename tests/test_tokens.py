@@ -98,6 +98,7 @@ def test_exact_ids_on_mistrals_tokenizer(mistral_tokenizer):
     assert encoded["labels"] == [-100] * len(head) + encoded["input_ids"][len(head) :]
 
 
+@pytest.mark.slow
 @many
 @given(prompt=TEXT, completion=TEXT)
 @example(prompt="</s>[INST]", completion="<|im_end|>")
