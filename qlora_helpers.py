@@ -2568,23 +2568,29 @@ def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], 
 def log_speed(trainer: Any) -> None:
     """Add `tokens_per_second` to what the trainer logs; call it before training.
 
-    Only the steps are timed, not evaluation or saving. The callback stands first, so that TensorBoard sees the number.
+    Only the steps are timed, not evaluation or saving, and tokens are those of an average step. The callback stands
+    first, so that TensorBoard sees the number.
     """
     from transformers import TrainerCallback
 
+    lengths, args = row_lengths(trainer.train_dataset), trainer.args
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens = sum(lengths) / len(lengths) * min(rows, len(lengths))
+
     class Speed(TrainerCallback):
-        began = seconds = tokens = 0.0
+        began, seconds, steps = 0.0, 0.0, 0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds += time.perf_counter() - self.began
+            self.steps += 1
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "num_tokens" in logs and self.seconds:
-                speed = {"tokens_per_second": (logs["num_tokens"] - self.tokens) / self.seconds}
-                self.tokens, self.seconds = logs["num_tokens"], 0.0
+            if "loss" in logs and self.seconds:
+                speed = {"tokens_per_second": tokens * self.steps / self.seconds}
+                self.steps, self.seconds = 0, 0.0
                 logs.update(speed)
                 state.log_history[-1].update(speed)
 
