@@ -214,17 +214,17 @@ def test_the_cards_own_lines_answer_as_the_notebook_did(twice, python, folder, a
 
 
 COLAB = """
-import sys, types
-google, colab = types.ModuleType("google"), types.ModuleType("google.colab")
-userdata, output = types.ModuleType("google.colab.userdata"), types.ModuleType("google.colab.output")
+import importlib.machinery, sys, types
+import google  # a namespace: protobuf lives in it too
+colab, userdata, output = (types.ModuleType(f"google.colab{part}") for part in ("", ".userdata", ".output"))
 for name in ("SecretNotFoundError", "NotebookAccessError", "TimeoutException"):
     setattr(userdata, name, type(name, (Exception,), {}))
 userdata.get = lambda name: "hf_" + "t0ken" * 6
-google.colab, google.__path__, colab.userdata, colab.output = colab, [], userdata, output
-sys.modules |= {"google": google, "google.colab": colab,
-                "google.colab.userdata": userdata, "google.colab.output": output}
-from IPython.core.magic import register_line_magic
-register_line_magic(lambda line: print("TensorBoard shows", line), "tensorboard")
+google.colab, colab.userdata, colab.output = colab, userdata, output
+for module in (colab, userdata, output):
+    module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+    sys.modules[module.__name__] = module
+get_ipython().register_magic_function(lambda line: print("TensorBoard shows", line), "line", "tensorboard")
 get_ipython().extension_manager.loaded.add("tensorboard")
 """
 
@@ -236,13 +236,13 @@ def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(tmp
     text = "\n".join(printed(cell) for cell in notebook.cells if cell.cell_type == "code")
     assert "Hugging Face token found in Colab's secrets." in text
     assert f"TensorBoard shows --logdir {tmp_path / 'outputs' / 'small'}" in text
-    assert "t0ken" not in nbformat.writes(notebook).replace(COLAB.replace("\n", "\\n"), "").replace('"t0ken', "")
+    assert "t0kent0ken" not in nbformat.writes(notebook)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data_files": "nowhere/*.jsonl"}, "No file matches data_files = 'nowhere/*.jsonl'"),
+        ({"data_files": "nowhere/*.jsonl"}, r"No file matches data_files = 'nowhere/\*\.jsonl'"),
         ({"run_name": "../out"}, "run_name = '../out'"),
         ({"lora_r": 0, "learning_rate": "fast"}, "lora_r = 0.*learning_rate = 'fast'"),
         ({"base_model": "mistralai/Mistral-7B-Instruct-v0.3"}, "no GPU.*Change runtime type.*base_model = 'embedded'"),

@@ -52,6 +52,7 @@ def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, step):
     assert result_of(tmp_path) == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_killed_at_each_file_of_a_save(tiny, tmp_path, undisturbed, half):
     files = sorted(path.name for path in (outputs(half) / "checkpoint-2").iterdir())
 
