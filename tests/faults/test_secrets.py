@@ -15,6 +15,8 @@ from hub import Hub
 
 import qlora_helpers as qlora
 
+pytestmark = pytest.mark.slow  # whole runs of the notebook
+
 TOKEN = "hf_" + "canary" * 6
 
 
