@@ -7,20 +7,11 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from tiny import pythons, tiny_base, tiny_tuned
+from tiny import one_thread, pythons, tiny_base, tiny_tuned  # noqa: F401  `one_thread` works by being here
 
 import qlora_helpers as qlora
 
 ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(4)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

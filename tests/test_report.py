@@ -16,7 +16,7 @@ import torch
 import transformers
 import trl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_base
+from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by being here
 
 import qlora_helpers as qlora
 
@@ -78,15 +78,6 @@ def train(folder, base, tokenizer, **changes):
     qlora.adapter_to_fp32(model)
     qlora.log_speed(trainer)
     return model, trainer, rows
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,18 @@ import sys
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 import transformers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_base(folder: Path, tokenizer, seed: int = 0, **changes) -> str:
