@@ -1761,12 +1761,16 @@ class StepSampler:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self)))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        for start in range(0, len(order), self.step):
-            rows = sorted(order[start : start + self.step], key=lambda row: self.lengths[row])
+        for rows in self.steps(self.epoch):
+            rows = sorted(rows, key=lambda row: self.lengths[row])
             deal = len(rows) // self.cut.micro_batch if self.cut.flat and len(rows) % self.cut.micro_batch == 0 else 1
             yield from (row for first in range(deal) for row in rows[first::deal])
+
+    def steps(self, epoch: int) -> list[list[int]]:
+        """The rows of each step of an epoch."""
+        order = list(range(len(self)))
+        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        return [order[start : start + self.step] for start in range(0, len(order), self.step)]
 
     def micro_batches(self) -> list[list[int]]:
         """The epoch's micro-batches, as row numbers."""
@@ -1819,26 +1823,79 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     """Time real passes over the data's longest and typical micro-batches, and choose the fastest cut that fits.
 
     The effective batch is the contract: every cut gives the same update but for rounding. Weights, random states and
-    gradients are left as they were. Raises `UserError` if not even one row fits with every layer recomputed.
+    gradients are left as they were. What was measured is kept in the run's folder and used again, by a resumed run too,
+    while GPU, rows and settings are the same. Raises `UserError` if one row does not fit with every layer recomputed.
     """
     step, lengths = settings.effective_batch, row_lengths(examples)
     per_epoch = math.ceil(len(lengths) / step)
     steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * per_epoch)
-    trials = Trials(settings, model, examples, lengths)
-    chosen = trials.choose()
+    about = planned_for(settings, model, lengths)
+    measured = planned_before(settings, about) or measure_plan(settings, model, examples, lengths, about)
+    cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
     return Plan(
-        cut=chosen.cut,
-        accumulation=step // chosen.cut.micro_batch,
+        cut=cut,
+        accumulation=step // cut.micro_batch,
         steps_per_epoch=per_epoch,
         steps=steps,
         warmup_steps=math.ceil(steps * settings.warmup_ratio),
         logging_steps=max(1, steps // 100),
-        tokens_per_second=sum(lengths) / chosen.seconds,
-        seconds=chosen.seconds * steps / per_epoch,
-        peak=chosen.peak,
-        why=trials.why(chosen),
-        table=[trial.row(sum(lengths), step, trial is chosen) for trial in trials.tried],
+        tokens_per_second=sum(lengths) / seconds,
+        seconds=seconds * steps / per_epoch,
+        peak=measured["peak"],
+        why=measured["why"],
+        table=measured["table"],
     )
+
+
+def planned_for(settings: Settings, model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
+    """All that a plan depends on; its figures are of no use where one of these has changed."""
+    import torch
+
+    names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "seed")
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {name: getattr(settings, name) for name in names} | {
+        "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
+        "rows": hashlib.sha256(repr(list(lengths)).encode()).hexdigest()[:16],
+        "model": [settings.precision, sum(p.numel() for p in model.parameters()), len(checkpointable(model))],
+        "versions": versions(),
+    }
+
+
+def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier plan of this run measured, if it was about the same; says what has changed if not."""
+    path = settings.run_dir / "plan.json"
+    if settings.resume == "never" or not path.exists():
+        return None
+    saved = json.loads(path.read_text())
+    changed = [
+        f"{name}: {saved['about'].get(name)} then, {now} now"
+        for name, now in about.items()
+        if saved["about"].get(name) != now
+    ]
+    if changed:
+        print(listed("Planned anew, because of what has changed since this run was planned:", changed))
+        return None
+    print("As planned before for this run (plan.json in its folder).")
+    return saved
+
+
+def measure_plan(
+    settings: Settings, model: PreTrainedModel, examples: Any, lengths: Sequence[int], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Measure, choose, and keep what was found."""
+    trials = Trials(settings, model, examples, lengths)
+    chosen = trials.choose()
+    measured = {
+        "about": about,
+        "cut": dataclasses.asdict(chosen.cut),
+        "epoch_seconds": chosen.seconds,
+        "peak": chosen.peak,
+        "why": trials.why(chosen),
+        "table": [trial.row(sum(lengths), settings.effective_batch, trial is chosen) for trial in trials.tried],
+    }
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    (settings.run_dir / "plan.json").write_text(json.dumps(measured, indent=1) + "\n")
+    return measured
 
 
 def row_lengths(examples: Any) -> list[int]:
@@ -2357,7 +2414,7 @@ class KeepSafe:
     """
 
     def __init__(self, settings: Settings, mark: Mapping[str, Any]):
-        self.settings, self.mark, self.asked = settings, mark, False
+        self.settings, self.mark, self.asked, self.pending = settings, mark, False, None
 
     def ask(self, *_: Any) -> None:
         """What SIGINT does: the first lets the step end, the second does not."""
@@ -2375,13 +2432,34 @@ class KeepSafe:
         )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """On a GPU the answer is read a step later: waiting for it would leave the GPU idle in every step."""
         import torch
 
+        self.check_gradient()
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not args.fp16 and not torch.nn.utils.get_total_norm(grads).isfinite():
-            self.diverged("the gradient", state.global_step + 1)
+        if args.fp16:
+            return
+        finite, ready = torch.nn.utils.get_total_norm(grads).isfinite(), None
+        if finite.is_cuda:
+            finite, ready = finite.to("cpu", non_blocking=True), torch.cuda.Event()
+            ready.record()
+        self.pending = (state.global_step + 1, finite, ready)
+        if ready is None:
+            self.check_gradient()
+
+    def check_gradient(self, *_: Any, **__: Any) -> None:
+        """Stop if the last gradient that was looked at is not finite."""
+        if self.pending:
+            (step, finite, ready), self.pending = self.pending, None
+            if ready is not None:
+                ready.synchronize()
+            if not finite:
+                self.diverged("the gradient", step)
+
+    on_train_end = check_gradient
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.check_gradient()
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 self.diverged(f"{name} ({logs[name]})", state.global_step)
@@ -2395,6 +2473,7 @@ class KeepSafe:
             control.should_save = control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.check_gradient()
         if not state.is_world_process_zero:
             return
         require_finite(model)
@@ -2566,31 +2645,35 @@ def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], 
 
 
 def log_speed(trainer: Any) -> None:
-    """Add `tokens_per_second` to what the trainer logs; call it before training.
+    """Add `tokens_per_second` to what the trainer logs; call it after `follow_plan`, before training.
 
-    Only the steps are timed, not evaluation or saving, and tokens are those of an average step. The callback stands
-    first, so that TensorBoard sees the number.
+    Real tokens of the steps since the last log, padding left out, over the time within epochs: evaluation and saving
+    come between them. The callback stands first, so that TensorBoard sees the number.
     """
     from transformers import TrainerCallback
 
-    lengths, args = row_lengths(trainer.train_dataset), trainer.args
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    tokens = sum(lengths) / len(lengths) * min(rows, len(lengths))
+    sampler = trainer._get_train_sampler()
+    tokens = functools.lru_cache(2)(lambda e: [sum(sampler.lengths[r] for r in rows) for rows in sampler.steps(e)])
+    per_epoch = len(tokens(0))
 
     class Speed(TrainerCallback):
-        began, seconds, steps = 0.0, 0.0, 0
+        began, seconds, tokens = 0.0, 0.0, 0
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
             self.seconds += time.perf_counter() - self.began
-            self.steps += 1
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            epoch, step = divmod(state.global_step - 1, per_epoch)
+            self.tokens += tokens(epoch)[step]
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs and self.seconds:
-                speed = {"tokens_per_second": tokens * self.steps / self.seconds}
-                self.steps, self.seconds = 0, 0.0
+            if "loss" in logs and self.tokens:
+                now = time.perf_counter()
+                speed = {"tokens_per_second": self.tokens / (self.seconds + now - self.began)}
+                self.began, self.seconds, self.tokens = now, 0.0, 0
                 logs.update(speed)
                 state.log_history[-1].update(speed)
 

@@ -185,6 +185,12 @@ def test_the_epochs_order_differs_and_comes_back():
     assert list(sampler) == first
 
 
+@pytest.fixture
+def planning(settings, tmp_path):
+    """Settings whose plans are kept in the test's own folder."""
+    return lambda **changes: settings(output_dir=str(tmp_path), **changes)
+
+
 def train(model, settings, plan, data, folder, **changes):
     """Steps through TRL's trainer as the notebook builds it; returns losses and the adapter."""
     args = trl.SFTConfig(
@@ -233,8 +239,8 @@ CUTS = [
 ]
 
 
-def test_every_cut_trains_the_same_adapter(settings, smollm_path, tmp_path):
-    cfg, data, results = settings(max_steps=20), rows(90), []
+def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
+    cfg, data, results = planning(max_steps=20), rows(90), []
     for cut in CUTS:
         model = tiny()
         qlora.use_fast_kernels(model)
@@ -246,8 +252,8 @@ def test_every_cut_trains_the_same_adapter(settings, smollm_path, tmp_path):
         close(weights, adapter, 1e-4)
 
 
-def test_planning_leaves_everything_as_it_was_to_the_bit(settings, smollm_path, tmp_path):
-    cfg, data, results = settings(max_steps=3, lora_dropout=0.1), rows(40), []
+def test_planning_leaves_everything_as_it_was_to_the_bit(planning, smollm_path, tmp_path):
+    cfg, data, results = planning(max_steps=3, lora_dropout=0.1, resume="never"), rows(40), []
     for planned in (False, True):
         model = tiny(dropout=0.1)
         qlora.use_fast_kernels(model)
@@ -264,10 +270,10 @@ def test_planning_leaves_everything_as_it_was_to_the_bit(settings, smollm_path, 
     assert all(torch.equal(weight, adapter_after[name]) for name, weight in adapter.items())
 
 
-def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(settings):
+def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
     model, data = tiny(), rows(50)
     qlora.use_fast_kernels(model)
-    plan = qlora.make_plan(settings(batch_size=3, gradient_accumulation=5, epochs=2), model, data)
+    plan = qlora.make_plan(planning(batch_size=3, gradient_accumulation=5, epochs=2), model, data)
     assert plan.cut.micro_batch * plan.accumulation == 15
     assert (plan.steps_per_epoch, plan.steps) == (4, 8)
     assert sum(row["chosen"] for row in plan.table) == 1 and len(plan.table) >= 2
@@ -276,9 +282,24 @@ def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(settings):
     assert "← chosen" in plan._repr_html_() and str(plan) in plan._repr_html_()
 
 
+def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(planning, capsys, monkeypatch):
+    model, data, measured, choose = tiny(), rows(40), [], qlora.Trials.choose
+    monkeypatch.setattr(qlora.Trials, "choose", lambda self: measured.append(1) or choose(self))
+    qlora.use_fast_kernels(model)
+    first = qlora.make_plan(planning(), model, data)
+    assert qlora.make_plan(planning(epochs=2), model, data).table == first.table and len(measured) == 1
+    assert "As planned before" in capsys.readouterr().out
+    monkeypatch.setattr(qlora, "versions", lambda: {"torch": "9"})
+    qlora.make_plan(planning(batch_size=2), model, data)
+    said = capsys.readouterr().out
+    assert len(measured) == 2 and "batch_size: 4 then, 2 now" in said and "versions: " in said
+    qlora.make_plan(planning(batch_size=2, resume="never"), model, data)
+    assert len(measured) == 3
+
+
 @pytest.mark.parametrize("cut", [qlora.Cut(8, False, "sdpa"), qlora.Cut(8, True, "sdpa")])
-def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(settings, smollm_path, tmp_path, capsys, cut):
-    cfg, data, results = settings(max_steps=4), rows(64), []
+def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(planning, smollm_path, tmp_path, capsys, cut):
+    cfg, data, results = planning(max_steps=4), rows(64), []
 
     def failing(trainer):
         """Runs out of memory after the backward pass of every micro-batch of more than two rows."""

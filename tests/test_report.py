@@ -7,6 +7,7 @@ import subprocess
 from hashlib import sha256
 from html.parser import HTMLParser
 from shutil import which
+from types import SimpleNamespace
 
 import datasets
 import pandas
@@ -76,6 +77,8 @@ def train(folder, base, tokenizer, **changes):
     data = {name: datasets.Dataset.from_list(part) for name, part in data.items()}
     trainer = trl.SFTTrainer(model, trl.SFTConfig(**options | changes), processing_class=tokenizer, **data)
     qlora.adapter_to_fp32(model)
+    sampler = qlora.StepSampler([len(row["input_ids"]) for row in rows[:16]], 4, 0, qlora.Cut(4, False, "sdpa"))
+    trainer._get_train_sampler = lambda *_: sampler
     qlora.log_speed(trainer)
     return model, trainer, rows
 
@@ -141,11 +144,36 @@ def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
         assert steps == list(range(1, 33)) and all(value >= 0 for value in values)
         assert [event.value for event in board.Scalars(f"train/{name}")] == pytest.approx(values, rel=1e-3)
     assert len(board.Scalars("eval/loss")) == 9
-    # Speed times the steps' seconds is the tokens of eight epochs; the steps take less than the whole run.
-    tokens = 8 * sum(len(row["input_ids"]) for row in rows[:16])
+    # Each step's own tokens over its speed are its seconds; the steps take less than the whole run.
+    tokens = [sum(len(rows[n]["input_ids"]) for n in step) for e in range(8) for step in sampler_of(trainer).steps(e)]
     speeds = qlora.history(trainer.state.log_history, "tokens_per_second")[1]
-    seconds = sum(tokens / len(speeds) / speed for speed in speeds)
-    assert 0.1 < seconds / next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e) < 1.1
+    seconds = sum(many / speed for many, speed in zip(tokens, speeds, strict=True))
+    assert 0.1 < seconds / next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e) < 1.01
+
+
+def sampler_of(trainer):
+    return trainer._get_train_sampler()
+
+
+def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epochs(monkeypatch):
+    sampler, clock = qlora.StepSampler([10, 20, 30, 40, 50], 2, 0, PLAN.cut), iter(range(0, 1000, 2))
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[]), _get_train_sampler=lambda *_: sampler)
+    monkeypatch.setattr(qlora, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    qlora.log_speed(trainer)
+    (speed,), found = trainer.callback_handler.callbacks, []
+    for epoch in range(2):
+        speed.on_epoch_begin()
+        for step in range(1, 4):
+            state, logs = SimpleNamespace(global_step=3 * epoch + step, log_history=[{}]), {"loss": 1.0}
+            speed.on_step_end(None, state)
+            speed.on_log(None, state, None, logs=logs)
+            found.append(logs["tokens_per_second"])
+        speed.on_epoch_end()
+        list(zip(range(9), clock, strict=False))  # an evaluation
+    tokens = [sum(sampler.lengths[row] for row in rows) for epoch in range(2) for rows in sampler.steps(epoch)]
+    assert tokens[2] in sampler.lengths  # the last step of an epoch has one row
+    # Two seconds a step; the first of an epoch also has the two between the last log and the epoch's end.
+    assert found == [n / seconds for n, seconds in zip(tokens, [2, 2, 2, 4, 2, 2], strict=True)]
 
 
 PLAN = qlora.Plan(qlora.Cut(2, False, "sdpa"), 1, 2, 18, 2, 1, 100.0, 9.0, 1.0, "as set", [])

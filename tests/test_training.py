@@ -62,7 +62,7 @@ def run(request, tmp_path_factory, settings, smollm_path, smollm_tokenizer):
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
     folder = tmp_path_factory.mktemp("run")
-    cfg = settings(batch_size=2, gradient_accumulation=4, epochs=2)
+    cfg = settings(batch_size=2, gradient_accumulation=4, epochs=2, output_dir=str(folder))
     return (model, *train(model, smollm_tokenizer, cfg, folder), folder, before)
 
 

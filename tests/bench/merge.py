@@ -70,9 +70,11 @@ def memory(layers: int, work: Path) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             weight = torch.full(parameter.shape, 0.02, dtype=torch.bfloat16)  # the values do not matter here
-            kind = Params4bit if isinstance(module, Linear4bit) else torch.nn.Parameter
-            options = {"quant_type": "nf4", "compress_statistics": True} if kind is Params4bit else {}
-            setattr(module, name, kind(weight, requires_grad=False, **options).to(qlora.device()))
+            if isinstance(module, Linear4bit):
+                new = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                setattr(module, name, new.to(qlora.device()))
+            else:
+                setattr(module, name, torch.nn.Parameter(weight.to(qlora.device()), requires_grad=False))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=targets))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.time()
