@@ -19,9 +19,9 @@ GIVEN = $(filter-out STACK=% PYTHON=%,$(MAKEOVERRIDES))
 run: $(VENV)/ready
 	$(PY) tests/run_notebook.py $(RUN_DEFAULTS) $(GIVEN)
 
-# The other stacks leave out what tests Python alone at length.
+# Two processes of one thread each. The other stacks leave out what tests Python alone at length.
 test: $(VENV)/ready
-	$(PY) -m pytest $(if $(filter newest,$(STACK)),,-m "not slow")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(if $(filter newest,$(STACK)),,-m "not slow")
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
@@ -30,7 +30,8 @@ lint: $(VENV)/ready
 $(VENV)/ready: requirements.txt tests/requirements.txt tests/stacks/$(STACK).txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
-	  -r requirements.txt -r tests/requirements.txt -c tests/stacks/$(STACK).txt
+	  -r requirements.txt -r tests/requirements.txt -c tests/stacks/$(STACK).txt \
+	  $(if $(filter newest,$(STACK)),jupyterlab playwright)
 	touch $@
 
 readme: $(VENV)/ready

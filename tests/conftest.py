@@ -18,6 +18,24 @@ import qlora_helpers as qlora  # noqa: E402
 qlora.quiet()
 
 
+def pytest_sessionstart(session):
+    """Prepare the embedded model before there are two processes that would."""
+    if not hasattr(session.config, "workerinput"):
+        values = notebook_defaults(json.loads((ROOT / "finetune_mistral.ipynb").read_text()))
+        smollm(lambda **changes: qlora.Settings.from_cell(values | changes))
+
+
+def notebook_defaults(notebook):
+    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
+    values = {}
+    exec("".join(cell["source"]), values)
+    return {name: value for name, value in values.items() if not name.startswith("__")}
+
+
+def smollm(settings):
+    return qlora.base_model_path(settings(base_model="embedded", model_cache=str(ROOT / "content" / "model_cache")))
+
+
 @pytest.fixture(scope="session")
 def notebook():
     """The committed notebook, as JSON."""
@@ -27,10 +45,7 @@ def notebook():
 @pytest.fixture(scope="session")
 def defaults(notebook):
     """The hyperparameter cell's values."""
-    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
-    values = {}
-    exec("".join(cell["source"]), values)
-    return {name: value for name, value in values.items() if not name.startswith("__")}
+    return notebook_defaults(notebook)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +57,7 @@ def settings(defaults):
 @pytest.fixture(scope="session")
 def smollm_path(settings):
     """The embedded SmolLM2-135M-Instruct, prepared once under the repository's own model cache."""
-    return qlora.base_model_path(settings(base_model="embedded", model_cache=str(ROOT / "content" / "model_cache")))
+    return smollm(settings)
 
 
 @pytest.fixture(scope="session")

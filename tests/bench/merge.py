@@ -21,7 +21,8 @@ import transformers
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import qlora_helpers as qlora  # noqa: E402
+from papermill.iorw import load_notebook_node  # noqa: E402
+from run_notebook import NOTEBOOK, defaults, qlora  # noqa: E402
 
 
 def nf4(base: str, dtype: torch.dtype):
@@ -40,8 +41,10 @@ def losses(adapter: Path, work: Path) -> None:
     base = peft.PeftConfig.from_pretrained(adapter).base_model_name_or_path
     load = transformers.AutoModelForCausalLM.from_pretrained
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    _, rows = qlora.split_rows(qlora.read_rows(str(ROOT / "data_examples" / "*.jsonl")), 0.1)
-    examples = qlora.encode_rows(rows, tokenizer, 4096)
+    settings = {"data_files": str(ROOT / "data_examples" / "*.jsonl"), "output_dir": str(work)}
+    cfg = qlora.Settings(**defaults(load_notebook_node(str(NOTEBOOK))) | settings)
+    _, rows = qlora.split_rows(qlora.read_rows(cfg), cfg.validation_fraction)
+    examples = qlora.encode_rows(rows, tokenizer)
     model = peft.PeftModel.from_pretrained(nf4(base, torch.float32), adapter)
     with model.disable_adapter():
         print(f"base in NF4          {qlora.validation_loss(model, examples):.4f}", flush=True)
