@@ -66,7 +66,7 @@ many = settings(max_examples=2000, deadline=None, suppress_health_check=list(Hea
 @example(text="emoji 🙂 and \x00 control")
 def test_the_built_tokenizer_is_mistrals(mistral_tokenizer, text):
     spm = sentencepiece_model()
-    assert qlora.tokenize(mistral_tokenizer, ["x" + text])["input_ids"][0] == spm.encode("x" + text)
+    assert qlora.tokenize(mistral_tokenizer, ["x" + text])[0].ids == spm.encode("x" + text)
 
 
 def test_the_built_tokenizer_renders_mistral_commons_chat(mistral_tokenizer):
@@ -264,7 +264,7 @@ def boundary_merged():
     def broken(tokenizer, prompts, completions, *_):
         texts = [f"### Question: {p}\n\n### Answer: {c}\n\n### End" for p, c in zip(prompts, completions, strict=True)]
         begin = [tokenizer.bos_token_id] if qlora.adds_bos(tokenizer) else []
-        ids = [[*begin, *ids, tokenizer.eos_token_id] for ids in qlora.tokenize(tokenizer, texts)["input_ids"]]
+        ids = [[*begin, *ids, tokenizer.eos_token_id] for ids in (e.ids for e in qlora.tokenize(tokenizer, texts))]
         masked = map(len, qlora.encode_prompts(tokenizer, prompts))
         labels = [[-100] * n + row[n:] for n, row in zip(masked, ids, strict=True)]
         return {"input_ids": ids, "labels": labels, "length": list(map(len, ids))}
@@ -274,7 +274,7 @@ def boundary_merged():
 
 def control_injected():
     """Text may become control tokens, as it does by the tokenizers' defaults."""
-    return {"tokenize": lambda tokenizer, texts: tokenizer(texts, add_special_tokens=False)}
+    return {"tokenize": lambda tokenizer, texts: tokenizer(texts, add_special_tokens=False).encodings}
 
 
 @pytest.mark.parametrize(
