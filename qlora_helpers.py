@@ -591,6 +591,7 @@ def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, 
 def check_room(settings: Settings, token: str | None) -> Iterator[tuple[str, str]]:
     """Free disk for download, three checkpoints and the merge, and main memory for the merge."""
     import psutil
+    import torch
 
     base, download, source = base_model_gb(settings, token)
     # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B model's 14.5 GB.
@@ -599,10 +600,11 @@ def check_room(settings: Settings, token: str | None) -> Iterator[tuple[str, str
     parts = f"download {download:.1f}, checkpoints {saved:.1f}" + f", merged model {base:.1f}" * settings.merge
     text = f"{free:,.1f} GB of disk free, about {need:.1f} GB needed ({parts}; base model {base:.1f}, {source})"
     yield ("✓", text) if free > need else ("✗", f"{text}: free some, or change the folders in section 2")
-    memory = psutil.virtual_memory().total / 2**30
     if settings.merge:
-        text = f"{memory:.1f} GB of main memory, and the merge holds {base:.1f} GB"
-        yield ("✓", text) if memory > base + 2 else ("✗", f"{text}: set merge = False, or take a machine with more")
+        # Written shard by shard; the check loads it whole, onto the GPU where there is one, what does not fit to disk.
+        held, memory = 4 + (0 if torch.cuda.is_available() else 1.3 * base), psutil.virtual_memory().total / 2**30
+        text = f"{memory:.1f} GB of main memory, and the merge holds about {held:.1f} GB"
+        yield ("✓", text) if memory > held else ("✗", f"{text}: set merge = False, or take a machine with more")
 
 
 def check_backup(settings: Settings, token: str | None) -> tuple[str, str]:
@@ -1173,8 +1175,8 @@ def find_mistake(
     return next((mistake for mistake, found in checks.items() if found), "")
 
 
-def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True) -> None:
-    """Check every row that is about to be trained; raises `UserError` that names lines.
+def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True) -> str:
+    """Check every row that is about to be trained and return what was found; raises `UserError` that names lines.
 
     The prompts are encoded once more, as for generating answers, and every row must begin with just these ids and
     be trained on all that follows: the encoder, which knows the border from the tokens' places, is not asked.
@@ -1197,7 +1199,7 @@ def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_o
         title = f"{len(wrong):,} of {len(data):,} rows would mis-train; nothing was trained:"
         raise UserError(listed(title, [*wrong[:10]["wrong"], *[""] * (len(wrong) - 10)]))
     loss = "every answer trained from its first token" if completion_only_loss else "every token trained"
-    print(
+    return (
         f"Audited all {len(data):,} rows: {'one' if begin else 'no'} BOS, {loss}, EOS last and trained, "
         "no control token from the text."
     )
@@ -2309,11 +2311,13 @@ def checkpoints(folder: Path) -> list[Path]:
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder` by its relative name, but of `checksums.json` itself."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "checksums.json"]
-    sums = {}
-    for path in files:
-        with path.open("rb") as file:
-            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(folder: Path) -> None:
@@ -3131,15 +3135,16 @@ def push_adapter(settings: Settings, token: str | None) -> str | None:
 # -------- 14. Run report ------------------------------------------------------------------
 
 
-def write_report(settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict], **data: Any) -> Path:
+def write_report(
+    settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict], data: Mapping[str, Any]
+) -> Path:
     """Write the whole run to its folder: `run.json`, and `report.html`, one page that needs no other file.
 
-    `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is told as it is. The hashes
-    (SHA-256) are of the data files and of the saved adapter.
+    `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is what is to be said of the
+    rows. The hashes (SHA-256) are of the data files and of the saved adapter.
     """
-    files = [Path(name) for name in sorted(glob.glob(str(locate(settings.data_files)), recursive=True))]
-    files += [settings.final_model / "adapter_model.safetensors"]
-    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()}
+    files = [*find_files(settings.data_files), settings.final_model / "adapter_model.safetensors"]
+    hashes = {file.name: file_hash(file) for file in files}
     run = {**run, "data": data, "sha256": hashes}
     answers = {"log": log, "answers": table.to_dict("records")}
     (settings.run_dir / "run.json").write_text(json.dumps(run | answers, indent=1, ensure_ascii=False) + "\n")

@@ -196,7 +196,7 @@ def reported(overfitted, settings, tmp_path):
         table = qlora.compare(rows, [qlora.Answer(EVIL, False)] * 2, [qlora.Answer(answer, True)] * 2)
         run = qlora.manifest(cfg, trainer, PLAN, qlora.scores(table, {"before": 9.0, "after": 1.5}))
         qlora.plot_curves(log, cfg.run_dir / "curves.png", cfg.run_name)
-        page = qlora.write_report(cfg, run, table, log, train=16, validation=8)
+        page = qlora.write_report(cfg, run, table, log, {"train": 16, "validation": 8})
         found.append((cfg, page, json.loads((cfg.run_dir / "run.json").read_text())))
     return found
 

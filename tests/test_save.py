@@ -178,7 +178,7 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
     lines = list(qlora.check_room(settings(base_model=str(weights.parent), merge=True), None))
     assert [mark for mark, _ in lines] == ["✗", "✗"]
     assert "merged model 3072.0; base model 3072.0, on disk)" in lines[0][1]
-    assert "the merge holds 3072.0 GB: set merge = False" in lines[1][1]
+    assert "the merge holds about 3997.6 GB: set merge = False" in lines[1][1]
     lines = list(qlora.check_room(settings(base_model="embedded"), None))
     assert [mark for mark, _ in lines] == ["✓"] and "download 0.3, checkpoints 0.2" in lines[0][1]
 
