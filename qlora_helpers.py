@@ -61,6 +61,11 @@ if TYPE_CHECKING:
 # TRL reports its use over the network unless told not to.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+# In one process with several GPUs (Kaggle has two T4) the Trainer would copy the model to all of them, by DataParallel,
+# which 4-bit weights do not survive: the first is used, unless a launcher gives each process its own.
+if "LOCAL_RANK" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
 
 class UserError(Exception):
     """A mistake in the settings or the data, told in plain words and shown without a traceback."""

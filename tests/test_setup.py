@@ -1,6 +1,7 @@
 """Section 1: real pip on real wheels, made here, so that nothing is fetched."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import zipfile
@@ -94,3 +95,19 @@ def test_the_torchao_that_breaks_merging_is_removed(shelf):
     qlora.install_missing(ask(shelf, "numpy"))
     assert installed("torchao") is None
     assert is_torchao_available() is False
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, "0"),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, "1"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"LOCAL_RANK": "1"}, None),
+    ],
+)
+def test_one_process_sees_one_gpu(before, after):
+    code = "import os, qlora_helpers; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK")} | before
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(after)
