@@ -7,6 +7,7 @@ Without a run's folder only the settings table is written anew.
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,13 +28,12 @@ def settings_table() -> str:
 def results_table(run: dict) -> str:
     """A Markdown table of one run's scores, with what made it."""
     settings, versions = run["settings"], run["versions"]
-    minutes = run["results"]["training"]["train_runtime"] / 60
     lines = [f"| {run['results']['rows']} held-out rows | before | after |", "|---|---|---|"]
     lines += ["| {score} | {before} | {after} |".format(**line) for line in qlora.score_lines(run["results"])]
     lines += [
         "",
-        f"One run of `make run` on {run['created'][:10]}, on a {run['device'].upper()} with two cores:"
-        f" {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}, {minutes:.0f} minutes of training,"
+        f"One run of `make run SEED={settings['seed']}` on {run['created'][:10]}, on a {run['device'].upper()} with two"
+        f" cores: {settings['epochs']:g} epochs, learning rate {settings['learning_rate']:g},"
         f" transformers {versions['transformers']}, trl {versions['trl']}.",
     ]
     return "\n".join(lines)
@@ -54,7 +54,9 @@ def main() -> None:
         run_dir = Path(sys.argv[1])
         run = json.loads((run_dir / "final_model" / "run.json").read_text())
         text = replace(text, "results", results_table(run))
-        (ROOT / "tests" / "readme" / "curves.png").write_bytes((run_dir / "curves.png").read_bytes())
+        browser = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1150,1480"]
+        picture = f"--screenshot={ROOT / 'tests' / 'readme' / 'report.png'}"
+        subprocess.run([*browser, picture, (run_dir / "report.html").absolute().as_uri()], check=True)
     readme.write_text(text)
 
 
