@@ -4,9 +4,10 @@
     python tests/bench/speed.py --memory-limit-gb 22 --data long --only plain ours
 
 Every way trains the same rows on the same card in one run, each in a process of its own, with the recipe's LoRA and
-16 examples a step: two epochs to warm up, one timed. Rows are either 4096 tokens long, or short (lognormal lengths,
-median 180, sigma 0.9, clipped to 24…4096). Prints real tokens a second, seconds a step, the peak memory, the loss, and
-the share of what the card's arithmetic allows; writes JSON and a Markdown table.
+16 examples a step: two epochs to warm up, one timed. Rows are 4096 tokens long, or short (lognormal lengths,
+median 180, sigma 0.9, clipped to 24…4096), or as --data says (`KINDS`). Prints real tokens a second, seconds a step,
+the peak memory, the loss, and the share of what the card's arithmetic allows, with what our plan had said; writes JSON
+and a Markdown table.
 """
 
 import argparse
@@ -32,12 +33,24 @@ WAYS = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
+def lognormal(chance: random.Random, median: int, sigma: float) -> int:
+    return min(4096, max(24, round(median * math.exp(sigma * chance.gauss(0, 1)))))
+
+
+# Lengths of rows by name: each makes one from a random source and its place.
+KINDS = {
+    "long": lambda chance, place: 4096,
+    "short": lambda chance, place: lognormal(chance, 180, 0.9),
+    "mixed": lambda chance, place: 4096 if place % 20 == 7 else lognormal(chance, 180, 0.4),
+    "uniform": lambda chance, place: chance.randrange(100, 2000),
+    "alike": lambda chance, place: chance.randrange(480, 544),
+}
+
+
 def lengths(kind: str) -> list[int]:
-    """Lengths of the benchmark's rows."""
-    if kind == "long":
-        return [4096] * 32
+    """Lengths of the benchmark's rows: two steps of long ones, six of others."""
     chance = random.Random(0)
-    return [min(4096, max(24, round(180 * math.exp(0.9 * chance.gauss(0, 1))))) for _ in range(96)]
+    return [KINDS[kind](chance, place) for place in range(32 if kind == "long" else 96)]
 
 
 def rows(kind: str):
@@ -266,6 +279,8 @@ def table(results: list[dict], ceilings: dict[str, float]) -> str:
             lines.append(head + f"| {r['error']} | | | | |")
             continue
         share = r["tokens_per_second"] / ceilings[r["data"]]
+        if "plan_peak" in r:
+            head += f"(planned {r['plan_tokens_per_second']:,.0f} tokens/s, {r['plan_peak']:.1f} GB) "
         lines.append(
             head + f"| {r['tokens_per_second']:,.0f} | {r['step_seconds']:.2f} | {r['peak_gb']:.1f} | {share:.2f} "
             f"| {r['loss']:.3f} |"
@@ -300,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="content/model_cache/mistral-7b-random", help="a folder; made if missing")
     parser.add_argument("--memory-limit-gb", type=float, default=0)
-    parser.add_argument("--data", nargs="+", choices=["long", "short"], default=["long", "short"])
+    parser.add_argument("--data", nargs="+", choices=list(KINDS), default=["long", "short"])
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--out", type=Path, default=Path("content/bench/speed.json"))
     parser.add_argument("--unsloth-path", help="a folder of packages for Unsloth alone, which wants other versions")
@@ -314,7 +329,7 @@ def main() -> None:
 
         make_model(Path(options.model), None)
     rate, bandwidth = rates()
-    ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in ("long", "short")}
+    ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in KINDS}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for kind, way in ((kind, way) for kind in options.data for way in options.only):
