@@ -2384,9 +2384,8 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
     told["effective_batch"] = settings.effective_batch
     told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
     rows = trainer.train_dataset
-    return told | {
-        "training rows": digest(rows.select(range(getattr(trainer._get_train_sampler(), "count", len(rows)))))
-    }
+    real = len(rows) - (processes()[1] > 1)  # without `with_void_row`'s
+    return told | {"training rows": digest(rows.select(range(real)))}
 
 
 def checkpoints(folder: Path) -> list[Path]:
