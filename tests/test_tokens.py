@@ -274,7 +274,7 @@ def boundary_merged():
 
 def control_injected():
     """Text may become control tokens, as it does by the tokenizers' defaults."""
-    return {"tokenize": lambda tokenizer, texts: tokenizer(texts, add_special_tokens=False).encodings}
+    return {"tokenize": lambda tokenizer, texts, **_: tokenizer(texts, add_special_tokens=False).encodings}
 
 
 @pytest.mark.parametrize(

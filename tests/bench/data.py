@@ -83,25 +83,16 @@ class Memory(threading.Thread):
             time.sleep(0.05)
 
 
-def now() -> tuple[float, float]:
-    """Seconds on the clock, and seconds of all this process's threads on processors."""
-    return time.perf_counter(), time.process_time()
-
-
-def since(start: tuple[float, float]) -> tuple[float, float]:
-    return tuple(after - before for after, before in zip(now(), start, strict=True))
-
-
-def tokenizer_alone(file: Path, tokenizer) -> tuple[float, float]:
-    """Clock and processor seconds a row of the tokenizer on the first 10,000 joint texts, in batches of 256."""
+def tokenizer_alone(file: Path, tokenizer) -> float:
+    """Seconds a row of the tokenizer on the first 10,000 joint texts, in batches of 256."""
     with file.open() as stream:
         pairs = [json.loads(line) for line, _ in zip(stream, range(10_000), strict=False)]
     texts = [qlora.PROMPT_TEMPLATE.format(**row) + qlora.COMPLETION_TEMPLATE.format(**row) for row in pairs]
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # its own threads, whatever the passes before it wanted
-    start = now()
+    start = time.perf_counter()
     for place in range(0, len(texts), 256):
         tokenizer(texts[place : place + 256])
-    return tuple(seconds / len(texts) for seconds in since(start))
+    return (time.perf_counter() - start) / len(texts)
 
 
 def main() -> None:
@@ -126,16 +117,16 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
     values = defaults(load_notebook_node(str(NOTEBOOK)))
     cfg = qlora.Settings.from_cell(values | {"data_files": str(file), "output_dir": folder})
     alone, spent = [tokenizer_alone(file, tokenizer)], []
-    memory, start = Memory(), now()
+    memory, start = Memory(), time.perf_counter()
     time.sleep(0.2)
     base = memory.own
 
     def done(step: str) -> None:
         nonlocal start
-        spent.append(since(start))
+        spent.append(time.perf_counter() - start)
         alone.append(tokenizer_alone(file, tokenizer))
-        print(f"  {step:6} {spent[-1][0]:8.1f} s; tokenizer alone {1 / alone[-1][0]:,.0f} rows/s", flush=True)
-        start = now()
+        print(f"  {step:6} {spent[-1]:8.1f} s; tokenizer alone {1 / alone[-1]:,.0f} rows/s", flush=True)
+        start = time.perf_counter()
 
     rows = qlora.read_rows(cfg)
     train_rows, held_rows = qlora.split_rows(rows, cfg.validation_fraction)
@@ -146,9 +137,8 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
     for part in data:
         qlora.audit_labels(part, tokenizer)
     done("audit")
-    for place, what in enumerate(["clock", "processor"]):
-        ours, theirs = sum(step[place] for step in spent) / count, statistics.mean(one[place] for one in alone)
-        print(f"By the {what}: {ours * 1e6:,.0f} µs a row, {theirs / ours:.2f} of the tokenizer's speed")
+    ours, theirs = sum(spent) / count, statistics.mean(alone)
+    print(f"{ours * 1e6:,.0f} µs a row, {theirs / ours:.2f} of the tokenizer's speed")
     print(
         f"Memory: {memory.own:,.0f} MB at most, {memory.own - base:,.0f} more than at the start; "
         f"{memory.all:,.0f} MB with mapped files"
