@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import types
 
 import datasets
 import peft
@@ -250,6 +251,36 @@ def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
     for other, weights in results[1:]:
         assert other == pytest.approx(losses, abs=1e-4)
         close(weights, adapter, 1e-4)
+
+
+def test_steps_without_the_walks_over_all_modules_train_the_same(planning, smollm_path, tmp_path, monkeypatch):
+    cfg, data, results = planning(max_steps=4, lora_dropout=0.1), rows(40), []
+    clipped = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: clipped.append(clip(*a, **k)) or clipped[-1])
+    for trimmed in (True, False):
+        if not trimmed:
+            monkeypatch.setattr(qlora, "trim_steps", lambda trainer: None)
+        model = tiny(dropout=0.1)
+        qlora.use_fast_kernels(model)
+        low = {"args": lambda trainer: setattr(trainer.args, "max_grad_norm", 0.2) or trainer.args}
+        results.append(train(model, cfg, plan_for(cfg, model, data, CUTS[1]), data, tmp_path, **low))
+    assert len(clipped) == 8 and min(clipped) > 0.2  # both ways clip, and there is something to clip
+    assert results[0][0] == results[1][0]
+    assert all((results[0][1][name] == weight).all() for name, weight in results[1][1].items())
+
+
+def test_a_step_after_an_evaluation_trains_with_dropout_again():
+    inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))
+    wrapped = torch.nn.Sequential(inner)  # as DDP wraps it; the Trainer evaluates the inner model alone
+    trainer = types.SimpleNamespace(model=inner, training_step=lambda model: model.train(), is_fsdp_enabled=True)
+    qlora.trim_steps(trainer)
+    for _ in range(2):
+        trainer.training_step(wrapped)
+        assert all(module.training for module in wrapped.modules())
+        inner.eval()
+    wrapped.eval()
+    assert not any(module.training for module in wrapped.modules())
 
 
 def test_planning_leaves_everything_as_it_was_to_the_bit(planning, smollm_path, tmp_path):
