@@ -5,6 +5,9 @@
 
 Every process runs the same cells; those tagged `main-process` (answers, plots, saving, pushing) run in the first alone,
 and only that one talks. If one process ends, all do, and the same command continues from the last whole checkpoint.
+
+With `FSDP=True` (or a file like `fsdp.yaml` beside this) the base model's 4-bit weights are spread over the GPUs. The
+processes then only train; one process after them, which lays the model over the GPUs layer by layer, does the rest.
 """
 
 import os
@@ -32,7 +35,8 @@ def run_cells(settings: dict) -> None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  until the process ends
     shell = InteractiveShell.instance()
     for cell in parameterize_notebook(load_notebook_node(str(NOTEBOOK)), settings).cells:
-        mine = state.is_main_process or "main-process" not in cell.metadata.get("tags", [])
+        alone = state.is_main_process and not qlora.is_sharded()
+        mine = alone or "main-process" not in cell.metadata.get("tags", [])
         if cell.cell_type == "code" and mine and not shell.run_cell(cell.source).success:
             os._exit(1)  # at once: the launcher ends the others, which may be waiting for this one
     state.wait_for_everyone()
@@ -43,17 +47,27 @@ def run_cells(settings: dict) -> None:
 def main() -> None:
     """In a process that was launched: the cells. Else launch `GPUS` of them and say what to do if they fail."""
     given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    gpus = given.pop("GPUS", "2")
+    gpus, fsdp = given.pop("GPUS", "2"), given.pop("FSDP", "")
     arguments = [f"{name}={value}" for name, value in given.items()]
     settings = parse(arguments, defaults(load_notebook_node(str(NOTEBOOK))))
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         run_cells(settings)
         return
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", f"--num_processes={gpus}"]
-    command += ["--multi_gpu"] * (gpus != "1") + ["--mixed_precision=no", "--dynamo_backend=no", __file__, *arguments]
+    if fsdp:
+        command += ["--config_file", str(Path(__file__).with_name("fsdp.yaml")) if fsdp == "True" else fsdp]
+    elif gpus != "1":
+        command.append("--multi_gpu")
+    command += ["--mixed_precision=no", "--dynamo_backend=no", __file__, *arguments]
     # CUDA_VISIBLE_DEVICES: the module, imported here too, leaves one GPU to a single process.
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | VISIBLE
-    if subprocess.run(command, env=environment).returncode:
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(gpus))))  # not 1
+    failed = subprocess.run(command, env=environment).returncode
+    if fsdp and not failed:
+        print("\nTrained. Now its answers, curves and report, and the adapter is saved:", flush=True)
+        after = {"QLORA_SPREAD": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+        failed = subprocess.run([sys.executable, __file__, *arguments], env=environment | after).returncode
+    if failed:
         run = qlora.Settings.from_cell(defaults(load_notebook_node(str(NOTEBOOK))) | settings).run_dir
         raise SystemExit(
             f"\nA process ended before its time, so all were ended; what it said stands above. Nothing that was saved "

@@ -1,6 +1,8 @@
 """The notebook in two processes on the CPU (gloo), as `make launch` runs it: the same training as in one."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,13 +26,14 @@ def model(tmp_path_factory, smollm_path):
     return folder
 
 
-def launch(folder, gpus, name):
+def launch(folder, gpus, name, command=("tests/launch.py",), **environment):
     """Start 20 steps of 16 rows, the last of each epoch of 4; without dropout, which each process draws for itself."""
     settings = {"BASE_MODEL": folder / "model", "DATA": folder / "rows.jsonl", "OUTPUT_DIR": folder, "RUN_NAME": name}
     settings |= {"MAX_STEPS": 20, "LORA_DROPOUT": 0.0, "LEARNING_RATE": 1e-3, "PUSH_TO_HUB": False}
-    settings |= {"SAMPLE_ROWS": 1, "MAX_NEW_TOKENS": 2, "GPUS": gpus}
-    command = [sys.executable, "tests/launch.py", *(f"{k}={v}" for k, v in settings.items())]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    settings |= {"SAMPLE_ROWS": 1, "MAX_NEW_TOKENS": 2} | ({"GPUS": gpus} if gpus else {})
+    command = [sys.executable, *command, *(f"{k}={v}" for k, v in settings.items())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
 
 
 def finish(process):
@@ -82,6 +85,20 @@ def test_when_one_process_is_killed_all_end_and_one_continues(model, one):
     code, shown = finish(launch(model, 1, "killed"))
     assert code == 0 and "Continuing from checkpoint-" in shown, shown
     same(result(model, "killed"), one)
+
+
+def test_fsdp_trains_as_one_process_does_and_the_process_that_follows_has_its_adapter(model, one):
+    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "tests/fsdp_on_cpu.py")
+    for expected in ("Starting at step 0", "Continuing from checkpoint-"):
+        code, shown = finish(launch(model, None, "fsdp", two))
+        assert code == 0 and expected in shown and "all layers recomputed: as set" in shown, shown
+        last = max((model / "fsdp").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        if expected.startswith("Starting"):  # as if it had been ended before its last checkpoint
+            shutil.rmtree(last)
+    alone = {"QLORA_SPREAD": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+    code, shown = finish(launch(model, None, "fsdp", **alone))
+    assert code == 0 and "nothing is trained again" in shown, shown
+    same(result(model, "fsdp"), one)
 
 
 def test_more_processes_than_a_step_has_rows_for_say_how_many_work(settings, smollm_tokenizer, monkeypatch):

@@ -2,6 +2,7 @@
 
     python tests/bench/speed.py                            # makes a model of Mistral-7B's shape with random weights
     python tests/bench/speed.py --memory-limit-gb 22 --data long --only plain ours
+    python tests/bench/speed.py --only ours --gpus 1 2     # how it grows with the GPUs; `--only fsdp`: spread over them
 
 Every way trains the same rows on the same card in one run, each in a process of its own, with the recipe's LoRA and
 16 examples a step: two epochs to warm up, one timed. Rows are 4096 tokens long, or short (lognormal lengths,
@@ -11,6 +12,7 @@ and a Markdown table.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+VISIBLE = {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}  # before our module narrows it
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
 WAYS = {
@@ -29,6 +32,7 @@ WAYS = {
     "unsloth": "Unsloth, its defaults, batch 4",
     "unsloth-best": "Unsloth, batch 16, no recomputation where it fits",
     "ours": "this project",
+    "fsdp": "this project, base model spread by FSDP, all layers recomputed",
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -67,22 +71,29 @@ def nf4():
     import torch
     import transformers
 
+    import qlora_helpers as qlora
+
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if qlora.is_sharded() else torch.uint8,
     )
 
 
 def base_model(path: str):
-    """The base in 4 bits on the GPU."""
+    """The base in 4 bits on the GPU; under FSDP in main memory."""
     import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=nf4(), dtype=torch.bfloat16, device_map={"": "cuda:0"}
+    import qlora_helpers as qlora
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=nf4(), dtype=torch.bfloat16, device_map=qlora.placement()
     )
+    qlora.ready_to_shard(model)
+    return model
 
 
 def clock():
@@ -128,6 +139,7 @@ def recipe(**changes):
         "disable_tqdm": True,
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
+        "ddp_find_unused_parameters": False,
     }
     return trl.SFTConfig(**(fixed | changes))
 
@@ -213,9 +225,14 @@ def measure(way: str, kind: str, path: str, limit: float) -> dict:
     """Train two epochs one way; figures of the second."""
     if way.startswith("unsloth"):
         import unsloth  # noqa: F401  it wants to be imported first
+    import accelerate
     import torch
     import transformers
 
+    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    torch.cuda.set_device(rank)
+    if ranks > 1:
+        accelerate.PartialState()
     if limit:
         torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.mem_get_info()[1])
     torch.manual_seed(0)
@@ -224,6 +241,10 @@ def measure(way: str, kind: str, path: str, limit: float) -> dict:
     data, watch = rows(kind), clock()
     trainer, notes = trainer_for(way, path, data, tokenizer, limit, watch)
     trainer.train()
+    peaks = [torch.cuda.max_memory_allocated() / 2**30]
+    if ranks > 1:
+        peaks = peaks * ranks
+        torch.distributed.all_gather_object(peaks, peaks[0])
     steps, seconds = len(data) // 16, watch.times[-1] - watch.times[-2]
     return notes | {
         "way": way,
@@ -231,7 +252,11 @@ def measure(way: str, kind: str, path: str, limit: float) -> dict:
         "limit_gb": limit,
         "tokens_per_second": sum(lengths(kind)) / seconds,
         "step_seconds": seconds / steps,
-        "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_gb": max(peaks),
+        "peaks_gb": peaks,
+        "gpus": ranks,
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "reserved_gb": torch.cuda.max_memory_reserved() / 2**30,
         "loss": watch.losses[-1],
         "card": torch.cuda.get_device_name(),
     }
@@ -274,40 +299,50 @@ def table(results: list[dict], ceilings: dict[str, float]) -> str:
     lines = ["| rows | way | tokens/s | s a step | peak GB | of the ceiling | loss |", "|---|---|---|---|---|---|---|"]
     for r in results:
         limit = f", {r['limit_gb']:g} GB" if r["limit_gb"] else ""
+        limit += f", {r['gpus']} GPUs" if r["gpus"] > 1 else ""
         head = f"| {r['data']}{limit} | {WAYS[r['way']]} "
         if "error" in r:
             lines.append(head + f"| {r['error']} | | | | |")
             continue
-        share = r["tokens_per_second"] / ceilings[r["data"]]
-        if "plan_peak" in r:
+        share = r["tokens_per_second"] / ceilings[r["data"]] / r["gpus"]
+        if r.get("plan_peak"):
             head += f"(planned {r['plan_tokens_per_second']:,.0f} tokens/s, {r['plan_peak']:.1f} GB) "
         lines.append(
             head + f"| {r['tokens_per_second']:,.0f} | {r['step_seconds']:.2f} | {r['peak_gb']:.1f} | {share:.2f} "
-            f"| {r['loss']:.3f} |"
+            f"| {r['loss']:.4f} |"
         )
     return "\n".join(lines)
 
 
-def in_a_process(way: str, kind: str, options) -> dict:
-    """`measure` in a process of its own; its failure is a result too."""
-    command = [sys.executable, __file__, "--one", way, kind, "--model", options.model]
+def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
+    """`measure` in processes of their own, one a GPU; their failure is a result too."""
+    command = [sys.executable]
+    if gpus > 1:
+        config = ["--config_file", str(ROOT / "tests" / "fsdp.yaml")] if way == "fsdp" else ["--multi_gpu"]
+        command += ["-m", "accelerate.commands.launch", *config, f"--num_processes={gpus}", "--num_machines=1"]
+        command += ["--mixed_precision=no", "--dynamo_backend=no"]
+    command += [__file__, "--one", way, kind, "--model", options.model]
     command += ["--memory-limit-gb", str(options.memory_limit_gb)]
-    environment = dict(os.environ)
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | VISIBLE
+    if gpus == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = VISIBLE.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     if way.startswith("unsloth") and options.unsloth_path:
         environment["PYTHONPATH"] = options.unsloth_path
+    threads = str(max(1, len(os.sched_getaffinity(0)) // gpus))  # a launcher would set one: 4-bit takes long so
     environment |= {
+        "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }  # it waits long for a network that is not there
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
-    print(done.stderr[-6000:] if way == "ours" or not lines else "", file=sys.stderr)
+    print(done.stderr[-6000:] if way in ("ours", "fsdp") or not lines else "", file=sys.stderr)
     if lines:
         return json.loads(lines[-1])
     reason = (
         "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["failed"])[-1][:80]
     )
-    return {"way": way, "data": kind, "limit_gb": options.memory_limit_gb, "error": reason}
+    return {"way": way, "data": kind, "limit_gb": options.memory_limit_gb, "gpus": gpus, "error": reason}
 
 
 def main() -> None:
@@ -316,13 +351,15 @@ def main() -> None:
     parser.add_argument("--model", default="content/model_cache/mistral-7b-random", help="a folder; made if missing")
     parser.add_argument("--memory-limit-gb", type=float, default=0)
     parser.add_argument("--data", nargs="+", choices=list(KINDS), default=["long", "short"])
-    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS)[:-1])
     parser.add_argument("--out", type=Path, default=Path("content/bench/speed.json"))
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument("--unsloth-path", help="a folder of packages for Unsloth alone, which wants other versions")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one, options.model, options.memory_limit_gb)))
+        found = measure(*options.one, options.model, options.memory_limit_gb)
+        print(json.dumps(found) if os.environ.get("RANK", "0") == "0" else "", flush=True)
         return
     if not (Path(options.model) / "config.json").exists():
         from mistral_7b import make_model
@@ -332,8 +369,8 @@ def main() -> None:
     ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in KINDS}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
-    for kind, way in ((kind, way) for kind in options.data for way in options.only):
-        results.append(in_a_process(way, kind, options))
+    for kind, way, gpus in itertools.product(options.data, options.only, options.gpus):
+        results.append(in_a_process(way, kind, gpus, options))
         found = {"rate": rate, "bandwidth": bandwidth, "ceilings": ceilings, "results": results}
         options.out.write_text(json.dumps(found, indent=2))
         print(table(results[-1:], ceilings).splitlines()[-1], flush=True)
