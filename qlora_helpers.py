@@ -3461,7 +3461,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
     """Each weight of base and adapter in one, under the base model's names, one at a time, on the model's device.
 
     4-bit weights are dequantised: the adapter was trained against these, not against the weights that they were made
-    from. On the embedded model, validation loss was 0.760 with the adapter, 0.760 merged so, and 1.100 merged into the
+    from. On the embedded model, validation loss was 0.053 with the adapter, 0.053 merged so, and 0.243 merged into the
     16-bit weights (`tests/bench/merge.py`). Tied weights come once.
     """
     import bitsandbytes.functional

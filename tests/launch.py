@@ -61,7 +61,8 @@ def main() -> None:
     command += ["--mixed_precision=no", "--dynamo_backend=no", __file__, *arguments]
     # CUDA_VISIBLE_DEVICES: the module, imported here too, leaves one GPU to a single process.
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | VISIBLE
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(gpus))))  # not 1
+    # The launcher would leave each process one thread, and FSDP's 4-bit weights are made by all cores.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(gpus))))
     failed = subprocess.run(command, env=environment).returncode
     if fsdp and not failed:
         print("\nTrained. Now its answers, curves and report, and the adapter is saved:", flush=True)
