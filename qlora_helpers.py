@@ -2423,7 +2423,7 @@ def trim_steps(trainer: Any) -> None:
     """Spare each step its walks over all of the model's modules, which on short rows leave the GPU idle.
 
     To set the training mode, to clear and to clip gradients and to count FLOP, the Trainer visits every module, frozen
-    ones too: on an H100 80 ms of a step of 290. The trained weights are enough for that; nothing here uses the FLOP.
+    ones too: 100 of 360 ms a step in a profile of Mistral-7B. The trained weights are enough; nothing uses the FLOP.
     """
     import torch
 
