@@ -1315,14 +1315,18 @@ def middle_out(run: list[str], shown: int = 80) -> list[str]:
 
 def plot_lengths(lengths: Sequence[int], max_length: int, path: Path) -> Image:
     """A histogram of rows by length in tokens, with `max_length` marked: a PNG at `path`, returned to be shown."""
+    import numpy
     from IPython.display import Image
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.hist(lengths, bins=60, color="#4c78a8")
+    axes.hist(lengths, bins=numpy.geomspace(min(lengths), max(lengths) + 1, 40), color="#4c78a8")
     axes.axvline(max_length, color="#e45756", label=f"max_length = {max_length:,}")
-    axes.set(xlabel="tokens in a row", ylabel="rows", xlim=(0, None), yscale="symlog")
+    axes.set(xlabel="tokens in a row", ylabel="rows", yscale="symlog")
+    axes.set_xscale("log", base=2)  # short rows and a far cut-off are both seen
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
     axes.legend()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -1424,10 +1428,10 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def placement() -> Any:
-    """The base model's `device_map`: this process's GPU, or main memory under FSDP, which then takes it to the GPUs."""
-    if is_spread():
-        return {"": "cpu"} if is_sharded() else "auto"
-    return {"": device()}
+    """The base model's `device_map`: this process's GPU; main memory before FSDP shards it; all GPUs after FSDP."""
+    if is_sharded():
+        return {"": "cpu"}
+    return "auto" if is_spread() else {"": device()}
 
 
 def storage(settings: Settings) -> torch.dtype:

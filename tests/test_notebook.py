@@ -254,6 +254,6 @@ def test_a_mistake_ends_in_its_own_words_and_nothing_is_trained(tmp_path, change
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 1
     assert re.search(words, done.stderr, re.S), done.stderr[-2000:]
-    # No traceback of ours; the kernel's sockets may log one of their own as it is shut down.
-    assert not re.search(r'File "[^"]*(qlora_helpers|run_notebook|ipykernel_\d+)', done.stderr)
+    # No traceback, but for the one that the kernel's sockets may log as it is shut down.
+    assert all("zmq/" in part for part in done.stderr.split("Traceback")[1:])
     assert not list((tmp_path).rglob("adapter_model.safetensors"))
