@@ -1915,8 +1915,16 @@ class StepSampler:
     def __iter__(self) -> Iterator[int]:
         for rows in self.steps(self.epoch):
             rows = sorted(rows + [self.count] * self.missing(len(rows)), key=lambda row: self.lengths[row])
-            deal = len(rows) // self.cut.micro_batch if self.cut.flat and len(rows) % self.cut.micro_batch == 0 else 1
-            yield from (row for first in range(deal) for row in rows[first::deal])
+            even = self.cut.flat and len(rows) % self.cut.micro_batch == 0
+            yield from self.dealt(rows) if even else rows
+
+    def dealt(self, rows: list[int]) -> list[int]:
+        """Rows in order of length, dealt to micro-batches: the longest left to the one with fewest tokens so far."""
+        hands: list[list[int]] = [[] for _ in range(len(rows) // self.cut.micro_batch)]
+        for row in reversed(rows):
+            open_hands = (hand for hand in hands if len(hand) < self.cut.micro_batch)
+            min(open_hands, key=lambda hand: sum(self.lengths[row] for row in hand)).append(row)
+        return [*itertools.chain(*hands)]
 
     def steps(self, epoch: int) -> list[list[int]]:
         """The rows of each step of an epoch."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import random
 import types
 
@@ -175,6 +176,17 @@ def test_every_cut_holds_the_same_rows_in_each_step(cut, n):
         assert [*itertools.chain(*sampler.micro_batches())] == order
         assert max(map(len, sampler.micro_batches())) <= cut.micro_batch
     assert order != list(range(n))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_micro_batches_of_a_step_end_to_end_have_as_many_tokens_each(size):
+    chance = random.Random(3)
+    lengths = [min(2000, round(180 * math.exp(0.9 * chance.gauss(0, 1)))) for _ in range(96)]
+    found = qlora.StepSampler(lengths, 16, 7, qlora.Cut(size, True, "sdpa")).micro_batches()
+    for start in range(0, len(found), 16 // size):
+        tokens = [sum(lengths[row] for row in rows) for rows in found[start : start + 16 // size]]
+        longest = max(lengths[row] for rows in found[start : start + 16 // size] for row in rows)
+        assert max(tokens) <= 1.2 * max(sum(tokens) / len(tokens), longest)
 
 
 def test_the_epochs_order_differs_and_comes_back():
