@@ -1511,7 +1511,7 @@ class LoraMatmul(_Function):
         g_B, g_x = (g.t() @ low).mul_(ctx.scale), None
         if ctx.needs_input_grad[0]:
             g_x = g @ dense_weight(ctx.layer)
-            g_x = g_x.addmm_(g_low, A) if mask is None else g_x.add_(drop(g_low @ A, mask, 1 / ctx.keep))
+            g_x = g_x.addmm_(g_low, A) if mask is None else g_x.addcmul_(g_low @ A, mask, value=1 / ctx.keep)
             g_x = g_x.view(*grad.shape[:-1], -1)
         return g_x, g_A, g_B, None, None, None
 
@@ -1587,20 +1587,24 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     from torch.nn.attention.varlen import varlen_attn
 
-    # https://docs.pytorch.org/docs/stable/nn.attention.varlen.html: 2.10 has is_causal, later releases window_size
-    causal = {"is_causal": True} if "is_causal" in parameters_of(varlen_attn) else {"window_size": (-1, 0)}
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **causal)
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **varlen_options())
     return out.unsqueeze(0), None
 
 
 @functools.cache
-def parameters_of(function: Callable) -> Mapping[str, Any]:
-    """A function's parameters by name, looked up once: it takes 0.13 ms, and every layer asks in every pass."""
-    return signature(function).parameters
+def varlen_options() -> dict[str, Any]:
+    """How torch's kernel is told to be causal, and to take fewer heads of keys than of queries, as all releases can.
+
+    2.10 has `is_causal`, later ones `window_size`, still later ones `enable_gqa`.
+    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def varlen_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -1663,21 +1667,26 @@ def fuse_loss(causal: PreTrainedModel) -> str:
         from transformers.modeling_outputs import CausalLMOutput
 
         kwargs["use_cache"] = False
+        recorded = kwargs.pop("recorded", False)  # for a CUDA graph, whose sizes may not depend on the labels
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != -100
         head = self.get_output_embeddings()
         weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight  # in parts by FSDP
-        loss = summed_cross_entropy(hidden[trained], weight, head.bias, labels[:, 1:][trained])
+        hidden, targets = (hidden[0], labels[0, 1:]) if recorded else (hidden[trained], labels[:, 1:][trained])
+        loss = summed_cross_entropy(hidden, weight, head.bias, targets, waits=not recorded)
         return CausalLMOutput(loss=loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch))
 
     causal.forward = types.MethodType(forward, causal)  # as a method: `generate` looks at its signature
     return "loss over trained tokens"
 
 
-def summed_cross_entropy(hidden: Any, weight: Any, bias: Any, targets: Any, piece: int = 2048) -> Any:
+def summed_cross_entropy(
+    hidden: Any, weight: Any, bias: Any, targets: Any, piece: int = 2048, waits: bool = True
+) -> Any:
     """Sum over tokens of the cross-entropy (nats) at `targets`, [tokens], of a head's logits for `hidden`.
 
-    `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias` often None.
+    `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias` often None. A target of
+    -100 counts nothing. Liger's function `waits` for the GPU, which is no good in a CUDA graph.
 
     In pieces, so that the logits of all tokens never stand in memory: Liger's fused loss where there is a GPU and it
     is installed, else computed again for the backward pass.
@@ -1687,7 +1696,7 @@ def summed_cross_entropy(hidden: Any, weight: Any, bias: Any, targets: Any, piec
 
     if not len(targets):
         return hidden.sum() * 0
-    if hidden.is_cuda and has_liger():
+    if waits and hidden.is_cuda and has_liger():
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets, bias)
@@ -1698,7 +1707,7 @@ def summed_cross_entropy(hidden: Any, weight: Any, bias: Any, targets: Any, piec
     if len(targets) <= piece:
         return part(hidden, targets)
     pieces = zip(hidden.split(piece), targets.split(piece), strict=True)
-    return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pieces)
+    return sum(checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces)
 
 
 def has_liger() -> bool:
@@ -1837,11 +1846,20 @@ class Cut:
     attention: str
     recomputed_layers: int = 0
     dense: bool = False
+    graphs: int = 0  # passes are replayed as CUDA graphs, made for rows of up to so many tokens
 
     @property
     def layout(self) -> str:
         """For people."""
-        return f"end to end, {self.attention}" if self.flat else f"padded, {self.attention}"
+        graphs = ", CUDA graphs" if self.graphs else ""
+        return f"end to end, {self.attention}{graphs}" if self.flat else f"padded, {self.attention}"
+
+    def size(self, lengths: Sequence[int]) -> int:
+        """Tokens that a micro-batch of rows of these lengths computes: with padding, or filled up to a graph's size."""
+        if not self.flat:
+            return len(lengths) * max(lengths)
+        step = max(64, 2 ** (sum(lengths).bit_length() - 6)) if self.graphs else 1  # at most 3 % more
+        return -(-sum(lengths) // step) * step
 
 
 class Collator:
@@ -1865,6 +1883,10 @@ class Collator:
         import torch
 
         lengths = [len(row) for row in ids]
+        if self.cut.graphs:  # of equal shapes: a last row of which nothing is trained, and empty ones if rows lack
+            void = self.cut.size(lengths) - sum(lengths)
+            ids, labels = [*ids, [self.pad] * void], [*labels, [-100] * void]
+            lengths += [void, *[0] * (self.cut.micro_batch - len(lengths))]
         batch: dict[str, Any] = {
             "input_ids": torch.tensor([[*itertools.chain(*ids)]]),
             "labels": torch.tensor([[*itertools.chain(*labels)]]),
@@ -1872,7 +1894,7 @@ class Collator:
         }
         if self.cut.attention == "varlen":
             ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            batch |= {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
+            batch |= {"cu_seq_lens_q": ends, "max_length_q": max(self.cut.graphs, *lengths)}
         return batch
 
     def padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
@@ -1931,6 +1953,19 @@ class StepSampler:
         order = list(range(self.count))
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return [order[start : start + self.step] for start in range(0, len(order), self.step)]
+
+    def longest(self, epochs: int) -> list[int]:
+        """The micro-batch with most tokens in so many epochs."""
+        found = []
+        for epoch in range(epochs):
+            self.set_epoch(epoch)
+            found += [max(self.micro_batches(), key=self.size)]
+        self.set_epoch(0)
+        return max(found, key=self.size)
+
+    def size(self, rows: Sequence[int]) -> int:
+        """Tokens that a micro-batch of these rows computes."""
+        return self.cut.size([self.lengths[row] for row in rows])
 
     def micro_batches(self) -> list[list[int]]:
         """The epoch's micro-batches, as row numbers."""
@@ -2129,6 +2164,9 @@ class Trial:
         }
 
 
+RECORDING = 300  # passes of a run from which CUDA graphs come back: each of some 30 takes a second to record
+
+
 class Trials:
     """Measures cuts on the model at hand, from one row upwards as long as that pays, within a time budget."""
 
@@ -2156,6 +2194,8 @@ class Trials:
                 self.climb([Cut(size, False, "sdpa") for size in self.sizes()])
             if self.gpu and self.fitting() and self.dense_size() < self.limit - memory_in_use():
                 self.climb([dataclasses.replace(self.best().cut, dense=True)])
+            if self.fitting() and self.graphs_pay(self.best().cut):
+                self.try_graphs(dataclasses.replace(self.best().cut, graphs=max(self.lengths)))
             keep_dense(self.model, False)
         if not self.fitting():
             longest = max(self.lengths)
@@ -2203,6 +2243,20 @@ class Trials:
         shapes = [m.weight.quant_state.shape for m in self.model.modules() if isinstance(m, Linear4bit)]
         return 2.2 * sum(math.prod(shape) for shape in shapes) / 2**30
 
+    def graphs_pay(self, cut: Cut) -> bool:
+        """Whether a cut's passes can be CUDA graphs, and the run has enough of them to make up for recording."""
+        passes = self.settings.epochs * len(self.real_lengths) / cut.micro_batch / processes()[1]
+        possible = cut.attention == "varlen" and not cut.recomputed_layers and self.settings.precision == "bf16"
+        return possible and passes > RECORDING
+
+    def try_graphs(self, cut: Cut) -> None:
+        """Measure a cut whose passes are CUDA graphs; where they cannot be recorded, that is a line of the table."""
+        try:
+            self.climb([cut])
+        except RuntimeError as error:
+            self.tried.append(Trial(cut, note=f"cannot be recorded: {short(error)}"))
+        self.graphed = None
+
     def measure(self, cut: Cut, most: int) -> Trial:
         """Recompute as few layers as memory demands, then time the longest and two typical micro-batches of `cut`.
 
@@ -2212,6 +2266,7 @@ class Trials:
 
         sampler = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut)
         batches = sorted(sampler.micro_batches(), key=lambda rows: self.tokens(cut, rows))
+        self.graphed = GraphedPasses(self.model, self.settings.precision) if cut.graphs else None
         keep_dense(self.model, cut.dense)
         numbers = self.recomputed(cut, batches)
         if numbers[0] > most:
@@ -2230,7 +2285,7 @@ class Trials:
         """Numbers of layers to recompute, fewest that should fit first, then more."""
         import torch
 
-        if not self.gpu or self.settings.gradient_checkpointing != "auto":
+        if not self.gpu or self.settings.gradient_checkpointing != "auto" or cut.graphs:
             return [self.layers if self.settings.gradient_checkpointing is True else 0]
         try:
             first = self.layers_to_recompute(cut, batches)
@@ -2253,8 +2308,7 @@ class Trials:
 
     def tokens(self, cut: Cut, rows: Sequence[int]) -> int:
         """Tokens that a micro-batch computes, padding included."""
-        sizes = [self.lengths[row] for row in rows]
-        return sum(sizes) if cut.flat else len(sizes) * max(sizes)
+        return cut.size([self.lengths[row] for row in rows])
 
     def timed(self, cut: Cut, rows: Sequence[int]) -> tuple[float, float, float]:
         """Seconds of one real forward and backward pass (the second of two), GiB before it and at its peak."""
@@ -2267,9 +2321,12 @@ class Trials:
         before = reset_peak()
         for _ in range(2 if self.gpu else 1):  # the first builds kernels
             start = time.perf_counter()
-            with autocast(self.settings.precision):
-                loss = self.model(**batch, num_items_in_batch=1000).loss
-            loss.backward()
+            if self.graphed and not self.graphed.recorded:
+                self.graphed.begin(batch | {"num_items_in_batch": 1000})
+            elif self.graphed:
+                self.graphed(batch, 1000)
+            else:
+                backward_pass(self.model, batch | {"num_items_in_batch": 1000}, self.settings.precision)
             synchronize()
             seconds = time.perf_counter() - start
         return seconds, before, peak_memory()
@@ -2307,14 +2364,27 @@ def recompute_layers(model: PreTrainedModel, count: int) -> None:
 @contextlib.contextmanager
 def untouched(model: PreTrainedModel) -> Iterator[None]:
     """Leaves random states, gradients and the mode of `model` as they were."""
-    import torch
-
-    mode, devices = model.training, [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    mode = model.training
+    with same_randomness():
         yield
     model.zero_grad(set_to_none=True)
     model.train(mode)
     free_cache()
+
+
+def same_randomness() -> Any:
+    """A context after which the random states are what they were before."""
+    import torch
+
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
+def backward_pass(model: PreTrainedModel, inputs: Mapping[str, Any], precision: str) -> Any:
+    """Add the gradients of a micro-batch's loss to the trained weights'; return the loss."""
+    with autocast(precision):
+        loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach()
 
 
 def autocast(precision: str) -> Any:
@@ -2407,8 +2477,134 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     trainer.model_accepts_loss_kwargs = True
     trainer.compute_loss = types.MethodType(Trainer.compute_loss, trainer)
     trainer.prediction_step = types.MethodType(Trainer.prediction_step, trainer)
-    trim_steps(trainer)
     survive_out_of_memory(trainer)
+    if plan.cut.graphs:
+        replay_graphs(trainer, sampler.longest(math.ceil(plan.steps / plan.steps_per_epoch)), settings.precision)
+    trim_steps(trainer)
+
+
+def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
+    """Let a trainer's passes be CUDA graphs; the rows `longest` make the first, whose memory serves all others.
+
+    If one cannot be recorded, training goes on without. Several processes add up their gradients here, in one piece:
+    the hooks by which DDP does so do not run in a graph.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    plain, accelerator, ranks, passes = trainer.training_step, trainer.accelerator, processes()[1], []
+    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
+
+    def begin(model: Any) -> None:
+        passes.append(GraphedPasses(model, precision))
+        model.zero_grad = lambda set_to_none=True: passes[0].gradients.zero_()
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in longest])
+        passes[0].begin(trainer._prepare_inputs({**batch, "num_items_in_batch": 1}))
+
+    def training_step(model: Any, inputs: Any, count: Any = None) -> Any:
+        model.train()
+        try:
+            if not passes:
+                begin(model)
+            loss = passes[0](trainer._prepare_inputs(inputs), count)
+        except RuntimeError as error:
+            if ranks > 1:
+                raise
+            print(f"Training goes on without CUDA graphs, more slowly: {short(error)}")
+            trim(trainer, model)
+            trainer.training_step = plain
+            return plain(model, inputs, count)
+        if ranks > 1 and accelerator.sync_gradients:
+            torch.distributed.all_reduce(passes[0].gradients)
+        return loss * ranks
+
+    class Release(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            passes.clear()
+            free_cache()
+
+    trainer.training_step = training_step
+    trainer.add_callback(Release())
+
+
+class GraphedPasses:
+    """Forward and backward passes of micro-batches end to end, recorded as a CUDA graph for each number of tokens.
+
+    A pass over Mistral-7B's 32 layers starts 4,500 kernels from Python, which takes 0.25 s beside an H100, however few
+    the tokens; a graph's replay is one call. Weights, gradients and inputs stay at the addresses that were recorded.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
+    """
+
+    def __init__(self, model: PreTrainedModel, precision: str):
+        self.model, self.precision, self.recorded, self.pool = model, precision, {}, None
+        self.gradients = flat_gradients(model)
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Record the first graph, the largest; leave gradients and random states as they were.
+
+        Raises `RuntimeError` if its loss or its gradients are not those of a plain pass.
+        """
+        import torch
+
+        before, found = self.gradients.clone(), []
+        for work in (self.plain, self.replay):  # the plain one also builds kernels, which cannot be done in recording
+            self.gradients.zero_()
+            with same_randomness():
+                found.append(torch.stack([work(inputs), self.gradients.norm()]))
+            free_cache()
+        self.gradients.copy_(before)
+        if not torch.allclose(*found, rtol=0.01):
+            raise RuntimeError(f"loss and gradient are {found[1].tolist()} in a graph, {found[0].tolist()} without")
+
+    def __call__(self, batch: Mapping[str, Any], count: Any) -> Any:
+        """Add the gradients of `batch`, whose loss is over `count` tokens; return the loss."""
+        return self.replay({**batch, "num_items_in_batch": count})
+
+    def plain(self, inputs: Mapping[str, Any]) -> Any:
+        """The pass that is recorded."""
+        return backward_pass(self.model, {**inputs, "recorded": True}, self.precision)
+
+    def replay(self, inputs: Mapping[str, Any]) -> Any:
+        """Record if no graph is for as many tokens, then put `inputs` where the graph reads them, and run it."""
+        import torch
+
+        size = inputs["input_ids"].shape[1]
+        if size not in self.recorded:
+            device, numbers = self.model.device, {"max_length_q": inputs["max_length_q"]}  # the same in all
+            places = {k: torch.as_tensor(v, device=device).clone() for k, v in inputs.items() if k not in numbers}
+            graph, loss, self.pool = record_graph(functools.partial(self.plain, places | numbers), self.pool)
+            self.recorded[size] = graph, loss, places
+        graph, loss, places = self.recorded[size]
+        for name, place in places.items():
+            place.copy_(torch.as_tensor(inputs[name]), non_blocking=True)
+        graph()
+        return loss.clone()
+
+
+def record_graph(work: Callable, pool: Any) -> tuple[Callable, Any, Any]:
+    """A CUDA graph of `work` (not run yet) as a function, the tensor that will hold its result, and its memory pool."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+    except RuntimeError:  # the random generator believes that it is being recorded, until a recording ends well
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
+        raise
+    return graph.replay, result, graph.pool()
+
+
+def flat_gradients(model: PreTrainedModel) -> Any:
+    """One tensor of zeros, fp32, whose parts are from now on the gradients of the trained weights."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    whole = torch.zeros(sum(p.numel() for p in trained), device=trained[0].device, dtype=trained[0].dtype)
+    for weight, part in zip(trained, whole.split([p.numel() for p in trained]), strict=True):
+        weight.grad = part.view_as(weight)
+    return whole
 
 
 def save_gathered(trainer: Any, output_dir: str, _internal_call: bool = False) -> None:
@@ -2437,28 +2633,34 @@ def trim_steps(trainer: Any) -> None:
     To set the training mode, to clear and to clip gradients and to count FLOP, the Trainer visits every module, frozen
     ones too: 100 of 360 ms a step in a profile of Mistral-7B. The trained weights are enough; nothing uses the FLOP.
     """
-    import torch
-
     step, trainer.floating_point_ops = trainer.training_step, lambda inputs: 0.0
 
     def training_step(model: Any, *args: Any, **kwargs: Any) -> Any:
-        def set_mode(mode: bool = True) -> Any:  # an evaluation sets the mode of `trainer.model` alone
-            same = model.training == trainer.model.training == mode
-            return model if same else type(model).train(model, mode)
-
         if "zero_grad" not in vars(model):  # `model` is what the Trainer has made of it by now: DDP's, for one
-            trained = [p for p in model.parameters() if p.requires_grad]
-            model.zero_grad = lambda set_to_none=True: [setattr(p, "grad", None) for p in trained]
-            model.train = set_mode
-            if not trainer.is_fsdp_enabled:
-                trainer.accelerator.clip_grad_norm_ = functools.partial(clip, trained)
+            trim(trainer, model)
         return step(model, *args, **kwargs)
 
-    def clip(trained: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+    trainer.training_step = training_step
+
+
+def trim(trainer: Any, model: Any) -> None:
+    """`trim_steps` for the model that is trained, once the Trainer has wrapped it."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def set_mode(mode: bool = True) -> Any:  # an evaluation sets the mode of `trainer.model` alone
+        same = model.training == trainer.model.training == mode
+        return model if same else type(model).train(model, mode)
+
+    def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         trainer.accelerator.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(trained, max_norm, norm_type)
 
-    trainer.training_step = training_step
+    model.zero_grad = lambda set_to_none=True: [setattr(p, "grad", None) for p in trained]
+    model.train = set_mode
+    if not trainer.is_fsdp_enabled:
+        trainer.accelerator.clip_grad_norm_ = clip
 
 
 def survive_out_of_memory(trainer: Any) -> None:

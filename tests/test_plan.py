@@ -1,6 +1,7 @@
 """Sections 8, 10 and 11: every way of computing a step is the same training, in real NF4 on the CPU."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -158,6 +159,63 @@ def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
     leaking = qlora.Collator(FLAT, 2)(data)
     leaking["position_ids"] = torch.arange(leaking["input_ids"].shape[1])[None]
     assert gradients(model, leaking)[0] != pytest.approx(loss.item(), rel=1e-4)
+
+
+GRAPHS = dataclasses.replace(FLAT, attention="varlen", graphs=300)
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    """What a CUDA graph does, on the CPU: the same work again, from the same places, into the same result."""
+    recorded = []
+
+    def record(work, pool):
+        result = torch.zeros(())
+        recorded.append(work.args[0]["input_ids"].shape[1])
+        return lambda: result.copy_(work()), result, "pool"
+
+    transformers.AttentionInterface.register("varlen", transformers.integrations.sdpa_attention.sdpa_attention_forward)
+    transformers.AttentionMaskInterface.register("varlen", transformers.masking_utils.sdpa_mask)
+    monkeypatch.setattr(qlora, "record_graph", record)
+    return recorded
+
+
+@pytest.mark.parametrize("few", [4, 3])
+def test_batches_for_graphs_have_few_sizes_and_give_the_same_gradients(graphs_on_cpu, few):
+    model, data = tiny(), list(rows(24, longest=150))
+    qlora.use_fast_kernels(model)
+    model.set_attn_implementation("varlen")
+    passes = qlora.GraphedPasses(model, "fp32")
+    for start in range(0, 24, few):
+        loss, expected = gradients(model, qlora.Collator(FLAT, 2)(data[start : start + few]))
+        batch = qlora.Collator(GRAPHS, 2)(data[start : start + few])
+        assert batch["cu_seq_lens_q"].shape == (6,) and batch["max_length_q"] == 300
+        assert batch["cu_seq_lens_q"][-1] == batch["input_ids"].shape[1] == batch["labels"].shape[1]
+        passes.gradients = qlora.flat_gradients(model)
+        assert passes(batch, 50) == pytest.approx(loss.item(), rel=1e-5)
+        close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
+        assert passes(batch, 100) == pytest.approx(loss.item() / 2, rel=1e-5)  # and adds up
+        close({n: p.grad / 1.5 for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
+    assert len(graphs_on_cpu) == len(set(graphs_on_cpu)) < 24 / few
+    assert all(size % 64 == 0 for size in graphs_on_cpu)
+
+
+def test_a_graphs_size_is_at_most_three_percent_over():
+    sizes = {n: GRAPHS.size([n]) for n in range(2048, 40000)}
+    assert all(n <= size <= 1.032 * n for n, size in sizes.items()) and len(set(sizes.values())) < 160
+
+
+def test_a_graph_that_computes_something_else_is_refused(graphs_on_cpu, monkeypatch):
+    model, batch = tiny(dropout=0.1), qlora.Collator(GRAPHS, 2)(list(rows(4)))
+    model.train()
+    passes, state = qlora.GraphedPasses(model, "fp32"), torch.get_rng_state()
+    passes.gradients += 1
+    passes.begin(batch | {"num_items_in_batch": 50})
+    assert torch.equal(torch.get_rng_state(), state) and passes.gradients.unique() == 1
+    right, wrong = qlora.record_graph, lambda work: functools.partial(lambda inputs: work() * 1.1, *work.args)
+    monkeypatch.setattr(qlora, "record_graph", lambda work, pool: right(wrong(work), pool))
+    with pytest.raises(RuntimeError, match="in a graph"):
+        qlora.GraphedPasses(model, "fp32").begin(batch | {"num_items_in_batch": 50})
 
 
 @pytest.mark.parametrize("cut", [PADDED, FLAT, qlora.Cut(16, True, "sdpa"), qlora.Cut(1, False, "sdpa")])
