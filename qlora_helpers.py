@@ -1942,10 +1942,13 @@ class StepSampler:
 
     def dealt(self, rows: list[int]) -> list[int]:
         """Rows in order of length, dealt to micro-batches: the longest left to the one with fewest tokens so far."""
-        hands: list[list[int]] = [[] for _ in range(len(rows) // self.cut.micro_batch)]
+        count = len(rows) // self.cut.micro_batch
+        hands: list[list[int]] = [[] for _ in range(count)]
+        tokens = [0] * count
         for row in reversed(rows):
-            open_hands = (hand for hand in hands if len(hand) < self.cut.micro_batch)
-            min(open_hands, key=lambda hand: sum(self.lengths[row] for row in hand)).append(row)
+            hand = min((n for n in range(count) if len(hands[n]) < self.cut.micro_batch), key=tokens.__getitem__)
+            hands[hand].append(row)
+            tokens[hand] += self.lengths[row]
         return [*itertools.chain(*hands)]
 
     def steps(self, epoch: int) -> list[list[int]]:
@@ -1954,14 +1957,14 @@ class StepSampler:
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return [order[start : start + self.step] for start in range(0, len(order), self.step)]
 
-    def longest(self, epochs: int) -> list[int]:
-        """The micro-batch with most tokens in so many epochs."""
+    def run(self, epochs: int) -> list[list[int]]:
+        """The micro-batches of so many epochs by number of tokens; of a large data set, of the first ones."""
         found = []
-        for epoch in range(epochs):
+        for epoch in range(max(1, min(epochs, 200_000 // self.count))):
             self.set_epoch(epoch)
-            found += [max(self.micro_batches(), key=self.size)]
+            found += self.micro_batches()
         self.set_epoch(0)
-        return max(found, key=self.size)
+        return sorted(found, key=self.size)
 
     def size(self, rows: Sequence[int]) -> int:
         """Tokens that a micro-batch of these rows computes."""
@@ -2040,8 +2043,7 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     while GPU, rows and settings are the same. Raises `UserError` if one row does not fit with every layer recomputed.
     """
     step, lengths = settings.effective_batch, row_lengths(examples)
-    per_epoch = math.ceil(len(lengths) / step)
-    steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * per_epoch)
+    per_epoch, steps = steps_of(settings, len(lengths))
     ranks = processes()[1]
     if step % ranks:
         fits = max(n for n in range(1, ranks + 1) if step % n == 0)
@@ -2072,6 +2074,12 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     )
 
 
+def steps_of(settings: Settings, rows: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run."""
+    per_epoch = math.ceil(rows / settings.effective_batch)
+    return per_epoch, settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * per_epoch)
+
+
 def plan_unmeasured(settings: Settings, layers: int) -> dict[str, Any]:
     """What a spread model trains by: at most `batch_size` rows at once on each GPU, all `layers` recomputed."""
     share = settings.effective_batch // processes()[1]
@@ -2086,6 +2094,7 @@ def planned_for(settings: Settings, model: PreTrainedModel, lengths: Sequence[in
     import torch
 
     names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "seed")
+    names += ("max_steps",)
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {name: getattr(settings, name) for name in names} | {
         "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
@@ -2164,9 +2173,6 @@ class Trial:
         }
 
 
-RECORDING = 300  # passes of a run from which CUDA graphs come back: each of some 30 takes a second to record
-
-
 class Trials:
     """Measures cuts on the model at hand, from one row upwards as long as that pays, within a time budget."""
 
@@ -2177,6 +2183,8 @@ class Trials:
         self.examples = examples
         if processes()[1] > 1:
             self.lengths, self.examples = [*lengths, min(lengths)], with_void_row(examples)
+        per_epoch, steps = steps_of(settings, len(lengths))
+        self.epochs, self.graphed, self.recording = math.ceil(steps / per_epoch), None, 0.0
         self.layers, self.gpu = len(checkpointable(model)), torch.cuda.is_available()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.limit = memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30  # AdamW's two moments come later
@@ -2194,7 +2202,7 @@ class Trials:
                 self.climb([Cut(size, False, "sdpa") for size in self.sizes()])
             if self.gpu and self.fitting() and self.dense_size() < self.limit - memory_in_use():
                 self.climb([dataclasses.replace(self.best().cut, dense=True)])
-            if self.fitting() and self.graphs_pay(self.best().cut):
+            if self.fitting():
                 self.try_graphs(dataclasses.replace(self.best().cut, graphs=max(self.lengths)))
             keep_dense(self.model, False)
         if not self.fitting():
@@ -2243,14 +2251,10 @@ class Trials:
         shapes = [m.weight.quant_state.shape for m in self.model.modules() if isinstance(m, Linear4bit)]
         return 2.2 * sum(math.prod(shape) for shape in shapes) / 2**30
 
-    def graphs_pay(self, cut: Cut) -> bool:
-        """Whether a cut's passes can be CUDA graphs, and the run has enough of them to make up for recording."""
-        passes = self.settings.epochs * len(self.real_lengths) / cut.micro_batch / processes()[1]
-        possible = cut.attention == "varlen" and not cut.recomputed_layers and self.settings.precision == "bf16"
-        return possible and passes > RECORDING
-
     def try_graphs(self, cut: Cut) -> None:
-        """Measure a cut whose passes are CUDA graphs; where they cannot be recorded, that is a line of the table."""
+        """Measure a cut with its passes as CUDA graphs, if it can; if recording fails, that is a line of the table."""
+        if cut.attention != "varlen" or cut.recomputed_layers or self.settings.precision != "bf16":
+            return
         try:
             self.climb([cut])
         except RuntimeError as error:
@@ -2265,7 +2269,7 @@ class Trials:
         import torch
 
         sampler = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut)
-        batches = sorted(sampler.micro_batches(), key=lambda rows: self.tokens(cut, rows))
+        batches = sampler.run(self.epochs)
         self.graphed = GraphedPasses(self.model, self.settings.precision) if cut.graphs else None
         keep_dense(self.model, cut.dense)
         numbers = self.recomputed(cut, batches)
@@ -2318,26 +2322,36 @@ class Trials:
         batch = Collator(cut, 0)([self.examples[row] for row in rows])
         batch = {name: v.to(self.model.device) if hasattr(v, "to") else v for name, v in batch.items()}
         self.model.zero_grad(set_to_none=False)
-        before = reset_peak()
+        before, seconds = reset_peak(), 0.0
         for _ in range(2 if self.gpu else 1):  # the first builds kernels
             start = time.perf_counter()
-            if self.graphed and not self.graphed.recorded:
-                self.graphed.begin(batch | {"num_items_in_batch": 1000})
-            elif self.graphed:
-                self.graphed(batch, 1000)
-            else:
-                backward_pass(self.model, batch | {"num_items_in_batch": 1000}, self.settings.precision)
+            self.run_pass({**batch, "num_items_in_batch": 1000})
             synchronize()
-            seconds = time.perf_counter() - start
+            last, seconds = seconds, time.perf_counter() - start
+        self.recording = max(0.0, last - seconds) if self.graphed else 0.0  # in the first of the two
         return seconds, before, peak_memory()
 
+    def run_pass(self, inputs: dict[str, Any]) -> None:
+        """Forward and backward, as training will do it."""
+        if not self.graphed:
+            backward_pass(self.model, inputs, self.settings.precision)
+        elif not self.graphed.recorded:
+            self.graphed.begin(inputs)
+        else:
+            self.graphed.replay(inputs)
+
     def epoch_seconds(self, cut: Cut, batches: list[list[int]], measured: list[tuple[list[int], float]]) -> float:
-        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds over tokens) has it."""
+        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds over tokens) has it.
+
+        To record CUDA graphs, one for each size, is part of it.
+        """
         import numpy
 
         points = sorted((self.tokens(cut, rows), seconds) for rows, seconds in measured)
-        each = numpy.interp([self.tokens(cut, rows) for rows in batches], *zip(*points, strict=True))
-        return float(each.sum()) / processes()[1]
+        sizes = [self.tokens(cut, rows) for rows in batches]
+        passes = math.ceil(len(self.real_lengths) / cut.micro_batch) / processes()[1]
+        each = numpy.interp(sizes, *zip(*points, strict=True)).mean()
+        return float(passes * each + self.recording * len(set(sizes)) / self.epochs)
 
     def why(self, chosen: Trial) -> str:
         """The reason for the choice."""
@@ -2479,7 +2493,7 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     trainer.prediction_step = types.MethodType(Trainer.prediction_step, trainer)
     survive_out_of_memory(trainer)
     if plan.cut.graphs:
-        replay_graphs(trainer, sampler.longest(math.ceil(plan.steps / plan.steps_per_epoch)), settings.precision)
+        replay_graphs(trainer, sampler.run(math.ceil(plan.steps / plan.steps_per_epoch))[-1], settings.precision)
     trim_steps(trainer)
 
 

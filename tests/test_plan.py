@@ -8,6 +8,7 @@ import random
 import types
 
 import datasets
+import graphs_on_cpu
 import peft
 import pytest
 import torch
@@ -165,23 +166,21 @@ GRAPHS = dataclasses.replace(FLAT, attention="varlen", graphs=300)
 
 
 @pytest.fixture
-def graphs_on_cpu(monkeypatch):
+def recorded(monkeypatch):
     """What a CUDA graph does, on the CPU: the same work again, from the same places, into the same result."""
-    recorded = []
+    sizes = []
 
     def record(work, pool):
-        result = torch.zeros(())
-        recorded.append(work.args[0]["input_ids"].shape[1])
-        return lambda: result.copy_(work()), result, "pool"
+        sizes.append(work.args[0]["input_ids"].shape[1])
+        return graphs_on_cpu.record(work, pool)
 
-    transformers.AttentionInterface.register("varlen", transformers.integrations.sdpa_attention.sdpa_attention_forward)
-    transformers.AttentionMaskInterface.register("varlen", transformers.masking_utils.sdpa_mask)
+    graphs_on_cpu.register_attention()
     monkeypatch.setattr(qlora, "record_graph", record)
-    return recorded
+    return sizes
 
 
 @pytest.mark.parametrize("few", [4, 3])
-def test_batches_for_graphs_have_few_sizes_and_give_the_same_gradients(graphs_on_cpu, few):
+def test_batches_for_graphs_have_few_sizes_and_give_the_same_gradients(recorded, few):
     model, data = tiny(), list(rows(24, longest=150))
     qlora.use_fast_kernels(model)
     model.set_attn_implementation("varlen")
@@ -196,8 +195,8 @@ def test_batches_for_graphs_have_few_sizes_and_give_the_same_gradients(graphs_on
         close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
         assert passes(batch, 100) == pytest.approx(loss.item() / 2, rel=1e-5)  # and adds up
         close({n: p.grad / 1.5 for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
-    assert len(graphs_on_cpu) == len(set(graphs_on_cpu)) < 24 / few
-    assert all(size % 64 == 0 for size in graphs_on_cpu)
+    assert len(recorded) == len(set(recorded)) < 24 / few
+    assert all(size % 64 == 0 for size in recorded)
 
 
 def test_a_graphs_size_is_at_most_three_percent_over():
@@ -205,7 +204,7 @@ def test_a_graphs_size_is_at_most_three_percent_over():
     assert all(n <= size <= 1.032 * n for n, size in sizes.items()) and len(set(sizes.values())) < 160
 
 
-def test_a_graph_that_computes_something_else_is_refused(graphs_on_cpu, monkeypatch):
+def test_a_graph_that_computes_something_else_is_refused(recorded, monkeypatch):
     model, batch = tiny(dropout=0.1), qlora.Collator(GRAPHS, 2)(list(rows(4)))
     model.train()
     passes, state = qlora.GraphedPasses(model, "fp32"), torch.get_rng_state()

