@@ -2533,8 +2533,10 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
         return loss * ranks
 
     class Release(TrainerCallback):
-        def on_train_end(self, *_: Any, **__: Any) -> None:
+        def on_train_end(self, *_: Any, model: Any, **__: Any) -> None:
             passes.clear()
+            vars(model).pop("zero_grad", None)
+            model.zero_grad()
             free_cache()
 
     trainer.training_step = training_step
