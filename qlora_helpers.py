@@ -2093,8 +2093,7 @@ def planned_for(settings: Settings, model: PreTrainedModel, lengths: Sequence[in
     """All that a plan depends on; its figures are of no use where one of these has changed."""
     import torch
 
-    names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "seed")
-    names += ("max_steps",)
+    names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "seed", "max_steps")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {name: getattr(settings, name) for name in names} | {
         "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",

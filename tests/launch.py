@@ -28,16 +28,18 @@ def run_cells(settings: dict) -> None:
     import torch
     from accelerate import PartialState
     from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
 
     # Rank 0 answers, merges and pushes while the others wait for it.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
     if not state.is_main_process:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  until the process ends
-    shell = InteractiveShell.instance()
+    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
     for cell in parameterize_notebook(load_notebook_node(str(NOTEBOOK)), settings).cells:
         alone = state.is_main_process and not qlora.is_sharded()
         mine = alone or "main-process" not in cell.metadata.get("tags", [])
-        if cell.cell_type == "code" and mine and not shell.run_cell(cell.source).success:
+        # Counted, so that a `;` at a cell's end keeps its value to itself.
+        if cell.cell_type == "code" and mine and not shell.run_cell(cell.source, store_history=True).success:
             os._exit(1)  # at once: the launcher ends the others, which may be waiting for this one
     state.wait_for_everyone()
     if state.num_processes > 1:

@@ -66,6 +66,7 @@ def test_two_processes_train_as_one_and_one_of_them_talks(model, one):
     code, shown = finish(launch(model, 2, "two"))
     assert code == 0, shown
     assert shown.count("20 steps (3 an epoch)") == 1 and shown.count("Adapter: ") == 1
+    assert "tensor(" not in shown
     same(result(model, "two"), one)
 
 
