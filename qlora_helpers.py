@@ -1588,23 +1588,32 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **varlen_options())
+    cu, longest, options = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], varlen_options(kwargs.get("sliding_window"))
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **options)
     return out.unsqueeze(0), None
 
 
 @functools.cache
-def varlen_options() -> dict[str, Any]:
-    """How torch's kernel is told to be causal, and to take fewer heads of keys than of queries, as all releases can.
+def varlen_options(window: int | None = None) -> dict[str, Any]:
+    """How torch's kernel is told to be causal, to see `window` tokens at most, and to take fewer heads of keys.
 
-    2.10 has `is_causal`, later ones `window_size`, still later ones `enable_gqa`.
-    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
+    2.10 has `is_causal` and no windows, later releases `window_size` (how far back, how far ahead), still later ones
+    want to be asked for fewer heads (`enable_gqa`). https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
     """
     from torch.nn.attention.varlen import varlen_attn
 
     known = signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": ((window or 0) - 1, 0)}
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+def flat_attention(model: PreTrainedModel) -> str:
+    """What computes attention over rows end to end: "varlen", or "sdpa" where that cannot compute this model's."""
+    config = model.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None)
+    if not has_varlen() or capped or (getattr(config, "sliding_window", None) and "is_causal" in varlen_options()):
+        return "sdpa"
+    return "varlen"
 
 
 def varlen_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -1632,6 +1641,7 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
     if is_spread() and not is_sharded():
         return "nothing: this process does not train"
     causal = model.get_base_model()
+    causal.config.use_cache = False  # with a cache transformers lets rows that lie end to end see each other
     used = [f"fused LoRA in {fuse_lora(model)} layers", fuse_loss(causal)]
     if has_varlen():
         AttentionInterface.register("varlen", varlen_attention)
@@ -1666,7 +1676,6 @@ def fuse_loss(causal: PreTrainedModel) -> str:
             return original(*args, **kwargs)
         from transformers.modeling_outputs import CausalLMOutput
 
-        kwargs["use_cache"] = False
         recorded = kwargs.pop("recorded", False)  # for a CUDA graph, whose sizes may not depend on the labels
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != -100
@@ -2052,7 +2061,7 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
             f"gradient_accumulation to a multiple of {ranks}."
         )
     if is_spread():
-        measured = plan_unmeasured(settings, len(checkpointable(model)))
+        measured = plan_unmeasured(settings, model)
     else:
         about = planned_for(settings, model, lengths)
         measured = from_main(
@@ -2080,11 +2089,11 @@ def steps_of(settings: Settings, rows: int) -> tuple[int, int]:
     return per_epoch, settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * per_epoch)
 
 
-def plan_unmeasured(settings: Settings, layers: int) -> dict[str, Any]:
-    """What a spread model trains by: at most `batch_size` rows at once on each GPU, all `layers` recomputed."""
+def plan_unmeasured(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
+    """What a spread model trains by: at most `batch_size` rows at once on each GPU, all layers recomputed."""
     share = settings.effective_batch // processes()[1]
     size = max(n for n in range(1, settings.batch_size + 1) if share % n == 0)
-    cut = Cut(size, True, "varlen" if has_varlen() else "sdpa", layers)
+    cut = Cut(size, True, flat_attention(model), len(checkpointable(model)))
     why = "all layers recomputed: as set, not measured, because the base model is spread over the GPUs"
     return {"cut": dataclasses.asdict(cut), "epoch_seconds": 0.0, "peak": 0.0, "why": why, "table": []}
 
@@ -2192,7 +2201,7 @@ class Trials:
 
     def choose(self) -> Trial:
         """The fastest of the cuts that fit."""
-        attention = "varlen" if has_varlen() else "sdpa"
+        attention = flat_attention(self.model)
         with untouched(self.model):
             padding = self.padding(self.sizes()[-1])
             if padding > 0.02:
@@ -2256,7 +2265,7 @@ class Trials:
             return
         try:
             self.climb([cut])
-        except RuntimeError as error:
+        except Exception as error:
             self.tried.append(Trial(cut, note=f"cannot be recorded: {short(error)}"))
         self.graphed = None
 

@@ -153,6 +153,14 @@ def test_layouts_and_recomputed_layers_give_the_same_gradients(cut, layers):
     close(found, expected, 1e-4)
 
 
+def test_rows_end_to_end_do_not_see_each_other_where_the_model_computes_its_loss_itself():
+    model, data = tiny(), list(rows(4))
+    model.config.final_logit_softcapping = 30.0
+    assert "trained tokens" not in qlora.use_fast_kernels(model)
+    one_by_one = [gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row]))[0].item() for row in data]
+    assert gradients(model, qlora.Collator(FLAT, 2)(data))[0] == pytest.approx(sum(one_by_one), rel=1e-5)
+
+
 def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
     model, data = tiny(), list(rows(4))
     qlora.use_fast_kernels(model)
@@ -160,6 +168,43 @@ def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
     leaking = qlora.Collator(FLAT, 2)(data)
     leaking["position_ids"] = torch.arange(leaking["input_ids"].shape[1])[None]
     assert gradients(model, leaking)[0] != pytest.approx(loss.item(), rel=1e-4)
+
+
+def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """torch's kernel as its page describes it, row by row: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"""
+    assert enable_gqa and cu_seq_q is cu_seq_k and max_q == max_k == max(cu_seq_q.diff())
+    parts, (back, ahead) = [], window_size
+    for start, end in itertools.pairwise(cu_seq_q.tolist()):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
+        k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
+        at = torch.arange(end - start)
+        seen = at[None] - at[:, None] <= ahead
+        seen &= (at[:, None] - at[None] <= back) | (back < 0)
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale))
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_varlen_kernel_is_asked_for_what_the_model_computes(monkeypatch, window):
+    model, data = tiny(), list(rows(4))
+    model.config.sliding_window = window
+    loss, expected = gradients(model, qlora.Collator(FLAT, 2)(data), use_cache=False)
+    transformers.AttentionInterface.register("varlen", qlora.varlen_attention)
+    transformers.AttentionMaskInterface.register("varlen", qlora.varlen_mask)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    qlora.varlen_options.cache_clear()
+    model.set_attn_implementation("varlen")
+    found_loss, found = gradients(model, qlora.Collator(dataclasses.replace(FLAT, attention="varlen"), 2)(data))
+    assert found_loss == pytest.approx(loss.item(), rel=1e-6)
+    close(found, expected, 1e-5)
+
+
+def test_a_model_whose_attention_the_varlen_kernel_does_not_have_keeps_sdpa(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(qlora, "has_varlen", lambda: True)
+    assert qlora.flat_attention(model) == "varlen"
+    model.config.attn_logit_softcapping = 50.0
+    assert qlora.flat_attention(model) == "sdpa"
 
 
 GRAPHS = dataclasses.replace(FLAT, attention="varlen", graphs=300)
