@@ -1607,12 +1607,17 @@ def varlen_options(window: int | None = None) -> dict[str, Any]:
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
+def padded_attention(model: PreTrainedModel) -> str:
+    """What computes attention over padded rows: "sdpa", or "eager" where transformers has no other for this model."""
+    return "sdpa" if model.get_base_model()._supports_sdpa else "eager"
+
+
 def flat_attention(model: PreTrainedModel) -> str:
-    """What computes attention over rows end to end: "varlen", or "sdpa" where that cannot compute this model's."""
+    """What computes attention over rows end to end: "varlen", or as for padded ones where that is not this model's."""
     config = model.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None)
     if not has_varlen() or capped or (getattr(config, "sliding_window", None) and "is_causal" in varlen_options()):
-        return "sdpa"
+        return padded_attention(model)
     return "varlen"
 
 
@@ -2204,10 +2209,10 @@ class Trials:
         attention = flat_attention(self.model)
         with untouched(self.model):
             padding = self.padding(self.sizes()[-1])
-            if padding > 0.02:
+            if padding > 0.02 and self.keeps_rows_apart(attention):
                 self.climb([Cut(size, True, attention) for size in self.sizes() if size > 1])
             if padding < 0.3 or not self.fitting():
-                self.climb([Cut(size, False, "sdpa") for size in self.sizes()])
+                self.climb([Cut(size, False, padded_attention(self.model)) for size in self.sizes()])
             if self.gpu and self.fitting() and self.dense_size() < self.limit - memory_in_use():
                 self.climb([dataclasses.replace(self.best().cut, dense=True)])
             if self.fitting():
@@ -2220,6 +2225,24 @@ class Trials:
                 f"layer recomputed. Set max_length = {longest // 2} in the hyperparameter cell, or use a larger GPU."
             )
         return self.best()
+
+    def keeps_rows_apart(self, attention: str) -> bool:
+        """Whether what a row before says changes nothing in a row after it, laid end to end.
+
+        transformers masks that for most models, not for Falcon or Bloom; nor can a mask keep convolutions apart.
+        """
+        import torch
+
+        first, last = (self.examples[row] for row in sorted(range(len(self.lengths)), key=self.lengths.__getitem__)[:2])
+        other, logits = {"input_ids": first["input_ids"][::-1], "labels": first["labels"]}, []
+        self.model.set_attn_implementation(attention)
+        with evaluating(self.model), autocast(self.settings.precision):
+            for rows in ([first, last], [other, last]):
+                batch = Collator(Cut(2, True, attention), 0)(rows)
+                batch = {k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+                found = self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+                logits.append(found[-len(last["input_ids"]) :].float())
+        return bool(torch.linalg.vector_norm(logits[0] - logits[1]) <= 1e-4 * torch.linalg.vector_norm(logits[0]))
 
     def sizes(self) -> list[int]:
         """Rows at once that divide the effective batch; a CPU gains nothing from many."""
@@ -3756,6 +3779,7 @@ def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         config.__dict__.pop(name, None)
+    config.use_cache = True  # which training switched off
     config.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
     rope = saved.get("rope_parameters") or {"rope_type": "default", "rope_theta": saved.get("rope_theta")}

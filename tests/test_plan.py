@@ -161,6 +161,27 @@ def test_rows_end_to_end_do_not_see_each_other_where_the_model_computes_its_loss
     assert gradients(model, qlora.Collator(FLAT, 2)(data))[0] == pytest.approx(sum(one_by_one), rel=1e-5)
 
 
+SIZE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GQA = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
+OTHERS = {
+    "Qwen3": (SIZE | GQA, True),
+    "Gemma2": (SIZE | GQA, True),  # without sdpa, and with a cap on its logits
+    "Falcon": (SIZE, False),  # its masks know of no rows
+    "Lfm2": (SIZE | GQA | {"layer_types": ["conv", "full_attention"]}, False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_only_models_that_keep_rows_apart_get_them_end_to_end(planning, name):
+    torch.manual_seed(0)
+    settings, apart = OTHERS[name]
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "query_key_value"]))
+    qlora.use_fast_kernels(model)
+    plan = qlora.make_plan(planning(bf16=False), model, rows(40))
+    assert any(row["layout"].startswith("end to end") for row in plan.table) == apart
+
+
 def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
     model, data = tiny(), list(rows(4))
     qlora.use_fast_kernels(model)
