@@ -2231,18 +2231,17 @@ class Trials:
 
         transformers masks that for most models, not for Falcon or Bloom; nor can a mask keep convolutions apart.
         """
-        import torch
-
         first, last = (self.examples[row] for row in sorted(range(len(self.lengths)), key=self.lengths.__getitem__)[:2])
         other, logits = {"input_ids": first["input_ids"][::-1], "labels": first["labels"]}, []
         self.model.set_attn_implementation(attention)
         with evaluating(self.model), autocast(self.settings.precision):
-            for rows in ([first, last], [other, last]):
+            for rows in ([first, last], [first, last], [other, last]):
                 batch = Collator(Cut(2, True, attention), 0)(rows)
                 batch = {k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in batch.items()}
                 found = self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
                 logits.append(found[-len(last["input_ids"]) :].float())
-        return bool(torch.linalg.vector_norm(logits[0] - logits[1]) <= 1e-4 * torch.linalg.vector_norm(logits[0]))
+        whole, noise, change = (t.norm().item() for t in (logits[0], logits[1] - logits[0], logits[2] - logits[1]))
+        return change <= 3 * noise + 1e-4 * whole  # a GPU may compute the same thing differently each time
 
     def sizes(self) -> list[int]:
         """Rows at once that divide the effective batch; a CPU gains nothing from many."""
