@@ -372,10 +372,11 @@ CUTS = [
     qlora.Cut(16, True, "sdpa"),
     qlora.Cut(8, True, "sdpa", recomputed_layers=1),
     qlora.Cut(2, False, "sdpa", dense=True),
+    qlora.Cut(8, True, "varlen", dense=True, graphs=60),
 ]
 
 
-def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
+def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path, recorded, capsys):
     cfg, data, results = planning(max_steps=20), rows(90), []
     for cut in CUTS:
         model = tiny()
@@ -383,9 +384,32 @@ def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
         results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path))
     losses, adapter = results[0]
     assert len(losses) == 20 and losses[-1] < losses[0]
+    assert recorded and "without CUDA graphs" not in capsys.readouterr().out
+    assert "zero_grad" not in vars(model) and all(p.grad is None for p in model.parameters())
     for other, weights in results[1:]:
         assert other == pytest.approx(losses, abs=1e-4)
         close(weights, adapter, 1e-4)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_graph_that_cannot_be_recorded_changes_nothing_but_speed(
+    planning, smollm_path, tmp_path, recorded, capsys, monkeypatch, good
+):
+    cfg, data, results, record = planning(max_steps=5), rows(90, longest=150), [], qlora.record_graph
+
+    def failing(work, pool):
+        if len(recorded) == good:
+            raise torch.OutOfMemoryError("planted")
+        return record(work, pool)
+
+    monkeypatch.setattr(qlora, "record_graph", failing)
+    for cut in (CUTS[1], qlora.Cut(16, True, "varlen", graphs=150)):
+        model = tiny()
+        qlora.use_fast_kernels(model)
+        results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path))
+    assert capsys.readouterr().out.count("without CUDA graphs, more slowly: OutOfMemoryError: planted") == 1
+    assert len(recorded) == good and results[1][0] == pytest.approx(results[0][0], abs=1e-4)
+    close(results[1][1], results[0][1], 1e-4)
 
 
 def test_steps_without_the_walks_over_all_modules_train_the_same(planning, smollm_path, tmp_path, monkeypatch):
