@@ -2534,19 +2534,21 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
     the hooks by which DDP does so do not run in a graph.
     """
     import torch
-    from transformers import TrainerCallback
 
     plain, accelerator, ranks, passes = trainer.training_step, trainer.accelerator, processes()[1], []
     accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
 
     def begin(model: Any) -> None:
         passes.append(GraphedPasses(model, precision))
+        for weight in (p for p in model.parameters() if p.requires_grad and ranks > 1):
+            torch.distributed.broadcast(weight.data, 0)  # as DDP begins
         model.zero_grad = lambda set_to_none=True: passes[0].gradients.zero_()
         batch = trainer.data_collator([trainer.train_dataset[row] for row in longest])
         passes[0].begin(trainer._prepare_inputs({**batch, "num_items_in_batch": 1}))
 
     def training_step(model: Any, inputs: Any, count: Any = None) -> Any:
         model.train()
+        loss = None
         try:
             if not passes:
                 begin(model)
@@ -2555,12 +2557,23 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
             if ranks > 1:
                 raise
             print(f"Training goes on without CUDA graphs, more slowly: {short(error)}")
+        if loss is None:  # not in the handler, whose error holds on to the graphs' memory
+            passes.clear()
             trim(trainer, model)
+            free_cache()
             trainer.training_step = plain
             return plain(model, inputs, count)
         if ranks > 1 and accelerator.sync_gradients:
             torch.distributed.all_reduce(passes[0].gradients)
         return loss * ranks
+
+    trainer.training_step = training_step
+    trainer.add_callback(release_after(passes))
+
+
+def release_after(passes: list[GraphedPasses]) -> TrainerCallback:
+    """A callback that leaves nothing of the graphs in memory, nor of their gradients, when training ends."""
+    from transformers import TrainerCallback
 
     class Release(TrainerCallback):
         def on_train_end(self, *_: Any, model: Any, **__: Any) -> None:
@@ -2569,8 +2582,7 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
             model.zero_grad()
             free_cache()
 
-    trainer.training_step = training_step
-    trainer.add_callback(Release())
+    return Release()
 
 
 class GraphedPasses:
