@@ -1671,7 +1671,8 @@ def fuse_loss(causal: PreTrainedModel) -> str:
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
     if any(getattr(causal.config, name, None) not in (None, 1, 1.0) for name in scaled):
         return ""
-    if type(causal.get_output_embeddings()) is not torch.nn.Linear:  # 4-bit, or with an adapter of its own
+    head = causal.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight.requires_grad:  # 4-bit, or trained
         return ""
     original = causal.forward
 
@@ -1687,41 +1688,43 @@ def fuse_loss(causal: PreTrainedModel) -> str:
         head = self.get_output_embeddings()
         weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight  # in parts by FSDP
         hidden, targets = (hidden[0], labels[0, 1:]) if recorded else (hidden[trained], labels[:, 1:][trained])
-        loss = summed_cross_entropy(hidden, weight, head.bias, targets, waits=not recorded)
+        loss = FrozenHeadLoss.apply(hidden, weight, head.bias, targets)
         return CausalLMOutput(loss=loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch))
 
     causal.forward = types.MethodType(forward, causal)  # as a method: `generate` looks at its signature
     return "loss over trained tokens"
 
 
-def summed_cross_entropy(
-    hidden: Any, weight: Any, bias: Any, targets: Any, piece: int = 2048, waits: bool = True
-) -> Any:
-    """Sum over tokens of the cross-entropy (nats) at `targets`, [tokens], of a head's logits for `hidden`.
+class FrozenHeadLoss(_Function):
+    """Sum over tokens of the cross-entropy (nats) at `targets`, [tokens], of a frozen head's logits for `hidden`.
 
     `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias` often None. A target of
-    -100 counts nothing. Liger's function `waits` for the GPU, which is no good in a CUDA graph.
-
-    In pieces, so that the logits of all tokens never stand in memory: Liger's fused loss where there is a GPU and it
-    is installed, else computed again for the backward pass.
+    -100 counts nothing. The gradient is made in the forward pass, so that only `piece` tokens' logits ever stand in
+    memory and none is computed twice (the idea of Liger's, https://arxiv.org/abs/2410.10989, which waits for the GPU).
     """
-    from torch.nn.functional import cross_entropy, linear
-    from torch.utils.checkpoint import checkpoint
 
-    if not len(targets):
-        return hidden.sum() * 0
-    if waits and hidden.is_cuda and has_liger():
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, piece: int = 2048) -> Any:
+        """The sum, in fp32."""
+        import torch
+        from torch.nn.functional import linear
 
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets, bias)
+        total, grads = hidden.new_zeros((), dtype=torch.float32), []
+        for h, t in zip(hidden.split(piece), targets.split(piece), strict=True):
+            counts, at = t.ne(-100)[:, None], t.clamp(min=0)[:, None]
+            logits = linear(h, weight, bias).float()
+            norm = logits.logsumexp(1, keepdim=True)
+            total += ((norm - logits.gather(1, at)) * counts).sum()
+            if ctx.needs_input_grad[0]:
+                wrong = logits.sub_(norm).exp_().scatter_add_(1, at, torch.full_like(norm, -1))
+                grads.append((wrong.to(weight.dtype) @ weight * counts).to(h.dtype))
+        ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
+        return total
 
-    def part(h: Any, t: Any) -> Any:
-        return cross_entropy(linear(h, weight, bias).float(), t, reduction="sum")
-
-    if len(targets) <= piece:
-        return part(hidden, targets)
-    pieces = zip(hidden.split(piece), targets.split(piece), strict=True)
-    return sum(checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces)
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple:
+        """The gradient of `hidden`."""
+        return ctx.saved_tensors[0] * grad, None, None, None, None
 
 
 def has_liger() -> bool:

@@ -93,6 +93,22 @@ def test_fused_lora_and_loss_equal_pefts_and_transformers_own():
     close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("piece", [3, 100])
+def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(piece):
+    torch.manual_seed(0)
+    weight, bias, targets = torch.randn(50, 8), torch.randn(50), torch.randint(50, (10,))
+    targets[[0, 4]] = -100
+    found, expected = (torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
+    loss = qlora.FrozenHeadLoss.apply(found, weight, bias, targets, piece)
+    wanted = torch.nn.functional.cross_entropy(expected @ weight.t() + bias, targets, reduction="sum")
+    (2 * loss).backward()
+    (2 * wanted).backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert torch.allclose(found.grad, expected.grad, atol=1e-5)
+    with torch.no_grad():
+        assert qlora.FrozenHeadLoss.apply(found[:0], weight, bias, targets[:0]) == 0
+
+
 def test_fused_dropout_is_pefts_to_the_bit():
     model, batch = tiny(dropout=0.4), qlora.Collator(PADDED, 2)(list(rows(4)))
     torch.manual_seed(5)
