@@ -122,6 +122,30 @@ def test_fused_dropout_is_pefts_to_the_bit():
     assert gradients(model, batch)[0] != pytest.approx(loss.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(("tokens", "width", "rank", "dropout"), [(70, 576, 8, 0.1), (33, 1000, 32, 0.5)])
+def test_the_gpus_kernels_compute_the_same_dropout_and_gradients(tokens, width, rank, dropout, monkeypatch):
+    """Triton's interpreter runs the kernels themselves; which elements were kept is read from their bits."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(qlora, "has_lora_kernels", lambda x, rank: True)
+    torch.manual_seed(0)
+    x, A, B, weight = (torch.randn(n, m) for n, m in ((tokens, width), (rank, width), (40, rank), (40, width)))
+    layer, grad = types.SimpleNamespace(dense=weight), torch.randn(tokens, 40)
+    kept, own = [], qlora.project_dropped
+    monkeypatch.setattr(qlora, "project_dropped", lambda *given: kept.append(own(*given)) or kept[-1])
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+    out = qlora.LoraMatmul.apply(x, A, B, layer, 2.0, dropout)
+    found = [out, *torch.autograd.grad(out, (x, A, B), grad)]
+    bytes_ = kept[0][1].view(tokens, -1, 1, qlora.KERNEL_COLUMNS)
+    mask = torch.cat([(bytes_ >> bit) & 1 for bit in range(8)], 2).view(tokens, -1)[:, :width]
+    assert mask.float().mean() == pytest.approx(1 - dropout, abs=0.01)
+    out = x @ weight.T + 2 * (x * mask / (1 - dropout)) @ A.T @ B.T
+    for ours, wanted in zip(found, [out, *torch.autograd.grad(out, (x, A, B), grad)], strict=True):
+        assert (ours - wanted).norm() < 1e-5 * wanted.norm()
+    again = qlora.project_dropped(x, A, dropout)[1]
+    assert (again != kept[0][1]).float().mean() > 0.3  # other elements each time
+
+
 def test_a_variant_of_lora_keeps_pefts_own_code():
     model = tiny(use_dora=True)
     assert qlora.fuse_lora(model) == 0

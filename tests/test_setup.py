@@ -22,13 +22,16 @@ def wheel(folder, name, version, requires=()):
         archive.writestr(f"{info}/RECORD", "")
 
 
+GPU = ["liger-kernel", "flash-attn-4", "nvidia-cublas-cu13"]
+
+
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     """A folder that is pip's only source; what the test installed from it is removed again."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     yield tmp_path
-    pip = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "qlora_probe", "torchao", "liger-kernel"]
+    pip = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "qlora_probe", "torchao", *GPU]
     subprocess.run(pip, check=True, capture_output=True)
 
 
@@ -58,12 +61,45 @@ def test_only_what_is_missing_is_installed(shelf):
     assert qlora.install_missing(ask(shelf, "qlora_probe>=1.2,<2")) == []
 
 
+def gpu(shelf, monkeypatch, capability):
+    """A machine on which `nvidia-smi` answers so."""
+    tool = shelf / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{capability}\\n{capability}\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shelf}:{os.environ['PATH']}")
+
+
 def test_a_machine_with_a_gpu_gets_its_kernels_too(shelf, monkeypatch):
     wheel(shelf, "liger_kernel", "0.8.5")
+    wheel(shelf, "flash_attn_4", "4.0.0b36")
     assert qlora.install_missing(ask(shelf, "numpy")) == []
-    monkeypatch.setattr(qlora.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.GPU_REQUIREMENT]
-    assert installed("liger-kernel") == "0.8.5"
+    gpu(shelf, monkeypatch, "8.9")
+    assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.LIGER]
+    assert installed("liger-kernel") == "0.8.5" and installed("flash-attn-4") is None
+    for newer in ("9.0", "12.0"):
+        gpu(shelf, monkeypatch, newer)
+        assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.FLASH] * (newer == "9.0")
+        assert installed("flash-attn-4") == "4.0.0b36"
+
+
+def test_it_goes_on_without_the_faster_attention_where_that_cannot_be_had(shelf, monkeypatch, capsys):
+    wheel(shelf, "liger_kernel", "0.8.5")
+    wheel(shelf, "nvidia_cublas_cu13", "13.0")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "nvidia-cublas-cu13"], check=True)
+    gpu(shelf, monkeypatch, "9.0")
+    assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.LIGER]
+    assert "a little slower" in (shown := capsys.readouterr().out) and "flash-attn-4[cu13]==" in shown
+
+
+def test_without_torch_at_first_the_module_is_whole_after_the_install(shelf):
+    wheel(shelf, "qlora_probe", "1.5")
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import qlora_helpers as qlora\n"
+        "assert not hasattr(qlora.LoraMatmul, 'apply'); del sys.modules['torch']\n"
+        f"qlora.install_missing({str(ask(shelf, 'qlora_probe'))!r}); qlora.LoraMatmul.apply, qlora.FrozenHeadLoss.apply"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=qlora.Path(qlora.__file__).parent)
 
 
 def test_a_package_that_the_kernel_has_loaded_is_never_replaced(shelf):
