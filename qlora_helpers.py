@@ -1745,7 +1745,7 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
 
 
 def torch_varlen(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any, window: int | None = None) -> Any:
-    """Causal attention in rows end to end by torch (FlashAttention 2); `q` is [tokens, heads, size], `cu` [rows + 1]."""
+    """Causal attention in rows end to end by torch (FlashAttention 2): `q` [tokens, heads, size], `cu` [rows + 1]."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **varlen_options(window))
@@ -1767,22 +1767,23 @@ def has_flash_attention_4(heads: int, key_heads: int, size: int, dtype: Any) -> 
     """
     import torch
 
-    if torch.cuda.get_device_capability() < (9, 0) or importlib.util.find_spec("flash_attn") is None:
+    here = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if not here or importlib.util.find_spec("flash_attn") is None:
         return False
-    cu, found = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda"), []
-    made = torch.Generator("cuda").manual_seed(0)  # one of its own: the run's random numbers stay as they are
-    shapes = [(300, n, size) for n in (heads, key_heads, key_heads, heads)]
-    q, k, v, g = (torch.randn(shape, generator=made, device="cuda").to(dtype) for shape in shapes)
-    inputs = [t.requires_grad_() for t in (q, k, v)]
-    try:
-        for attend in (torch_varlen, flash_attention_4):
-            with torch.enable_grad():
-                out = attend(*inputs, cu, 199, size**-0.5)
-                found.append([out, *torch.autograd.grad(out, inputs, g)])
-        return all((a - b).norm() <= 0.02 * a.norm() for a, b in zip(*found, strict=True))
-    except Exception as error:  # of a compiler, on a GPU or a CUDA that nobody tried
-        print(f"FlashAttention 4 is not used, it does not run here: {short(error)}")
-        return False
+    chance = torch.Generator("cuda").manual_seed(0)  # one of its own: the run's random numbers stay as they are
+    with torch.inference_mode(False), torch.enable_grad():
+        cu = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda")
+        q, k, v, g = (
+            torch.randn(300, n, size, generator=chance, device="cuda").to(dtype).requires_grad_()
+            for n in (heads, key_heads, key_heads, heads)
+        )
+        try:
+            outs = [attend(q, k, v, cu, 199, size**-0.5) for attend in (torch_varlen, flash_attention_4)]
+            theirs, ours = ([out, *torch.autograd.grad(out, (q, k, v), g)] for out in outs)
+        except Exception as error:  # of a compiler, on a GPU or a CUDA that nobody tried
+            print(f"FlashAttention 4 is not used, it does not run here: {short(error)}")
+            return False
+    return all((a - b).norm() <= 0.02 * a.norm() for a, b in zip(theirs, ours, strict=True))
 
 
 @functools.cache
@@ -2404,10 +2405,12 @@ class Trials:
         attention = flat_attention(self.model)
         with untouched(self.model):
             padding = self.padding(self.sizes()[-1])
-            if padding > 0.02 and self.keeps_rows_apart(attention):
-                self.climb([Cut(size, True, attention) for size in self.sizes() if size > 1])
+            varlen, padded = attention == "varlen", padded_attention(self.model)
+            if (varlen or padding > 0.02) and self.keeps_rows_apart(attention):
+                self.climb([Cut(size, True, attention) for size in self.sizes() if size > 1 or varlen])
             if padding < 0.3 or not self.fitting():
-                self.climb([Cut(size, False, padded_attention(self.model)) for size in self.sizes()])
+                sizes = [self.best().cut.micro_batch] if varlen and self.fitting() else self.sizes()
+                self.climb([Cut(size, False, padded) for size in sizes])
             if self.gpu and self.fitting() and self.dense_size() < self.limit - memory_in_use():
                 self.climb([dataclasses.replace(self.best().cut, dense=True)])
             if self.fitting():
@@ -2719,6 +2722,7 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     survive_out_of_memory(trainer)
     if plan.cut.graphs:
         replay_graphs(trainer, sampler.run(math.ceil(plan.steps / plan.steps_per_epoch))[-1], settings.precision)
+    trainer.accelerator.dataloader_config.non_blocking = True  # else a batch waits for the step before it
     trim_steps(trainer)
 
 
