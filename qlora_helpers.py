@@ -1520,6 +1520,8 @@ class LoraMatmul(_Function):
     dropped copy of `x` for the backward pass; this takes four, adds in place, and keeps of dropout only what was kept.
     """
 
+    fewest_tokens = 4096  # for the kernels below
+
     @staticmethod
     def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> Any:
         """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
@@ -1543,11 +1545,14 @@ class LoraMatmul(_Function):
 
 
 def has_lora_kernels(x: Any, rank: int) -> bool:
-    """Whether the three Triton kernels below take `x` and an adapter of this `rank` (their tiles fit to 128)."""
+    """Whether the three Triton kernels below take `x` and an adapter of this `rank` (their tiles fit to 128).
+
+    Python starts them more slowly than torch's own, which shows with few tokens, unless a CUDA graph starts them.
+    """
     import torch
 
     here = triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return here and x.element_size() == 2 and rank <= 128
+    return here and x.element_size() == 2 and rank <= 128 and len(x) >= LoraMatmul.fewest_tokens
 
 
 def tile(rows: int, rank: int) -> dict[str, int]:
@@ -1736,7 +1741,7 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # not t[0], whose gradient is copied
     window = kwargs.get("sliding_window")
     shape = q.shape[1], k.shape[1], q.shape[2]
     attend = torch_varlen if window or not has_flash_attention_4(*shape, q.dtype) else flash_attention_4
@@ -2398,7 +2403,6 @@ class Trials:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.limit = memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30  # AdamW's two moments come later
         self.tried: list[Trial] = []
-        self.deadline = time.monotonic() + (60 if self.gpu else 20)
 
     def choose(self) -> Trial:
         """The fastest of the cuts that fit."""
@@ -2406,8 +2410,11 @@ class Trials:
         with untouched(self.model):
             padding = self.padding(self.sizes()[-1])
             varlen, padded = attention == "varlen", padded_attention(self.model)
-            if (varlen or padding > 0.02) and self.keeps_rows_apart(attention):
-                self.climb([Cut(size, True, attention) for size in self.sizes() if size > 1 or varlen])
+            apart = (varlen or padding > 0.02) and self.keeps_rows_apart(attention)  # this also compiles the attention
+            self.deadline = time.monotonic() + (45 if self.gpu else 20)
+            if apart:
+                sizes = self.sizes(1000) if varlen else self.sizes()[1:]
+                self.climb([Cut(size, True, attention) for size in sizes])
             if padding < 0.3 or not self.fitting():
                 sizes = [self.best().cut.micro_batch] if varlen and self.fitting() else self.sizes()
                 self.climb([Cut(size, False, padded) for size in sizes])
@@ -2441,10 +2448,11 @@ class Trials:
         whole, noise, change = (t.norm().item() for t in (logits[0], logits[1] - logits[0], logits[2] - logits[1]))
         return change <= 3 * noise + 1e-4 * whole  # a GPU may compute the same thing differently each time
 
-    def sizes(self) -> list[int]:
-        """Rows at once that divide the effective batch; a CPU gains nothing from many."""
-        step = self.settings.effective_batch // processes()[1]
-        return [n for n in range(1, min(step, 64 if self.gpu else 4) + 1) if step % n == 0]
+    def sizes(self, tokens: int = 0) -> list[int]:
+        """Rows at once that divide the effective batch, with `tokens` or more; a CPU gains nothing from many."""
+        step, mean = self.settings.effective_batch // processes()[1], sum(self.lengths) / len(self.lengths)
+        found = [n for n in range(1, min(step, 64 if self.gpu else 4) + 1) if step % n == 0]
+        return [n for n in found if n * mean >= tokens] or found[-1:]
 
     def climb(self, cuts: Iterable[Cut]) -> None:
         """Measure cuts in turn until one is slower than the one before or must recompute more, or time is up."""
@@ -2819,7 +2827,11 @@ class GraphedPasses:
 
     def plain(self, inputs: Mapping[str, Any]) -> Any:
         """The pass that is recorded."""
-        return backward_pass(self.model, {**inputs, "recorded": True}, self.precision)
+        fewest, LoraMatmul.fewest_tokens = LoraMatmul.fewest_tokens, 0
+        try:
+            return backward_pass(self.model, {**inputs, "recorded": True}, self.precision)
+        finally:
+            LoraMatmul.fewest_tokens = fewest
 
     def replay(self, inputs: Mapping[str, Any]) -> Any:
         """Record if no graph is for as many tokens, then put `inputs` where the graph reads them, and run it."""
