@@ -99,7 +99,9 @@ def quiet() -> None:
     """Silence what the reader of the notebook cannot act on: deprecations between these libraries' versions."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*|IProgress not found")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # FlashAttention 4, as it is compiled
+    for library in ("bitsandbytes", "liger_kernel"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 LIGER = "liger-kernel>=0.8,<1"  # kernels that are of no use, and 200 MB of compiler, without a GPU
@@ -1851,6 +1853,12 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
         AttentionMaskInterface.register("varlen", varlen_mask)
         used.append("variable-length attention")
     if has_liger():
+        for name in (
+            "ROPE",
+            "RMS_NORM",
+            "SWIGLU",
+        ):  # what came with FlashAttention 4 lets Liger choose kernels that are
+            os.environ.setdefault(f"LIGER_KERNEL_IMPL_{name}", "nvidia-triton")  # compiled for each number of tokens
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
@@ -2516,8 +2524,11 @@ class Trials:
             with contextlib.suppress(torch.OutOfMemoryError):
                 seconds, _, peak = self.timed(cut, batches[-1])
                 if not self.gpu or peak <= self.limit:
-                    typical = [(rows, self.timed(cut, rows)[0]) for rows in (batches[len(batches) // 2], batches[0])]
-                    return Trial(cut, self.epoch_seconds(cut, batches, [*typical, (batches[-1], seconds)]), peak)
+                    found = {self.tokens(cut, batches[-1]): seconds}
+                    for rows in (batches[len(batches) // 2], batches[0]):
+                        if (tokens := self.tokens(cut, rows)) not in found:
+                            found[tokens] = self.timed(cut, rows)[0]
+                    return Trial(cut, self.epoch_seconds(cut, batches, found), peak)
             free_cache()
         return Trial(cut, note="does not fit")
 
@@ -2576,17 +2587,16 @@ class Trials:
         else:
             self.graphed.replay(inputs)
 
-    def epoch_seconds(self, cut: Cut, batches: list[list[int]], measured: list[tuple[list[int], float]]) -> float:
-        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds over tokens) has it.
+    def epoch_seconds(self, cut: Cut, batches: list[list[int]], measured: Mapping[int, float]) -> float:
+        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds by tokens) has it.
 
         To record CUDA graphs, one for each size, is part of it.
         """
         import numpy
 
-        points = sorted((self.tokens(cut, rows), seconds) for rows, seconds in measured)
         sizes = [self.tokens(cut, rows) for rows in batches]
         passes = math.ceil(len(self.real_lengths) / cut.micro_batch) / processes()[1]
-        each = numpy.interp(sizes, *zip(*points, strict=True)).mean()
+        each = numpy.interp(sizes, *zip(*sorted(measured.items()), strict=True)).mean()
         return float(passes * each + self.recording * len(set(sizes)) / self.epochs)
 
     def why(self, chosen: Trial) -> str:

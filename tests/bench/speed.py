@@ -349,6 +349,8 @@ def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
 
 def main() -> None:
     """Measure what was asked for, print the table, write `content/bench/speed.json`."""
+    import qlora_helpers as qlora
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="content/model_cache/mistral-7b-random", help="a folder; made if missing")
     parser.add_argument("--memory-limit-gb", type=float, default=0)
@@ -368,6 +370,7 @@ def main() -> None:
 
         make_model(Path(options.model), None)
     rate, bandwidth = rates()
+    qlora.free_cache()  # for the processes that follow
     ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in KINDS}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
