@@ -1610,9 +1610,9 @@ def add_dropped(g_x: Any, g_low: Any, A: Any, kept: Any, dropout: float) -> Any:
 
 
 # Dropout with the small product beside it. torch writes a dropped copy of `x` and a mask of bytes and reads them again:
-# 311 µs for 7,040 tokens of 4,096 on an H100, 163 µs in these three kernels. Bit b of byte c of piece p of a row stands
-# for its column (8 p + b) · COLUMNS + c. Dropping is a product with 0 or 1, since Triton 3.6 fails to compile a
-# selection before `tl.dot`.
+# 311 µs for 7,040 tokens of 4,096 on an H100, 168 in these (tests/bench/kernels.py). Bit b of byte c of a piece
+# p of a row stands for its column (8 p + b) · COLUMNS + c. Dropping is a product with 0 or 1, since Triton 3.6 fails to
+# compile a selection before `tl.dot`.
 
 
 @_kernel
