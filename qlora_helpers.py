@@ -3409,9 +3409,10 @@ PUSHED_FILES += ["Modelfile"]
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "huggingface_hub"]
-    here = {str(found.metadata["Name"]) for found in importlib.metadata.distributions()}
-    names += here & {"liger-kernel", "liger_kernel", "flash-attn-4", "triton"}
-    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in sorted(names)}
+    if torch.cuda.is_available():  # and those of the kernels that are here
+        here = {str(found.metadata["Name"]).replace("_", "-") for found in importlib.metadata.distributions()}
+        names += here & {"liger-kernel", "flash-attn-4", "triton"}
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names}
 
 
 def manifest(settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:

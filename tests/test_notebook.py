@@ -239,6 +239,7 @@ def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(tmp
     assert "t0kent0ken" not in nbformat.writes(notebook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

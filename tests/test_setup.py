@@ -10,6 +10,8 @@ import pytest
 
 import qlora_helpers as qlora
 
+pytestmark = pytest.mark.slow
+
 
 def wheel(folder, name, version, requires=()):
     """A minimal wheel with one empty module."""
