@@ -446,6 +446,7 @@ def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path, reco
         close(weights, adapter, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("good", [0, 1])
 def test_a_graph_that_cannot_be_recorded_changes_nothing_but_speed(
     planning, smollm_path, tmp_path, recorded, capsys, monkeypatch, good

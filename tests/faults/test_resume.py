@@ -221,6 +221,7 @@ def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
     assert result_of(small_disk) == undisturbed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["final_model", "the zip"])
 def test_disk_full_at_the_end(tiny, small_disk, tmp_path, undisturbed, where):
     shutil.copytree(undisturbed[1] / "outputs", small_disk / "outputs")
@@ -262,6 +263,7 @@ def test_disk_full_at_the_copy(settings, small_disk, tmp_path, undisturbed, monk
     assert not qlora.why_unusable(qlora.drive_folder(cfg) / second.name)
 
 
+@pytest.mark.slow
 def test_the_machine_replaced_continues_from_drive(tiny, tmp_path, undisturbed):
     home = tmp_path / "content" / "drive" / "MyDrive"  # outside Colab /content is a folder of the working directory
     home.mkdir(parents=True)
