@@ -24,9 +24,9 @@ run: $(VENV)/ready
 launch: $(VENV)/ready
 	$(PY) tests/launch.py $(RUN_DEFAULTS) $(GIVEN)
 
-# Processes of one thread each. The other stacks leave out what tests Python alone at length, and what has time limits.
+# Two processes of one thread each. The other stacks leave out what tests Python alone at length.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest --dist loadfile $(if $(filter newest,$(STACK)),-n 2,-n 3 -m "not slow")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(if $(filter newest,$(STACK)),,-m "not slow")
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
