@@ -1659,11 +1659,11 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # not t[0], whose gradient is copied
-    window = kwargs.get("sliding_window")
-    shape = q.shape[1], k.shape[1], q.shape[2]
-    attend = torch_varlen if window or not has_flash_attention_4(*shape, q.dtype) else flash_attention_4
-    out = attend(q, k, v, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling"), window)
-    return out.unsqueeze(0), None
+    window, shape = kwargs.get("sliding_window"), (q.shape[1], k.shape[1], q.shape[2])
+    attend = functools.partial(torch_varlen, window=window)
+    if not window and has_flash_attention_4(*shape, q.dtype):
+        attend = flash_attention_4
+    return attend(q, k, v, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling")).unsqueeze(0), None
 
 
 def torch_varlen(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any, window: int | None = None) -> Any:
@@ -1673,7 +1673,7 @@ def torch_varlen(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any, wind
     return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **varlen_options(window))
 
 
-def flash_attention_4(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any, window: None = None) -> Any:
+def flash_attention_4(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any) -> Any:
     """As `torch_varlen`, by FlashAttention 4 (https://github.com/Dao-AILab/flash-attention), faster on newer GPUs."""
     from flash_attn.cute import flash_attn_varlen_func
 
@@ -1924,13 +1924,12 @@ def trained_logits(
 
     `examples` are `encode_rows`'. They come in order of length, in batches of at most `tokens` padded tokens.
     """
+    pad = torch.nn.utils.rnn.pad_sequence
     rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in examples]
     with evaluating(model):
         for chosen in batches([len(ids) for ids, _ in rows], tokens):
-            ids = torch.nn.utils.rnn.pad_sequence([rows[i][0] for i in chosen], batch_first=True).to(model.device)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(rows[i][0]) for i in chosen], batch_first=True).to(
-                model.device
-            )
+            ids = [rows[i][0] for i in chosen]
+            ids, mask = (pad(part, batch_first=True).to(model.device) for part in (ids, [*map(torch.ones_like, ids)]))
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for i, row in zip(chosen, logits, strict=True):
                 labels = rows[i][1][1:]
