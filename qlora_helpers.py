@@ -1441,7 +1441,7 @@ except ImportError:  # no GPU
 _kernel = functools.partial(
     getattr(triton, "jit", lambda function, **_: function), do_not_specialize=["tokens", "threshold", "steps"]
 )
-KERNEL_COLUMNS, KERNEL_ROWS = 32, 64  # bytes of a piece of a row, eight columns to a byte; rows of a piece
+KERNEL_COLUMNS = 64  # bytes of a piece of a row, eight columns to a byte
 
 
 class LoraMatmul(_Function):
@@ -1452,13 +1452,15 @@ class LoraMatmul(_Function):
     """
 
     fewest_tokens = 4096  # for the kernels below
+    rounded: Mapping[int, Any] = types.MappingProxyType({})  # A and B in the type of `x`, by id, if they are at hand
 
     @staticmethod
     def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> Any:
         """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
-        flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype).contiguous(), B.to(x.dtype)
-        low, kept = project_dropped(flat, A, dropout)
-        out = (flat @ dense_weight(layer).t()).addmm_(low, B.t(), alpha=scale)
+        flat = x.reshape(-1, x.shape[-1])
+        A, B = (LoraMatmul.rounded.get(id(weight), weight).to(x.dtype).contiguous() for weight in (A, B))
+        low, kept = project_dropped(flat, A, scale, dropout)
+        out = (flat @ dense_weight(layer).t()).addmm_(low, B.t())
         ctx.save_for_backward(flat, kept, low, A, B)
         ctx.layer, ctx.scale, ctx.dropout = layer, scale, dropout
         return out.view(*x.shape[:-1], -1)
@@ -1468,10 +1470,10 @@ class LoraMatmul(_Function):
         """Gradients of x, A and B; the weight is frozen."""
         flat, kept, low, A, B = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        g_low = (g @ B).mul_(ctx.scale)
-        g_A, g_B, g_x = project_back(flat, g_low, kept, ctx.dropout), (g.t() @ low).mul_(ctx.scale), None
+        g_low, how = g @ B, (kept, ctx.scale, ctx.dropout)
+        g_A, g_B, g_x = project_back(flat, g_low, *how), g.t() @ low, None
         if ctx.needs_input_grad[0]:
-            g_x = add_dropped(g @ dense_weight(ctx.layer), g_low, A, kept, ctx.dropout).view(*grad.shape[:-1], -1)
+            g_x = add_dropped(g @ dense_weight(ctx.layer), g_low, A, *how).view(*grad.shape[:-1], -1)
         return g_x, g_A, g_B, None, None, None
 
 
@@ -1484,49 +1486,49 @@ def has_lora_kernels(x: Any, rank: int) -> bool:
     return here and x.element_size() == 2 and rank <= 128 and len(x) >= LoraMatmul.fewest_tokens
 
 
-def tile(rows: int, rank: int) -> dict[str, int]:
+def tile(rows: int, rank: int, **options: int) -> dict[str, int]:
     """Sizes of what one program of a kernel holds: `rows` by `KERNEL_COLUMNS`, and the adapter's rank filled up."""
-    return {"ROWS": rows, "COLUMNS": KERNEL_COLUMNS, "RANK": max(16, triton.next_power_of_2(rank))}
+    return {"ROWS": rows, "COLUMNS": KERNEL_COLUMNS, "RANK": max(16, triton.next_power_of_2(rank))} | options
 
 
-def project_dropped(x: Any, A: Any, dropout: float) -> tuple[Any, Any]:
-    """`dropout(x) Aᵀ`, [tokens, r], and which of `x` was kept: a byte each, from the kernel a bit each, or None."""
-    if not dropout:
-        return x @ A.t(), None
-    if not has_lora_kernels(x, len(A)):
-        dropped, kept = torch.native_dropout(x, dropout, True)
-        return dropped @ A.t(), kept
+def project_dropped(x: Any, A: Any, scale: float, dropout: float) -> tuple[Any, Any]:
+    """`scale · dropout(x) Aᵀ`, [tokens, r], and what of `x` was kept: a byte each, the kernel's a bit each, or None."""
+    if not dropout or not has_lora_kernels(x, len(A)):
+        dropped, kept = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        return (dropped @ A.t()).mul_(scale), kept
     tokens, width, rank = *x.shape, len(A)
     seed, low = torch.randint(2**31 - 1, (1,), device=x.device), x.new_empty(tokens, rank)
     kept = x.new_empty(tokens, -(-width // (8 * KERNEL_COLUMNS)) * KERNEL_COLUMNS, dtype=torch.uint8)
-    numbers = tokens, width, rank, round(dropout * 2**16), 1 / (1 - dropout)
-    options = tile(32, rank) | {"num_stages": 3 if rank <= 32 else 2}
-    _project_dropped[(triton.cdiv(tokens, 32),)](x.contiguous(), A, seed, low, kept, *numbers, **options)
+    numbers = tokens, width, rank, round(dropout * 2**16), scale / (1 - dropout)
+    options = tile(16, rank, num_stages=2 if rank <= 32 else 1)
+    _project_dropped[(triton.cdiv(tokens, 16),)](x.contiguous(), A, seed, low, kept, *numbers, **options)
     return low, kept
 
 
-def project_back(x: Any, g_low: Any, kept: Any, dropout: float) -> Any:
-    """The gradient of `A`, `g_lowᵀ dropout(x)`, [r, in]; in the kernel summed over parts of the tokens, in order."""
+def project_back(x: Any, g_low: Any, kept: Any, scale: float, dropout: float) -> Any:
+    """The gradient of `A`, `scale · g_lowᵀ dropout(x)`, [r, in]; the kernel's is summed over parts of the tokens."""
     if kept is None or kept.dtype == torch.bool:
-        return g_low.t() @ (x if kept is None else torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - dropout)))
+        x = x if kept is None else torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - dropout))
+        return (g_low.t() @ x).mul_(scale)
     tokens, width, rank = *x.shape, g_low.shape[1]
-    blocks, tiles = kept.shape[1] // KERNEL_COLUMNS * 8, triton.cdiv(tokens, KERNEL_ROWS)
+    blocks, tiles = kept.shape[1] // KERNEL_COLUMNS * 8, triton.cdiv(tokens, 32)
     steps = triton.cdiv(tiles, max(1, min(tiles, 1024 // blocks)))
     parts = x.new_empty(triton.cdiv(tiles, steps), rank, width, dtype=torch.float32)
-    numbers = tokens, width, rank, steps
-    _project_back[(blocks, len(parts))](x.contiguous(), g_low, kept, parts, *numbers, **tile(KERNEL_ROWS, rank))
-    return parts.sum(0).mul_(1 / (1 - dropout)).to(x.dtype)
+    numbers = tokens, width, rank, steps, scale / (1 - dropout)
+    options = tile(32, rank, num_warps=2 if rank <= 32 else 4)
+    _project_back[(blocks, len(parts))](x.contiguous(), g_low, kept, parts, *numbers, **options)
+    return parts.sum(0)
 
 
-def add_dropped(g_x: Any, g_low: Any, A: Any, kept: Any, dropout: float) -> Any:
-    """`g_x`, [tokens, in], with the gradient that comes through `A` and dropout added in place."""
+def add_dropped(g_x: Any, g_low: Any, A: Any, kept: Any, scale: float, dropout: float) -> Any:
+    """`g_x`, [tokens, in], with the gradient that comes through `A`, `scale` and dropout added in place."""
     if kept is None:
-        return g_x.addmm_(g_low, A)
+        return g_x.addmm_(g_low, A, alpha=scale)
     if kept.dtype == torch.bool:
-        return g_x.addcmul_(g_low @ A, kept, value=1 / (1 - dropout))
+        return g_x.addcmul_(g_low @ A, kept, value=scale / (1 - dropout))
     tokens, width, rank = *g_x.shape, len(A)
-    grid = kept.shape[1] // KERNEL_COLUMNS, triton.cdiv(tokens, KERNEL_ROWS)
-    _add_dropped[grid](g_x, g_low, A, kept, tokens, width, rank, 1 / (1 - dropout), **tile(KERNEL_ROWS, rank))
+    grid, numbers = (kept.shape[1] // KERNEL_COLUMNS, triton.cdiv(tokens, 16)), (tokens, width, rank)
+    _add_dropped[grid](g_x, g_low, A, kept, *numbers, scale / (1 - dropout), **tile(16, rank))
     return g_x
 
 
@@ -1546,7 +1548,7 @@ def _project_dropped(
     total, key = tl.zeros((ROWS, RANK), tl.float32), tl.load(seed)
     for piece in range(pieces):
         place = (row * pieces + piece) * COLUMNS + column
-        draw0, draw1, draw2, draw3 = tl.randint4x(key, place.to(tl.int32))
+        draw0, draw1, draw2, draw3 = tl.randint4x(key, place.to(tl.int32), 7)
         byte = tl.zeros((ROWS, COLUMNS), tl.int32)
         for bit in tl.static_range(8):  # 16 random bits an element
             draw = draw0 if bit < 2 else draw1 if bit < 4 else draw2 if bit < 6 else draw3
@@ -1563,7 +1565,7 @@ def _project_dropped(
 
 @_kernel
 def _project_back(
-    x, g_low, kept, parts, tokens, width, rank, steps,
+    x, g_low, kept, parts, tokens, width, rank, steps, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     piece, bit, pieces = tl.program_id(0) // 8, tl.program_id(0) % 8, tl.num_programs(0) // 8
@@ -1576,7 +1578,7 @@ def _project_back(
         small = tl.load(g_low + row * rank + r[None, :], (row < tokens) & (r[None, :] < rank), 0)
         total = tl.dot(tl.trans(small), part * ((byte >> bit) & 1).to(part.dtype), total)
     place = (tl.program_id(1) * rank + r[:, None]).to(tl.int64) * width + at
-    tl.store(parts + place, total, (r[:, None] < rank) & (at < width))
+    tl.store(parts + place, total * scale, (r[:, None] < rank) & (at < width))
 
 
 @_kernel
@@ -1610,11 +1612,85 @@ def dense_weight(layer: Any) -> Any:
 def keep_dense(model: PreTrainedModel, keep: bool) -> None:
     """Keep all 4-bit weights dequantised beside themselves (3.5 times their size), or drop that copy again.
 
-    The numbers are the very ones that every pass would dequantise, so nothing changes but the time it takes.
+    The numbers are the very ones that every pass would dequantise, so nothing changes but the time it takes. Where
+    `GatedMLP` can run, it takes the two weights before the activation as one.
     """
+    inside = set()
+    for mlp in model.modules():
+        if getattr(mlp.__dict__.get("forward"), "func", None) is _mlp_forward:
+            mlp.dense, both = None, (mlp.gate_proj, mlp.up_proj)
+            if keep and has_gated_products():
+                mlp.dense = torch.stack([dense_weight(layer) for layer in both], 1).flatten(0, 1)
+                inside |= set(both)
     for layer in linear_4bit(model):
         layer.dense = None
-        layer.dense = dense_weight(layer) if keep else None
+        layer.dense = dense_weight(layer) if keep and layer not in inside else None
+
+
+class GatedMLP(_Function):
+    """`(silu(x Wgᵀ) · (x Wuᵀ)) Wdᵀ` of a frozen MLP, with the activation and its gradient inside the matrix products.
+
+    By QuACK (https://github.com/Dao-AILab/quack), which FlashAttention 4 brings along. `x` is [..., in], `both` the
+    rows of Wg and Wu in turn, [2 hidden, in], `down` [in, hidden].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, both: Any, down: Any) -> Any:
+        """Keeps what goes into the activation."""
+        from quack.gemm_interface import gemm_gated
+
+        before, after = gemm_gated(x.reshape(-1, x.shape[-1]), both.t(), activation="swiglu", tuned=False)
+        ctx.save_for_backward(before, both, down)
+        return (after @ down.t()).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple:
+        """The gradient of `x`; weights are frozen."""
+        from quack.gemm_interface import gemm_dgated
+
+        before, both, down = ctx.saved_tensors
+        g, how = grad.reshape(-1, grad.shape[-1]), {"activation": "swiglu", "dynamic_scheduler": False, "tuned": False}
+        return (gemm_dgated(g, down, before, **how)[0] @ both).view(grad.shape), None, None
+
+
+@functools.cache
+def has_gated_products() -> bool:
+    """Whether `GatedMLP` runs on this GPU and agrees with torch; tried once on a small one, which compiles it (4 s)."""
+    here = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if not here or importlib.util.find_spec("quack") is None:
+        return False
+    chance = torch.Generator("cuda").manual_seed(0)
+    shapes = (300, 256), (1024, 256), (256, 512), (300, 256)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, both, down, grad = (torch.randn(shape, generator=chance, device="cuda").bfloat16() / 8 for shape in shapes)
+        x.requires_grad_()
+        gate, up = (x @ both.t()).unflatten(1, (-1, 2)).unbind(2)
+        expected = (torch.nn.functional.silu(gate) * up) @ down.t()
+        try:
+            outs = expected, GatedMLP.apply(x, both, down)
+            theirs, ours = ([out.detach(), *torch.autograd.grad(out, x, grad)] for out in outs)
+        except Exception as error:
+            print(f"QuACK's matrix products are not used, they do not run here: {short(error)}")
+            return False
+    return all((a - b).norm() <= 0.02 * a.norm() for a, b in zip(theirs, ours, strict=True))
+
+
+def fuse_mlp(model: PreTrainedModel) -> None:
+    """Let the MLPs that Liger knows as SwiGLU, if all their layers are frozen and in 4 bits, go through `GatedMLP`."""
+    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+
+    plain = set(linear_4bit(model))
+    for mlp in model.modules():
+        known = getattr(mlp.__dict__.get("forward"), "__func__", None) is LigerSwiGLUMLP.forward
+        if known and all(x in plain and x.bias is None for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+            mlp.forward = functools.partial(_mlp_forward, mlp, mlp.forward)
+
+
+def _mlp_forward(mlp: Any, original: Any, x: Any) -> Any:
+    both = getattr(mlp, "dense", None)
+    if both is None or x.dtype != both.dtype or not torch.is_grad_enabled():
+        return original(x)
+    return GatedMLP.apply(x, both, mlp.down_proj.dense)
 
 
 def fuse_lora(model: PreTrainedModel) -> int:
@@ -1641,7 +1717,8 @@ def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) 
     name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = getattr(layer.lora_dropout[name], "p", 0.0)
-    return LoraMatmul.apply(x.to(compute), A, B, layer.base_layer, layer.scaling[name], dropout).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
+        return LoraMatmul.apply(x.to(compute), A, B, layer.base_layer, layer.scaling[name], dropout).to(x.dtype)
 
 
 def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
@@ -1770,6 +1847,7 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
+        fuse_mlp(causal)
         used.append("Liger RMSNorm, RoPE, SwiGLU")
     return ", ".join(part for part in used if part)
 
@@ -1822,12 +1900,13 @@ class FrozenHeadLoss(_Function):
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
         for h, t in zip(hidden.split(piece), targets.split(piece), strict=True):
             void, at = t.eq(-100)[:, None], t.clamp(min=0)[:, None]
-            logits = wrong = None  # so that never two pieces are held
-            logits = torch.nn.functional.linear(h, weight, bias).float()
-            norm = logits.logsumexp(1, keepdim=True)
-            total += (norm - logits.gather(1, at)).masked_fill_(void, 0).sum()
+            chances = wrong = None  # so that never two pieces are held
+            logits = torch.nn.functional.linear(h, weight, bias)
+            chances = torch.log_softmax(logits, 1, dtype=torch.float32)
+            found = chances.gather(1, at)
+            total -= found.masked_fill(void, 0).sum()
             if ctx.needs_input_grad[0]:
-                wrong = logits.sub_(norm).exp_().scatter_add_(1, at, torch.full_like(norm, -1))
+                wrong = torch.exp(chances, out=logits).scatter_(1, at, found.expm1().to(logits.dtype))
                 grads.append((wrong.to(weight.dtype) @ weight).masked_fill_(void, 0).to(h.dtype))
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total
@@ -2647,7 +2726,9 @@ class GraphedPasses:
 
     def __init__(self, model: PreTrainedModel, precision: str):
         self.model, self.precision, self.recorded, self.pool = model, precision, {}, None
-        self.gradients = flat_gradients(model)
+        self.gradients, self.trained = flat_gradients(model), [p for p in model.parameters() if p.requires_grad]
+        kind = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.rounded = [weight.to(kind, copy=True) for weight in self.trained]
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Record the first graph, the largest; leave gradients and random states as they were.
@@ -2669,12 +2750,18 @@ class GraphedPasses:
         return self.replay({**batch, "num_items_in_batch": count})
 
     def plain(self, inputs: Mapping[str, Any]) -> Any:
-        """The pass that is recorded."""
+        """The pass that is recorded: one that rounds the weights all at once, and so adds their gradients."""
+        torch._foreach_copy_(self.rounded, self.trained)
         fewest, LoraMatmul.fewest_tokens = LoraMatmul.fewest_tokens, 0
+        LoraMatmul.rounded = dict(zip(map(id, self.trained), self.rounded, strict=True))
         try:
-            return backward_pass(self.model, {**inputs, "recorded": True}, self.precision)
+            with autocast(self.precision):
+                loss = self.model(**inputs, recorded=True).loss
+            found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
         finally:
-            LoraMatmul.fewest_tokens = fewest
+            LoraMatmul.fewest_tokens, LoraMatmul.rounded = fewest, types.MappingProxyType({})
+        torch._foreach_add_([weight.grad for weight in self.trained], found)
+        return loss.detach()
 
     def replay(self, inputs: Mapping[str, Any]) -> Any:
         """Record if no graph is for as many tokens, then put `inputs` where the graph reads them, and run it."""

@@ -35,10 +35,10 @@ def kept_elements(bits, width: int):
 def dropout(tokens: int, width: int, rank: int, device: str, timed) -> None:
     made = [torch.randn(shape, device=device) for shape in ((tokens, width), (rank, width), (tokens, rank))]
     x, A, g = (tensor.to(torch.bfloat16 if device == "cuda" else torch.float32) for tensor in made)
-    low, bits = qlora.project_dropped(x, A, DROPOUT)
+    low, bits = qlora.project_dropped(x, A, 1.0, DROPOUT)
     mask = kept_elements(bits, width)
     dropped = x.float() * mask / (1 - DROPOUT)
-    ours = [low, qlora.project_back(x, g, bits, DROPOUT), qlora.add_dropped(x.clone(), g, A, bits, DROPOUT)]
+    ours = [low, qlora.project_back(x, g, bits, 1.0, DROPOUT), qlora.add_dropped(x.clone(), g, A, bits, 1.0, DROPOUT)]
     change = g.float() @ A.float() * mask / (1 - DROPOUT)
     exact = [dropped @ A.float().t(), g.float().t() @ dropped, x.float() + change]
     mask, buffer = mask.bool(), x.clone()
@@ -46,15 +46,15 @@ def dropout(tokens: int, width: int, rank: int, device: str, timed) -> None:
     works = {
         "forward": (
             lambda: torch.native_dropout(x, DROPOUT, True)[0] @ A.t(),
-            lambda: qlora.project_dropped(x, A, DROPOUT),
+            lambda: qlora.project_dropped(x, A, 1.0, DROPOUT),
         ),
         "gradient of A": (
             lambda: g.t() @ undrop(x, mask, 1 / (1 - DROPOUT)),
-            lambda: qlora.project_back(x, g, bits, DROPOUT),
+            lambda: qlora.project_back(x, g, bits, 1.0, DROPOUT),
         ),
         "gradient of x": (
             lambda: buffer.addcmul_(g @ A, mask, value=1 / (1 - DROPOUT)),
-            lambda: qlora.add_dropped(buffer, g, A, bits, DROPOUT),
+            lambda: qlora.add_dropped(buffer, g, A, bits, 1.0, DROPOUT),
         ),
     }
     for (name, (torchs, own)), found, wanted in zip(works.items(), ours, exact, strict=True):

@@ -52,9 +52,9 @@ KINDS = {
 
 
 def lengths(kind: str) -> list[int]:
-    """Lengths of the benchmark's rows: two steps of long ones, six of others."""
+    """Lengths of the benchmark's rows: two steps of long ones, twelve of others."""
     chance = random.Random(0)
-    return [KINDS[kind](chance, place) for place in range(32 if kind == "long" else 96)]
+    return [KINDS[kind](chance, place) for place in range(32 if kind == "long" else 192)]
 
 
 def rows(kind: str):
