@@ -1449,31 +1449,37 @@ class LoraMatmul(_Function):
 
     `x` is [..., in], `A` [r, in], `B` [out, r]. PEFT does it in nine kernels forward, clones the result and keeps a
     dropped copy of `x` for the backward pass; this takes four, adds in place, and keeps of dropout only what was kept.
+    `x` is also returned: given on to the next layer that reads it, it brings that one's gradient back, to be added to
+    within the matrix product.
     """
 
     fewest_tokens = 4096  # for the kernels below
     rounded: Mapping[int, Any] = types.MappingProxyType({})  # A and B in the type of `x`, by id, if they are at hand
 
     @staticmethod
-    def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> Any:
+    def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> tuple[Any, Any]:
         """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
+        ctx.set_materialize_grads(False)
         flat = x.reshape(-1, x.shape[-1])
         A, B = (LoraMatmul.rounded.get(id(weight), weight).to(x.dtype).contiguous() for weight in (A, B))
         low, kept = project_dropped(flat, A, scale, dropout)
         out = (flat @ dense_weight(layer).t()).addmm_(low, B.t())
         ctx.save_for_backward(flat, kept, low, A, B)
         ctx.layer, ctx.scale, ctx.dropout = layer, scale, dropout
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], -1), x
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple:
-        """Gradients of x, A and B; the weight is frozen."""
+    def backward(ctx: Any, grad: Any, g_x: Any) -> tuple:
+        """Gradients of x, A and B; the weight is frozen. `g_x` is what the next layer has made, for this one alone."""
+        if grad is None:  # only `x` was used
+            return g_x, *[None] * 5
         flat, kept, low, A, B = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         g_low, how = g @ B, (kept, ctx.scale, ctx.dropout)
-        g_A, g_B, g_x = project_back(flat, g_low, *how), g.t() @ low, None
+        g_A, g_B, weight = project_back(flat, g_low, *how), g.t() @ low, dense_weight(ctx.layer)
         if ctx.needs_input_grad[0]:
-            g_x = add_dropped(g @ dense_weight(ctx.layer), g_low, A, *how).view(*grad.shape[:-1], -1)
+            flat_x = g @ weight if g_x is None else g_x.view(flat.shape).addmm_(g, weight)
+            g_x = add_dropped(flat_x, g_low, A, *how).view(*grad.shape[:-1], -1)
         return g_x, g_A, g_B, None, None, None
 
 
@@ -1500,7 +1506,7 @@ def project_dropped(x: Any, A: Any, scale: float, dropout: float) -> tuple[Any, 
     seed, low = torch.randint(2**31 - 1, (1,), device=x.device), x.new_empty(tokens, rank)
     kept = x.new_empty(tokens, -(-width // (8 * KERNEL_COLUMNS)) * KERNEL_COLUMNS, dtype=torch.uint8)
     numbers = tokens, width, rank, round(dropout * 2**16), scale / (1 - dropout)
-    options = tile(16, rank, num_stages=2 if rank <= 32 else 1)
+    options = tile(16, rank, num_stages=2 if rank <= 64 else 1)
     _project_dropped[(triton.cdiv(tokens, 16),)](x.contiguous(), A, seed, low, kept, *numbers, **options)
     return low, kept
 
@@ -1675,13 +1681,11 @@ def has_gated_products() -> bool:
     return all((a - b).norm() <= 0.02 * a.norm() for a, b in zip(theirs, ours, strict=True))
 
 
-def fuse_mlp(model: PreTrainedModel) -> None:
-    """Let the MLPs that Liger knows as SwiGLU, if all their layers are frozen and in 4 bits, go through `GatedMLP`."""
-    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
-
+def fuse_mlp(model: PreTrainedModel, swiglu: Callable) -> None:
+    """Let MLPs whose forward is `swiglu`, if all their layers are frozen and in 4 bits, go through `GatedMLP`."""
     plain = set(linear_4bit(model))
     for mlp in model.modules():
-        known = getattr(mlp.__dict__.get("forward"), "__func__", None) is LigerSwiGLUMLP.forward
+        known = getattr(mlp.__dict__.get("forward"), "__func__", None) is swiglu
         if known and all(x in plain and x.bias is None for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
             mlp.forward = functools.partial(_mlp_forward, mlp, mlp.forward)
 
@@ -1701,7 +1705,13 @@ def fuse_lora(model: PreTrainedModel) -> int:
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
     lora = [m for m in model.modules() if isinstance(m, LoraLinear4bit) and not getattr(m, "lora_variant", None)]
+    chains = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    for chain, parent in itertools.product(chains, model.modules()):
+        layers = [layer for layer in (getattr(parent, name, None) for name in chain) if layer in lora]
+        for layer, following in itertools.pairwise(layers):
+            layer.following = [following]  # in a list, for it is no part of the layer
     for layer in lora:
+        layer.given = None  # an input, and the same from the layer before
         layer.forward = functools.partial(_lora_forward, layer, layer.forward)
     inside = {id(layer.base_layer) for layer in lora}
     for layer in linear_4bit(model):
@@ -1717,8 +1727,13 @@ def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) 
     name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = getattr(layer.lora_dropout[name], "p", 0.0)
+    given, layer.given = layer.given, None
+    passed = given[1] if given and given[0] is x else x.to(compute)
     with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
-        return LoraMatmul.apply(x.to(compute), A, B, layer.base_layer, layer.scaling[name], dropout).to(x.dtype)
+        out, passed = LoraMatmul.apply(passed, A, B, layer.base_layer, layer.scaling[name], dropout)
+    for following in getattr(layer, "following", []):
+        following.given = x, passed
+    return out.to(x.dtype)
 
 
 def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
@@ -1844,10 +1859,10 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
     if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
         for name in ("ROPE", "RMS_NORM", "SWIGLU"):  # beside FlashAttention 4, Liger's own choice is kernels that are
             os.environ.setdefault(f"LIGER_KERNEL_IMPL_{name}", "nvidia-triton")  # compiled for each number of tokens
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers import LigerSwiGLUMLP, _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
-        fuse_mlp(causal)
+        fuse_mlp(causal, LigerSwiGLUMLP.forward)
         used.append("Liger RMSNorm, RoPE, SwiGLU")
     return ", ".join(part for part in used if part)
 
@@ -2728,7 +2743,7 @@ class GraphedPasses:
         self.model, self.precision, self.recorded, self.pool = model, precision, {}, None
         self.gradients, self.trained = flat_gradients(model), [p for p in model.parameters() if p.requires_grad]
         kind = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.rounded = [weight.to(kind, copy=True) for weight in self.trained]
+        self.rounded = [weight.detach().to(kind, copy=True) for weight in self.trained]
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Record the first graph, the largest; leave gradients and random states as they were.
@@ -2751,7 +2766,8 @@ class GraphedPasses:
 
     def plain(self, inputs: Mapping[str, Any]) -> Any:
         """The pass that is recorded: one that rounds the weights all at once, and so adds their gradients."""
-        torch._foreach_copy_(self.rounded, self.trained)
+        with torch.no_grad():
+            torch._foreach_copy_(self.rounded, self.trained)
         fewest, LoraMatmul.fewest_tokens = LoraMatmul.fewest_tokens, 0
         LoraMatmul.rounded = dict(zip(map(id, self.trained), self.rounded, strict=True))
         try:

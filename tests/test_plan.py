@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import random
+import sys
 import types
 
 import datasets
@@ -46,9 +47,8 @@ def tiny(dropout=0.0, layers=3, **lora):
         folder, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
     )
     qlora.mend_cpu_gradients(model)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS, **lora
-    )
+    recipe = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": TARGETS}
+    config = peft.LoraConfig(**recipe | lora)
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -139,7 +139,7 @@ def test_the_gpus_kernels_compute_the_same_dropout_and_gradients(tokens, width, 
     monkeypatch.setattr(qlora, "project_dropped", lambda *given: kept.append(own(*given)) or kept[-1])
     for tensor in (x, A, B):
         tensor.requires_grad_()
-    out = qlora.LoraMatmul.apply(x, A, B, layer, 2.0, dropout)
+    out, _ = qlora.LoraMatmul.apply(x, A, B, layer, 2.0, dropout)
     found = [out, *torch.autograd.grad(out, (x, A, B), grad)]
     bytes_ = kept[0][1].view(tokens, -1, 1, qlora.KERNEL_COLUMNS)
     mask = torch.cat([(bytes_ >> bit) & 1 for bit in range(8)], 2).view(tokens, -1)[:, :width]
@@ -179,6 +179,57 @@ def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
     assert dense_loss == loss and all(torch.equal(found[n], g) for n, g in expected.items())
     qlora.keep_dense(model, False)
     assert not any(getattr(m, "dense", None) is not None for m in model.modules())
+
+
+def test_a_layer_takes_its_input_from_the_one_before_only_if_it_is_the_same():
+    model = tiny().train()
+    attention, results = model.get_base_model().model.layers[0].self_attn, []
+    x, other = torch.randn(2, 1, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
+    for _ in range(2):
+        q, k, v = attention.q_proj(x), attention.k_proj(other), attention.v_proj(other)
+        results.append([q, k, v, *torch.autograd.grad((q.sin().sum() + k.sum() * v.cos().sum()), (x, other))])
+        qlora.fuse_lora(model)
+    for ours, wanted in zip(*results, strict=True):
+        assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def quack(monkeypatch):
+    """QuACK's two functions, which need a GPU, by torch; on one `has_gated_products` asks the real ones."""
+
+    def gemm_gated(x, weight, activation, tuned):
+        before = x @ weight
+        return before, torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
+
+    def gemm_dgated(g, weight, before, activation, dynamic_scheduler, tuned):
+        with torch.enable_grad():
+            before = before.clone().requires_grad_()
+            after = torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
+        return torch.autograd.grad(after, before, g @ weight)[0], after
+
+    module = types.SimpleNamespace(gemm_gated=gemm_gated, gemm_dgated=gemm_dgated)
+    monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=module))
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", module)
+    monkeypatch.setattr(qlora, "has_gated_products", lambda: True)
+
+
+@pytest.mark.parametrize(("targets", "found"), [(TARGETS, 3), ([*TARGETS, "up_proj"], 0)])
+def test_a_dense_mlp_computed_with_its_activation_gives_the_same_gradients(quack, targets, found):
+    model, batch = tiny(target_modules=targets), qlora.Collator(PADDED, 2)(list(rows(4)))
+    qlora.use_fast_kernels(model)
+    loss, expected = gradients(model, batch)
+    mlps = [layer.mlp for layer in model.get_base_model().model.layers]
+    for mlp in mlps:
+        mlp.forward = types.MethodType(type(mlp).forward, mlp)  # as Liger does
+    qlora.fuse_mlp(model, type(mlps[0]).forward)
+    qlora.keep_dense(model, True)
+    assert sum(getattr(mlp, "dense", None) is not None for mlp in mlps) == found
+    fused_loss, gradient = gradients(model, batch)
+    assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
+    close(gradient, expected, 1e-5)
+    qlora.keep_dense(model, False)
+    assert not any(getattr(m, "dense", None) is not None for m in model.modules())
+    assert gradients(model, batch)[0] == loss
 
 
 @pytest.mark.parametrize("cut", [PADDED, FLAT, dataclasses.replace(FLAT, attention="eager")])
