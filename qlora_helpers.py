@@ -1652,11 +1652,27 @@ class GatedMLP(_Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple:
         """The gradient of `x`; weights are frozen."""
-        from quack.gemm_interface import gemm_dgated
-
         before, both, down = ctx.saved_tensors
-        g, how = grad.reshape(-1, grad.shape[-1]), {"activation": "swiglu", "dynamic_scheduler": False, "tuned": False}
-        return (gemm_dgated(g, down, before, **how)[0] @ both).view(grad.shape), None, None
+        g = swiglu_gradient()(grad.reshape(-1, grad.shape[-1]), down, before, tuned=False)["D"]
+        return (g @ both).view(grad.shape), None, None
+
+
+@functools.cache
+def swiglu_gradient() -> Any:
+    """QuACK's matrix product that ends with SwiGLU's gradient; its own `gemm_dgated` also writes the activation."""
+    from quack.activation import dgate_fn_map
+    from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.math import pack, unpack
+
+    gradient = dgate_fn_map["swiglu"]
+
+    @gemm_epilogue(mode="packed_cd_b16x2")
+    def epilogue(acc, c):  # called once an element, when it is compiled
+        gate, up = unpack(c)
+        g_gate, g_up, _ = gradient(gate, up, acc)
+        return {"D": pack(g_gate, g_up)}
+
+    return epilogue
 
 
 @functools.cache
@@ -1734,6 +1750,38 @@ def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) 
     for following in getattr(layer, "following", []):
         following.given = x, passed
     return out.to(x.dtype)
+
+
+def fuse_residuals(model: PreTrainedModel) -> None:
+    """Let decoder layers add to the residual stream and normalise it for what reads it next in one kernel."""
+    known = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+    layers = [layer for layer in checkpointable(model) if type(layer).__name__ in known]
+    for layer, following in itertools.zip_longest(layers, layers[1:]):
+        layer.following, layer.given = [following], None  # in a list, for it is no part of the layer
+        layer.forward = functools.partial(_decoder_forward, layer, layer.forward)
+
+
+def _decoder_forward(layer: Any, original: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+    given, layer.given = layer.given, None
+    if args or layer.gradient_checkpointing or not (layer.training and torch.is_grad_enabled()):
+        return original(hidden_states, *args, **kwargs)
+    fits = given is not None and given[0] is hidden_states
+    x, _ = layer.self_attn(hidden_states=given[1] if fits else layer.input_layernorm(hidden_states), **kwargs)
+    x, hidden_states = add_and_normalise(x, hidden_states, layer.post_attention_layernorm)
+    x, following = layer.mlp(x), layer.following[0]
+    if following is None:
+        return hidden_states + x
+    x, hidden_states = add_and_normalise(x, hidden_states, following.input_layernorm)
+    following.given = hidden_states, x
+    return hidden_states
+
+
+def add_and_normalise(x: Any, residual: Any, norm: Any) -> tuple[Any, Any]:
+    """`norm(residual + x)`, by the RMSNorm that Liger has patched, and the sum."""
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    how = norm.weight, norm.variance_epsilon, norm.offset, norm.casting_mode, norm.in_place
+    return LigerFusedAddRMSNormFunction.apply(x, residual, *how)
 
 
 def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
@@ -1863,6 +1911,7 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
 
         _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
         fuse_mlp(causal, LigerSwiGLUMLP.forward)
+        fuse_residuals(causal)
         used.append("Liger RMSNorm, RoPE, SwiGLU")
     return ", ".join(part for part in used if part)
 
@@ -1921,7 +1970,7 @@ class FrozenHeadLoss(_Function):
             found = chances.gather(1, at)
             total -= found.masked_fill(void, 0).sum()
             if ctx.needs_input_grad[0]:
-                wrong = torch.exp(chances, out=logits).scatter_(1, at, found.expm1().to(logits.dtype))
+                wrong = torch.softmax(logits, 1).scatter_(1, at, found.expm1().to(logits.dtype))
                 grads.append((wrong.to(weight.dtype) @ weight).masked_fill_(void, 0).to(h.dtype))
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total

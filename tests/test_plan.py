@@ -193,23 +193,45 @@ def test_a_layer_takes_its_input_from_the_one_before_only_if_it_is_the_same():
         assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("recomputed", [0, 1, 3])
+def test_layers_that_normalise_for_the_next_give_the_same_gradients(recomputed, monkeypatch):
+    """Liger's kernel needs a GPU; here the two steps stand for it."""
+    model, batch, norms = tiny(), qlora.Collator(PADDED, 2)(list(rows(4))), []
+
+    def both(x, residual, norm):
+        norms.append(norm)
+        return norm(residual + x), residual + x  # gradients of the two sums are added in another order
+
+    monkeypatch.setattr(qlora, "add_and_normalise", both)
+    model.train()
+    qlora.recompute_layers(model, recomputed)
+    loss, expected = gradients(model, batch)
+    qlora.fuse_residuals(model.get_base_model())
+    found_loss, found = gradients(model, batch)
+    assert found_loss == loss
+    close(found, expected, 1e-6)
+    assert len(norms) == 2 * (3 - recomputed) - (recomputed < 3)
+    assert all(layer.given is None for layer in model.get_base_model().model.layers)
+
+
 @pytest.fixture
 def quack(monkeypatch):
-    """QuACK's two functions, which need a GPU, by torch; on one `has_gated_products` asks the real ones."""
+    """QuACK's two products, which need a GPU, by torch; on one `has_gated_products` asks the real ones."""
 
     def gemm_gated(x, weight, activation, tuned):
         before = x @ weight
         return before, torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
 
-    def gemm_dgated(g, weight, before, activation, dynamic_scheduler, tuned):
+    def gradient(g, weight, before, tuned):
         with torch.enable_grad():
             before = before.clone().requires_grad_()
             after = torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
-        return torch.autograd.grad(after, before, g @ weight)[0], after
+        return {"D": torch.autograd.grad(after, before, g @ weight)[0]}
 
-    module = types.SimpleNamespace(gemm_gated=gemm_gated, gemm_dgated=gemm_dgated)
+    module = types.SimpleNamespace(gemm_gated=gemm_gated)
     monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=module))
     monkeypatch.setitem(sys.modules, "quack.gemm_interface", module)
+    monkeypatch.setattr(qlora, "swiglu_gradient", lambda: gradient)
     monkeypatch.setattr(qlora, "has_gated_products", lambda: True)
 
 
