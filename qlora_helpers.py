@@ -1970,7 +1970,7 @@ class FrozenHeadLoss(_Function):
             found = chances.gather(1, at)
             total -= found.masked_fill(void, 0).sum()
             if ctx.needs_input_grad[0]:
-                wrong = torch.softmax(logits, 1).scatter_(1, at, found.expm1().to(logits.dtype))
+                wrong = torch.softmax(logits, 1, dtype=logits.dtype).scatter_(1, at, found.expm1().to(logits.dtype))
                 grads.append((wrong.to(weight.dtype) @ weight).masked_fill_(void, 0).to(h.dtype))
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total

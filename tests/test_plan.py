@@ -114,6 +114,20 @@ def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6) and again.grad[4].eq(0).all()
 
 
+def test_the_frozen_heads_loss_keeps_its_types_in_the_trainers_bf16():
+    chance = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=chance).bfloat16() for n in (10, 50))
+    found, expected = hidden.clone().requires_grad_(), hidden.float().requires_grad_()
+    targets = torch.arange(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = qlora.FrozenHeadLoss.apply(found, weight, None, targets)
+    loss.backward()
+    wanted = torch.nn.functional.cross_entropy(expected @ weight.float().t(), targets, reduction="sum")
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert (found.grad - expected.grad).norm() < 0.01 * expected.grad.norm()
+
+
 def test_fused_dropout_is_pefts_to_the_bit():
     model, batch = tiny(dropout=0.4), qlora.Collator(PADDED, 2)(list(rows(4)))
     torch.manual_seed(5)
