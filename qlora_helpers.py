@@ -110,6 +110,7 @@ def quiet() -> None:
 
 LIGER = "liger-kernel>=0.8,<1"  # kernels that are of no use, and 200 MB of compiler, without a GPU
 FLASH = "flash-attn-4==4.0.0b36"  # the fastest attention from compute capability 9 (H100) on; 100 MB
+QUACK = "quack-kernels>=0.6.5,<0.7"  # it comes with that, for its attention's and our MLPs' matrix products
 
 
 def gpu_capability() -> int:
@@ -197,7 +198,7 @@ def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
         missing = missing_requirements(path.read_text().splitlines() + [LIGER] * (capability > 0))
         if missing:
             install_pinned(missing)
-        faster = missing_requirements([flash_requirement()] * (capability >= 9))
+        faster = missing_requirements([flash_requirement(), QUACK] * (capability >= 9))
         try:
             if faster:
                 install_pinned(faster)
@@ -1625,7 +1626,7 @@ def keep_dense(model: PreTrainedModel, keep: bool) -> None:
     for mlp in model.modules():
         if getattr(mlp.__dict__.get("forward"), "func", None) is _mlp_forward:
             mlp.dense, both = None, (mlp.gate_proj, mlp.up_proj)
-            if keep and has_gated_products():
+            if keep and has_gated_products(mlp.down_proj.compute_dtype):
                 mlp.dense = torch.stack([dense_weight(layer) for layer in both], 1).flatten(0, 1)
                 inside |= set(both)
     for layer in linear_4bit(model):
@@ -1676,25 +1677,16 @@ def swiglu_gradient() -> Any:
 
 
 @functools.cache
-def has_gated_products() -> bool:
-    """Whether `GatedMLP` runs on this GPU and agrees with torch; tried once on a small one, which compiles it (4 s)."""
-    here = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    if not here or importlib.util.find_spec("quack") is None:
+def has_gated_products(dtype: Any) -> bool:
+    """Whether `GatedMLP` runs on this GPU and agrees with torch; tried once on a small one, which compiles it (5 s)."""
+    if not runs_on_hopper("quack"):
         return False
-    chance = torch.Generator("cuda").manual_seed(0)
-    shapes = (300, 256), (1024, 256), (256, 512), (300, 256)
-    with torch.inference_mode(False), torch.enable_grad():
-        x, both, down, grad = (torch.randn(shape, generator=chance, device="cuda").bfloat16() / 8 for shape in shapes)
-        x.requires_grad_()
+
+    def plain(x: Any, both: Any, down: Any) -> Any:
         gate, up = (x @ both.t()).unflatten(1, (-1, 2)).unbind(2)
-        expected = (torch.nn.functional.silu(gate) * up) @ down.t()
-        try:
-            outs = expected, GatedMLP.apply(x, both, down)
-            theirs, ours = ([out.detach(), *torch.autograd.grad(out, x, grad)] for out in outs)
-        except Exception as error:
-            print(f"QuACK's matrix products are not used, they do not run here: {short(error)}")
-            return False
-    return all((a - b).norm() <= 0.02 * a.norm() for a, b in zip(theirs, ours, strict=True))
+        return (torch.nn.functional.silu(gate) * up) @ down.t()
+
+    return agree("QuACK", plain, GatedMLP.apply, [(300, 256), (1024, 256), (256, 512), (300, 256)], 1, dtype)
 
 
 def fuse_mlp(model: PreTrainedModel, swiglu: Callable) -> None:
@@ -1827,24 +1819,42 @@ def has_flash_attention_4(heads: int, key_heads: int, size: int, dtype: Any) -> 
 
     Tried once, on three short rows, which is also when it is compiled (16 s).
     """
-    here = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    if not here or importlib.util.find_spec("flash_attn") is None:
+    if not runs_on_hopper("flash_attn"):
         return False
+
+    def attend(how: Callable, *qkv: Any) -> Any:
+        return how(*qkv, torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda"), 199, size**-0.5)
+
+    ways, shapes = (torch_varlen, flash_attention_4), [(300, n, size) for n in (heads, key_heads, key_heads, heads)]
+    return agree("FlashAttention 4", *(functools.partial(attend, way) for way in ways), shapes, 3, dtype)
+
+
+def runs_on_hopper(package: str) -> bool:
+    """Whether a package for GPUs from compute capability 9 on is of use here."""
+    fits = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return fits and importlib.util.find_spec(package) is not None
+
+
+def agree(name: str, theirs: Callable, ours: Callable, shapes: Sequence[tuple], trained: int, dtype: Any) -> bool:
+    """Whether `ours` runs here and gives, within 2 %, the result of `theirs` and gradients of the first inputs.
+
+    `shapes` are those of the inputs and of the result; says so if it does not.
+    """
     chance = torch.Generator("cuda").manual_seed(0)  # one of its own: the run's random numbers stay as they are
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.inference_mode(False), torch.enable_grad(), unhooked:  # it may be asked for inside a recomputed layer
-        cu = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda")
-        q, k, v, g = (
-            torch.randn(300, n, size, generator=chance, device="cuda").to(dtype).requires_grad_()
-            for n in (heads, key_heads, key_heads, heads)
-        )
+        *inputs, grad = (torch.randn(shape, generator=chance, device="cuda").to(dtype) for shape in shapes)
+        wanted = [tensor.requires_grad_() for tensor in inputs[:trained]]
         try:
-            outs = [attend(q, k, v, cu, 199, size**-0.5) for attend in (torch_varlen, flash_attention_4)]
-            theirs, ours = ([out.detach(), *torch.autograd.grad(out, (q, k, v), g)] for out in outs)
+            outs = [way(*inputs) for way in (theirs, ours)]
+            pairs = zip(*([out.detach(), *torch.autograd.grad(out, wanted, grad)] for out in outs), strict=True)
+            same = all((a - b).norm() <= 0.02 * a.norm() for a, b in pairs)
         except Exception as error:  # of a compiler, on a GPU or a CUDA that nobody tried
-            print(f"FlashAttention 4 is not used, it does not run here: {short(error)}")
+            print(f"{name} is not used, it does not run here: {short(error)}")
             return False
-    return all((a - b).norm() <= 0.02 * a.norm() for a, b in zip(theirs, ours, strict=True))
+    if not same:
+        print(f"{name} is not used, its results are not torch's here.")
+    return same
 
 
 @functools.cache

@@ -246,7 +246,7 @@ def quack(monkeypatch):
     monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=module))
     monkeypatch.setitem(sys.modules, "quack.gemm_interface", module)
     monkeypatch.setattr(qlora, "swiglu_gradient", lambda: gradient)
-    monkeypatch.setattr(qlora, "has_gated_products", lambda: True)
+    monkeypatch.setattr(qlora, "has_gated_products", lambda dtype: True)
 
 
 @pytest.mark.parametrize(("targets", "found"), [(TARGETS, 3), ([*TARGETS, "up_proj"], 0)])

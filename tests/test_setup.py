@@ -24,7 +24,7 @@ def wheel(folder, name, version, requires=()):
         archive.writestr(f"{info}/RECORD", "")
 
 
-GPU = ["liger-kernel", "flash-attn-4", "nvidia-cublas-cu13"]
+GPU = ["liger-kernel", "flash-attn-4", "quack-kernels", "nvidia-cublas-cu13"]
 
 
 @pytest.fixture
@@ -74,14 +74,15 @@ def gpu(shelf, monkeypatch, capability):
 def test_a_machine_with_a_gpu_gets_its_kernels_too(shelf, monkeypatch):
     wheel(shelf, "liger_kernel", "0.8.5")
     wheel(shelf, "flash_attn_4", "4.0.0b36")
+    wheel(shelf, "quack_kernels", "0.6.5")
     assert qlora.install_missing(ask(shelf, "numpy")) == []
     gpu(shelf, monkeypatch, "8.9")
     assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.LIGER]
     assert installed("liger-kernel") == "0.8.5" and installed("flash-attn-4") is None
     for newer in ("9.0", "12.0"):
         gpu(shelf, monkeypatch, newer)
-        assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.FLASH] * (newer == "9.0")
-        assert installed("flash-attn-4") == "4.0.0b36"
+        assert qlora.install_missing(ask(shelf, "numpy")) == [qlora.FLASH, qlora.QUACK] * (newer == "9.0")
+        assert installed("flash-attn-4") == "4.0.0b36" and installed("quack-kernels") == "0.6.5"
 
 
 def test_it_goes_on_without_the_faster_attention_where_that_cannot_be_had(shelf, monkeypatch, capsys):

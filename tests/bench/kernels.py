@@ -89,7 +89,7 @@ def mlp(tokens: int, width: int) -> None:
     gate, up = both[::2].contiguous(), both[1::2].contiguous()
     x.requires_grad_()
     ways = {"torch": lambda: (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()}
-    if qlora.has_gated_products():
+    if qlora.has_gated_products(torch.bfloat16):
         ways["QuACK"] = lambda: qlora.GatedMLP.apply(x, both, down)
     if find_spec("liger_kernel"):
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
