@@ -1461,6 +1461,8 @@ class LoraMatmul(_Function):
     def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> tuple[Any, Any]:
         """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
         ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(x)
         flat = x.reshape(-1, x.shape[-1])
         A, B = (LoraMatmul.rounded.get(id(weight), weight).to(x.dtype).contiguous() for weight in (A, B))
         low, kept = project_dropped(flat, A, scale, dropout)
@@ -1699,10 +1701,13 @@ def fuse_mlp(model: PreTrainedModel, swiglu: Callable) -> None:
 
 
 def _mlp_forward(mlp: Any, original: Any, x: Any) -> Any:
-    both = getattr(mlp, "dense", None)
-    if both is None or x.dtype != both.dtype or not torch.is_grad_enabled():
+    both, down = getattr(mlp, "dense", None), mlp.down_proj
+    if both is None or x.dtype != both.dtype:
         return original(x)
-    return GatedMLP.apply(x, both, mlp.down_proj.dense)
+    if torch.is_grad_enabled():
+        return GatedMLP.apply(x, both, down.dense)
+    gate, up = torch.nn.functional.linear(x, both).unflatten(-1, (-1, 2)).unbind(-1)
+    return down(torch.nn.functional.silu(gate) * up)
 
 
 def fuse_lora(model: PreTrainedModel) -> int:
@@ -1729,13 +1734,13 @@ def fuse_lora(model: PreTrainedModel) -> int:
 
 
 def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    given, layer.given = layer.given, None
     plain = layer.training and torch.is_grad_enabled() and not layer.disable_adapters and not layer.merged
     if not plain or len(layer.active_adapters) != 1 or args or kwargs or layer.base_layer.bias is not None:
         return original(x, *args, **kwargs)
     name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = getattr(layer.lora_dropout[name], "p", 0.0)
-    given, layer.given = layer.given, None
     passed = given[1] if given and given[0] is x else x.to(compute)
     with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
         out, passed = LoraMatmul.apply(passed, A, B, layer.base_layer, layer.scaling[name], dropout)
@@ -1747,10 +1752,21 @@ def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) 
 def fuse_residuals(model: PreTrainedModel) -> None:
     """Let decoder layers add to the residual stream and normalise it for what reads it next in one kernel."""
     known = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-    layers = [layer for layer in checkpointable(model) if type(layer).__name__ in known]
-    for layer, following in itertools.zip_longest(layers, layers[1:]):
-        layer.following, layer.given = [following], None  # in a list, for it is no part of the layer
-        layer.forward = functools.partial(_decoder_forward, layer, layer.forward)
+    for layers in (list(stack) for stack in model.modules() if isinstance(stack, torch.nn.ModuleList)):
+        if not all(type(layer).__name__ in known for layer in layers):
+            continue
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        if all(hasattr(norm, "casting_mode") for norm in norms):  # Liger's
+            for layer, following in itertools.zip_longest(layers, layers[1:]):
+                layer.following, layer.given = [following], None  # in a list, for it is no part of the layer
+                layer.forward = functools.partial(_decoder_forward, layer, layer.forward)
+
+
+def let_go(model: PreTrainedModel) -> None:
+    """Forget what layers were to give on when a pass ended early: it holds all that was kept for its gradients."""
+    for module in model.modules():
+        if "given" in vars(module):
+            module.given = None
 
 
 def _decoder_forward(layer: Any, original: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1921,7 +1937,8 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
 
         _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
         fuse_mlp(causal, LigerSwiGLUMLP.forward)
-        fuse_residuals(causal)
+        if not is_sharded():  # FSDP gives layers another forward, and has the next layer's norm elsewhere
+            fuse_residuals(causal)
         used.append("Liger RMSNorm, RoPE, SwiGLU")
     return ", ".join(part for part in used if part)
 
@@ -2555,6 +2572,7 @@ class Trials:
                         if (tokens := self.tokens(cut, rows)) not in found:
                             found[tokens] = self.timed(cut, rows)[0]
                     return Trial(cut, self.epoch_seconds(cut, batches, found), peak)
+            let_go(self.model)
             free_cache()
         return Trial(cut, note="does not fit")
 
@@ -2652,6 +2670,7 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
     mode = model.training
     with same_randomness():
         yield
+    let_go(model)
     model.zero_grad(set_to_none=True)
     model.train(mode)
     free_cache()
@@ -2772,6 +2791,7 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
         if loss is None:  # not in the handler, whose error holds on to the graphs' memory
             passes.clear()
             trim(trainer, model)
+            let_go(model)
             free_cache()
             trainer.training_step = plain
             return plain(model, inputs, count)
@@ -2947,6 +2967,7 @@ def survive_out_of_memory(trainer: Any) -> None:
             return step(model, inputs, count)
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
+        let_go(trainer.model)
         free_cache()
         halves = split_batch(inputs, 2)
         if len(halves) == 1:
@@ -3572,7 +3593,7 @@ def versions() -> dict[str, str]:
     names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "huggingface_hub"]
     if torch.cuda.is_available():  # and those of the kernels that are here
         here = {str(found.metadata["Name"]).replace("_", "-") for found in importlib.metadata.distributions()}
-        names += here & {"liger-kernel", "flash-attn-4", "triton"}
+        names += here & {"liger-kernel", "flash-attn-4", "quack-kernels", "triton"}
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names}
 
 

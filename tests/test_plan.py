@@ -218,6 +218,10 @@ def test_layers_that_normalise_for_the_next_give_the_same_gradients(recomputed, 
 
     monkeypatch.setattr(qlora, "add_and_normalise", both)
     model.train()
+    qlora.fuse_residuals(model.get_base_model())  # its norms are not Liger's
+    assert not any(hasattr(layer, "given") for layer in model.get_base_model().model.layers)
+    for layer in model.get_base_model().model.layers:
+        layer.input_layernorm.casting_mode = layer.post_attention_layernorm.casting_mode = "llama"
     qlora.recompute_layers(model, recomputed)
     loss, expected = gradients(model, batch)
     qlora.fuse_residuals(model.get_base_model())
@@ -263,6 +267,8 @@ def test_a_dense_mlp_computed_with_its_activation_gives_the_same_gradients(quack
     fused_loss, gradient = gradients(model, batch)
     assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
     close(gradient, expected, 1e-5)
+    with torch.no_grad():
+        assert model(**batch, num_items_in_batch=50).loss == pytest.approx(loss.item(), rel=1e-6)
     qlora.keep_dense(model, False)
     assert not any(getattr(m, "dense", None) is not None for m in model.modules())
     assert gradients(model, batch)[0] == loss
@@ -639,9 +645,11 @@ def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(planni
         inner = trainer.training_step
 
         def step(model, inputs, count=None):
+            assert not any(getattr(module, "given", None) for module in model.modules())
             loss = inner(model, inputs, count)
             many = inputs.get("position_ids", torch.zeros(1, 0)).eq(0).sum() if cut.flat else len(inputs["input_ids"])
             if many > 2:
+                model.get_base_model().model.layers[0].self_attn.v_proj.given = loss, loss  # it was about to be read
                 raise torch.OutOfMemoryError("planted")
             return loss
 
