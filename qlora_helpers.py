@@ -110,7 +110,7 @@ def quiet() -> None:
 
 LIGER = "liger-kernel>=0.8,<1"  # kernels that are of no use, and 200 MB of compiler, without a GPU
 FLASH = "flash-attn-4==4.0.0b36"  # the fastest attention from compute capability 9 (H100) on; 100 MB
-QUACK = "quack-kernels>=0.6.5,<0.7"  # it comes with that, for its attention's and our MLPs' matrix products
+QUACK = "quack-kernels>=0.6.5,<0.7"  # comes with that anyway; this is what `GatedMLP` was tried with
 
 
 def gpu_capability() -> int:
@@ -1461,7 +1461,7 @@ class LoraMatmul(_Function):
     def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> tuple[Any, Any]:
         """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
         ctx.set_materialize_grads(False)
-        if not ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[0]:  # nor need the layers after this one make a gradient for it
             ctx.mark_non_differentiable(x)
         flat = x.reshape(-1, x.shape[-1])
         A, B = (LoraMatmul.rounded.get(id(weight), weight).to(x.dtype).contiguous() for weight in (A, B))
@@ -1542,9 +1542,10 @@ def add_dropped(g_x: Any, g_low: Any, A: Any, kept: Any, scale: float, dropout: 
 
 
 # Dropout with the small product beside it. torch writes a dropped copy of `x` and a mask of bytes and reads them again:
-# 311 µs for 7,040 tokens of 4,096 on an H100, 168 in these (tests/bench/kernels.py). Bit b of byte c of a piece
+# 307 µs for 7,040 tokens of 4,096 on an H100, 141 in these (tests/bench/kernels.py). Bit b of byte c of a piece
 # p of a row stands for its column (8 p + b) · COLUMNS + c. Dropping is a product with 0 or 1, since Triton 3.6 fails to
-# compile a selection before `tl.dot`.
+# compile a selection before `tl.dot`. Philox takes 7 rounds, the fewest that pass the tests of
+# https://doi.org/10.1145/2063384.2063405 (Triton's default is 10).
 
 
 @_kernel
@@ -1625,12 +1626,11 @@ def keep_dense(model: PreTrainedModel, keep: bool) -> None:
     `GatedMLP` can run, it takes the two weights before the activation as one.
     """
     inside = set()
-    for mlp in model.modules():
-        if getattr(mlp.__dict__.get("forward"), "func", None) is _mlp_forward:
-            mlp.dense, both = None, (mlp.gate_proj, mlp.up_proj)
-            if keep and has_gated_products(mlp.down_proj.compute_dtype):
-                mlp.dense = torch.stack([dense_weight(layer) for layer in both], 1).flatten(0, 1)
-                inside |= set(both)
+    for mlp in (module for module in model.modules() if "both" in vars(module)):
+        mlp.both, pair = None, (mlp.gate_proj, mlp.up_proj)
+        if keep and has_gated_products(mlp.down_proj.compute_dtype):
+            mlp.both = torch.stack([dense_weight(layer) for layer in pair], 1).flatten(0, 1)
+            inside |= set(pair)
     for layer in linear_4bit(model):
         layer.dense = None
         layer.dense = dense_weight(layer) if keep and layer not in inside else None
@@ -1662,7 +1662,10 @@ class GatedMLP(_Function):
 
 @functools.cache
 def swiglu_gradient() -> Any:
-    """QuACK's matrix product that ends with SwiGLU's gradient; its own `gemm_dgated` also writes the activation."""
+    """QuACK's matrix product that ends with SwiGLU's gradient.
+
+    Its own `gemm_dgated` also writes the activation, which nothing here reads: 850 µs a call in training, this 805.
+    """
     from quack.activation import dgate_fn_map
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.math import pack, unpack
@@ -1697,11 +1700,11 @@ def fuse_mlp(model: PreTrainedModel, swiglu: Callable) -> None:
     for mlp in model.modules():
         known = getattr(mlp.__dict__.get("forward"), "__func__", None) is swiglu
         if known and all(x in plain and x.bias is None for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-            mlp.forward = functools.partial(_mlp_forward, mlp, mlp.forward)
+            mlp.both, mlp.forward = None, functools.partial(_mlp_forward, mlp, mlp.forward)
 
 
 def _mlp_forward(mlp: Any, original: Any, x: Any) -> Any:
-    both, down = getattr(mlp, "dense", None), mlp.down_proj
+    both, down = mlp.both, mlp.down_proj
     if both is None or x.dtype != both.dtype:
         return original(x)
     if torch.is_grad_enabled():
@@ -1718,14 +1721,13 @@ def fuse_lora(model: PreTrainedModel) -> int:
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
     lora = [m for m in model.modules() if isinstance(m, LoraLinear4bit) and not getattr(m, "lora_variant", None)]
+    for layer in lora:  # given: an input, and the same from the layer before; following: a list, for it is no part
+        layer.given, layer.following, layer.forward = None, [], functools.partial(_lora_forward, layer, layer.forward)
     chains = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     for chain, parent in itertools.product(chains, model.modules()):
         layers = [layer for layer in (getattr(parent, name, None) for name in chain) if layer in lora]
         for layer, following in itertools.pairwise(layers):
-            layer.following = [following]  # in a list, for it is no part of the layer
-    for layer in lora:
-        layer.given = None  # an input, and the same from the layer before
-        layer.forward = functools.partial(_lora_forward, layer, layer.forward)
+            layer.following.append(following)
     inside = {id(layer.base_layer) for layer in lora}
     for layer in linear_4bit(model):
         if id(layer) not in inside and layer.bias is None:
@@ -1744,7 +1746,7 @@ def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) 
     passed = given[1] if given and given[0] is x else x.to(compute)
     with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
         out, passed = LoraMatmul.apply(passed, A, B, layer.base_layer, layer.scaling[name], dropout)
-    for following in getattr(layer, "following", []):
+    for following in layer.following:
         following.given = x, passed
     return out.to(x.dtype)
 
@@ -1760,13 +1762,6 @@ def fuse_residuals(model: PreTrainedModel) -> None:
             for layer, following in itertools.zip_longest(layers, layers[1:]):
                 layer.following, layer.given = [following], None  # in a list, for it is no part of the layer
                 layer.forward = functools.partial(_decoder_forward, layer, layer.forward)
-
-
-def let_go(model: PreTrainedModel) -> None:
-    """Forget what layers were to give on when a pass ended early: it holds all that was kept for its gradients."""
-    for module in model.modules():
-        if "given" in vars(module):
-            module.given = None
 
 
 def _decoder_forward(layer: Any, original: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1917,7 +1912,8 @@ def has_varlen() -> bool:
 def use_fast_kernels(model: PreTrainedModel) -> str:
     """Give a LoRA model the faster of equal computations that this machine has; return what was switched on.
 
-    Everywhere: `LoraMatmul` and a loss over the trained tokens alone. On a GPU: Liger's RMSNorm, RoPE and SwiGLU.
+    Everywhere: `LoraMatmul` and a loss over the trained tokens alone. On a GPU: Liger's RMSNorm, with the residual's
+    addition where it knows the layers, its RoPE and SwiGLU; see `GatedMLP` for a base that is kept dense.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -1991,7 +1987,7 @@ class FrozenHeadLoss(_Function):
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
         for h, t in zip(hidden.split(piece), targets.split(piece), strict=True):
             void, at = t.eq(-100)[:, None], t.clamp(min=0)[:, None]
-            chances = wrong = None  # so that never two pieces are held
+            logits = chances = wrong = None  # so that never two pieces are held
             logits = torch.nn.functional.linear(h, weight, bias)
             chances = torch.log_softmax(logits, 1, dtype=torch.float32)
             found = chances.gather(1, at)
@@ -2572,8 +2568,7 @@ class Trials:
                         if (tokens := self.tokens(cut, rows)) not in found:
                             found[tokens] = self.timed(cut, rows)[0]
                     return Trial(cut, self.epoch_seconds(cut, batches, found), peak)
-            let_go(self.model)
-            free_cache()
+            free_cache(self.model)
         return Trial(cut, note="does not fit")
 
     def recomputed(self, cut: Cut, batches: list[list[int]]) -> list[int]:
@@ -2670,10 +2665,9 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
     mode = model.training
     with same_randomness():
         yield
-    let_go(model)
     model.zero_grad(set_to_none=True)
     model.train(mode)
-    free_cache()
+    free_cache(model)
 
 
 def same_randomness() -> Any:
@@ -2706,8 +2700,14 @@ def memory_limit(setting: float) -> float:
     return min(ours, 0.95 * setting) if setting else ours
 
 
-def free_cache() -> None:
-    """Give unused GPU memory back."""
+def free_cache(model: PreTrainedModel | None = None) -> None:
+    """Give unused GPU memory back.
+
+    So is what layers of `model` were to give on when a pass ended early: it holds all that was kept for its gradients.
+    """
+    for module in model.modules() if model is not None else ():
+        if "given" in vars(module):
+            module.given = None
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without one
 
@@ -2791,8 +2791,7 @@ def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
         if loss is None:  # not in the handler, whose error holds on to the graphs' memory
             passes.clear()
             trim(trainer, model)
-            let_go(model)
-            free_cache()
+            free_cache(model)
             trainer.training_step = plain
             return plain(model, inputs, count)
         if ranks > 1 and accelerator.sync_gradients:
@@ -2820,7 +2819,8 @@ class GraphedPasses:
 
     def __init__(self, model: PreTrainedModel, precision: str):
         self.model, self.precision, self.recorded, self.pool = model, precision, {}, None
-        self.gradients, self.trained = flat_gradients(model), [p for p in model.parameters() if p.requires_grad]
+        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.gradients = flat_gradients(self.trained)
         kind = torch.bfloat16 if precision == "bf16" else torch.float32
         self.rounded = [weight.detach().to(kind, copy=True) for weight in self.trained]
 
@@ -2844,17 +2844,17 @@ class GraphedPasses:
         return self.replay({**batch, "num_items_in_batch": count})
 
     def plain(self, inputs: Mapping[str, Any]) -> Any:
-        """The pass that is recorded: one that rounds the weights all at once, and so adds their gradients."""
+        """The pass that is recorded. It rounds all weights at once, and adds all gradients at once."""
         with torch.no_grad():
             torch._foreach_copy_(self.rounded, self.trained)
-        fewest, LoraMatmul.fewest_tokens = LoraMatmul.fewest_tokens, 0
-        LoraMatmul.rounded = dict(zip(map(id, self.trained), self.rounded, strict=True))
+        before = LoraMatmul.fewest_tokens, LoraMatmul.rounded
+        LoraMatmul.fewest_tokens, LoraMatmul.rounded = 0, dict(zip(map(id, self.trained), self.rounded, strict=True))
         try:
             with autocast(self.precision):
                 loss = self.model(**inputs, recorded=True).loss
             found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
         finally:
-            LoraMatmul.fewest_tokens, LoraMatmul.rounded = fewest, types.MappingProxyType({})
+            LoraMatmul.fewest_tokens, LoraMatmul.rounded = before
         torch._foreach_add_([weight.grad for weight in self.trained], found)
         return loss.detach()
 
@@ -2886,9 +2886,8 @@ def record_graph(work: Callable, pool: Any) -> tuple[Callable, Any, Any]:
     return graph.replay, result, graph.pool()
 
 
-def flat_gradients(model: PreTrainedModel) -> Any:
-    """One tensor of zeros, fp32, whose parts are from now on the gradients of the trained weights."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def flat_gradients(trained: Sequence[Any]) -> Any:
+    """One tensor of zeros, fp32, whose parts are from now on the gradients of the `trained` weights."""
     whole = torch.zeros(sum(p.numel() for p in trained), device=trained[0].device, dtype=trained[0].dtype)
     for weight, part in zip(trained, whole.split([p.numel() for p in trained]), strict=True):
         weight.grad = part.view_as(weight)
@@ -2967,8 +2966,7 @@ def survive_out_of_memory(trainer: Any) -> None:
             return step(model, inputs, count)
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
-        let_go(trainer.model)
-        free_cache()
+        free_cache(trainer.model)
         halves = split_batch(inputs, 2)
         if len(halves) == 1:
             raise UserError("Out of memory on a single row. Lower max_length, or close what else uses the GPU.")

@@ -225,26 +225,29 @@ def test_layers_that_normalise_for_the_next_give_the_same_gradients(recomputed, 
     qlora.recompute_layers(model, recomputed)
     loss, expected = gradients(model, batch)
     qlora.fuse_residuals(model.get_base_model())
+    layers, calls = model.get_base_model().model.layers, []
+    for number, layer in enumerate(layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, number=number: calls.append(number))
     found_loss, found = gradients(model, batch)
     assert found_loss == loss
     close(found, expected, 1e-6)
+    assert [calls.count(n) for n in range(3)] == [2] * recomputed + [1] * (3 - recomputed)  # none twice for nothing
     assert len(norms) == 2 * (3 - recomputed) - (recomputed < 3)
-    assert all(layer.given is None for layer in model.get_base_model().model.layers)
+    assert all(layer.given is None for layer in layers)
 
 
 @pytest.fixture
 def quack(monkeypatch):
     """QuACK's two products, which need a GPU, by torch; on one `has_gated_products` asks the real ones."""
 
+    def swiglu(before):
+        return torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
+
     def gemm_gated(x, weight, activation, tuned):
-        before = x @ weight
-        return before, torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
+        return x @ weight, swiglu(x @ weight)
 
     def gradient(g, weight, before, tuned):
-        with torch.enable_grad():
-            before = before.clone().requires_grad_()
-            after = torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
-        return {"D": torch.autograd.grad(after, before, g @ weight)[0]}
+        return {"D": torch.func.vjp(swiglu, before)[1](g @ weight)[0]}
 
     module = types.SimpleNamespace(gemm_gated=gemm_gated)
     monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=module))
@@ -263,14 +266,14 @@ def test_a_dense_mlp_computed_with_its_activation_gives_the_same_gradients(quack
         mlp.forward = types.MethodType(type(mlp).forward, mlp)  # as Liger does
     qlora.fuse_mlp(model, type(mlps[0]).forward)
     qlora.keep_dense(model, True)
-    assert sum(getattr(mlp, "dense", None) is not None for mlp in mlps) == found
+    assert sum(getattr(mlp, "both", None) is not None for mlp in mlps) == found
     fused_loss, gradient = gradients(model, batch)
     assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
     close(gradient, expected, 1e-5)
     with torch.no_grad():
         assert model(**batch, num_items_in_batch=50).loss == pytest.approx(loss.item(), rel=1e-6)
     qlora.keep_dense(model, False)
-    assert not any(getattr(m, "dense", None) is not None for m in model.modules())
+    assert not any(getattr(m, name, None) is not None for m in model.modules() for name in ("dense", "both"))
     assert gradients(model, batch)[0] == loss
 
 
@@ -394,7 +397,7 @@ def test_batches_for_graphs_have_few_sizes_and_give_the_same_gradients(recorded,
         batch = qlora.Collator(GRAPHS, 2)(data[start : start + few])
         assert batch["cu_seq_lens_q"].shape == (6,) and batch["max_length_q"] == 300
         assert batch["cu_seq_lens_q"][-1] == batch["input_ids"].shape[1] == batch["labels"].shape[1]
-        passes.gradients = qlora.flat_gradients(model)
+        passes.gradients = qlora.flat_gradients(passes.trained)
         assert passes(batch, 50) == pytest.approx(loss.item(), rel=1e-5)
         close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
         assert passes(batch, 100) == pytest.approx(loss.item() / 2, rel=1e-5)  # and adds up

@@ -183,8 +183,9 @@ def full_at_the_end(disk: str, leave: int) -> None:
     qlora.save_adapter = save_adapter
 
 
-KILLS = (kill_at, kill_in_graph, kill_in_save)
-FAULTS = {fault.__name__: fault for fault in (*KILLS, stop_at, nan_at, full_at, full_at_the_end)}
+FAULTS = {
+    fault.__name__: fault for fault in (kill_at, kill_in_graph, kill_in_save, stop_at, nan_at, full_at, full_at_the_end)
+}
 
 
 def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
