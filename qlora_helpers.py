@@ -103,29 +103,16 @@ def quiet() -> None:
     """Silence what the reader of the notebook cannot act on: deprecations between these libraries' versions."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*|IProgress not found")
-    warnings.filterwarnings("ignore", message="Argument aux_data")  # FlashAttention 4, as it is compiled
     for library in ("bitsandbytes", "liger_kernel"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 LIGER = "liger-kernel>=0.8,<1"  # kernels that are of no use, and 200 MB of compiler, without a GPU
-FLASH = "flash-attn-4==4.0.0b36"  # the fastest attention from compute capability 9 (H100) on; 100 MB
-QUACK = "quack-kernels>=0.6.5,<0.7"  # comes with that anyway; this is what `GatedMLP` was tried with
 
 
-def gpu_capability() -> int:
-    """The first GPU's compute capability, its whole part (7 for a T4, 9 for an H100); 0 without a GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True).stdout.partition(".")[0].strip()
-    return int(found) if found.isdecimal() else 1
-
-
-def flash_requirement() -> str:
-    """FlashAttention 4 for the CUDA that torch has."""
-    cuda13 = any(str(found.metadata["Name"]).endswith("cu13") for found in importlib.metadata.distributions())
-    return FLASH.replace("==", "[cu13]==") if cuda13 else FLASH
+def has_gpu() -> bool:
+    """Whether this machine has a GPU of NVIDIA's, as far as can be known without torch."""
+    return shutil.which("nvidia-smi") is not None
 
 
 def missing_requirements(lines: Iterable[str]) -> list[str]:
@@ -190,25 +177,18 @@ def in_turn(folder: Path) -> Iterator[None]:
 def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
     """Install what `requirements` asks for and this kernel lacks, keeping every loaded package as it is.
 
-    Returns the requirement lines that were installed; an empty list means that nothing was done. Goes on without
-    FlashAttention 4 where it cannot be had. Raises `UserError` when the installer fails, with its last lines.
+    Returns the requirement lines that were installed; an empty list means that nothing was done. Raises `UserError`
+    when the installer fails, with its last lines.
     """
-    path, capability = Path(requirements), gpu_capability()
+    path = Path(requirements)
     with in_turn(path.parent):
-        missing = missing_requirements(path.read_text().splitlines() + [LIGER] * (capability > 0))
+        missing = missing_requirements(path.read_text().splitlines() + [LIGER] * has_gpu())
         if missing:
             install_pinned(missing)
-        faster = missing_requirements([flash_requirement(), QUACK] * (capability >= 9))
-        try:
-            if faster:
-                install_pinned(faster)
-        except UserError as error:
-            print("Training will be a little slower, without FlashAttention 4:", str(error).splitlines()[-2])
-            faster = []
     if torch is None:  # it came only now
         importlib.reload(sys.modules[__name__])
     remove_old_torchao()
-    return missing + faster
+    return missing
 
 
 def remove_old_torchao() -> None:
@@ -1434,179 +1414,39 @@ def mend_cpu_gradients(model: PreTrainedModel) -> None:
 # -------- 8. LoRA: the same arithmetic with fewer, larger kernels ---------------------------
 
 _Function = torch.autograd.Function if torch else object
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no GPU
-    triton = None
-_kernel = functools.partial(
-    getattr(triton, "jit", lambda function, **_: function), do_not_specialize=["tokens", "threshold", "steps"]
-)
-KERNEL_COLUMNS = 64  # bytes of a piece of a row, eight columns to a byte
 
 
 class LoraMatmul(_Function):
     """`x Wᵀ + scale · dropout(x) Aᵀ Bᵀ` and its gradients for x, A and B: PEFT's LoRA of a frozen 4-bit layer.
 
     `x` is [..., in], `A` [r, in], `B` [out, r]. PEFT does it in nine kernels forward, clones the result and keeps a
-    dropped copy of `x` for the backward pass; this takes four, adds in place, and keeps of dropout only what was kept.
-    `x` is also returned: given on to the next layer that reads it, it brings that one's gradient back, to be added to
-    within the matrix product.
+    dropped copy of `x` for the backward pass; this takes four, adds in place, and keeps of dropout only its mask.
     """
 
-    fewest_tokens = 4096  # for the kernels below
-    rounded: Mapping[int, Any] = types.MappingProxyType({})  # A and B in the type of `x`, by id, if they are at hand
-
     @staticmethod
-    def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> tuple[Any, Any]:
+    def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> Any:
         """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
-        ctx.set_materialize_grads(False)
-        if not ctx.needs_input_grad[0]:  # nor need the layers after this one make a gradient for it
-            ctx.mark_non_differentiable(x)
-        flat = x.reshape(-1, x.shape[-1])
-        A, B = (LoraMatmul.rounded.get(id(weight), weight).to(x.dtype).contiguous() for weight in (A, B))
-        low, kept = project_dropped(flat, A, scale, dropout)
+        flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        dropped, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
+        low = (dropped @ A.t()).mul_(scale)
         out = (flat @ dense_weight(layer).t()).addmm_(low, B.t())
         ctx.save_for_backward(flat, kept, low, A, B)
         ctx.layer, ctx.scale, ctx.dropout = layer, scale, dropout
-        return out.view(*x.shape[:-1], -1), x
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any, g_x: Any) -> tuple:
-        """Gradients of x, A and B; the weight is frozen. `g_x` is what the next layer has made, for this one alone."""
-        if grad is None:  # only `x` was used
-            return g_x, *[None] * 5
+    def backward(ctx: Any, grad: Any) -> tuple:
+        """Gradients of x, A and B; the weight is frozen."""
         flat, kept, low, A, B = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        g_low, how = g @ B, (kept, ctx.scale, ctx.dropout)
-        g_A, g_B, weight = project_back(flat, g_low, *how), g.t() @ low, dense_weight(ctx.layer)
+        g, g_x, grown = grad.reshape(-1, grad.shape[-1]), None, 1 / (1 - ctx.dropout)
+        g_low, g_B = (g @ B).mul_(ctx.scale), g.t() @ low
+        dropped = flat if kept is None else torch.ops.aten.native_dropout_backward(flat, kept, grown)
+        g_A = g_low.t() @ dropped
         if ctx.needs_input_grad[0]:
-            flat_x = g @ weight if g_x is None else g_x.view(flat.shape).addmm_(g, weight)
-            g_x = add_dropped(flat_x, g_low, A, *how).view(*grad.shape[:-1], -1)
+            g_x = g @ dense_weight(ctx.layer)
+            g_x = g_x.addmm_(g_low, A) if kept is None else g_x.addcmul_(g_low @ A, kept, value=grown)
+            g_x = g_x.view(*grad.shape[:-1], -1)
         return g_x, g_A, g_B, None, None, None
-
-
-def has_lora_kernels(x: Any, rank: int) -> bool:
-    """Whether the three Triton kernels below take `x` and an adapter of this `rank` (their tiles fit to 128).
-
-    Python starts them more slowly than torch's own, which shows with few tokens, unless a CUDA graph starts them.
-    """
-    here = triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return here and x.element_size() == 2 and rank <= 128 and len(x) >= LoraMatmul.fewest_tokens
-
-
-def tile(rows: int, rank: int, **options: int) -> dict[str, int]:
-    """Sizes of what one program of a kernel holds: `rows` by `KERNEL_COLUMNS`, and the adapter's rank filled up."""
-    return {"ROWS": rows, "COLUMNS": KERNEL_COLUMNS, "RANK": max(16, triton.next_power_of_2(rank))} | options
-
-
-def project_dropped(x: Any, A: Any, scale: float, dropout: float) -> tuple[Any, Any]:
-    """`scale · dropout(x) Aᵀ`, [tokens, r], and what of `x` was kept: a byte each, the kernel's a bit each, or None."""
-    if not dropout or not has_lora_kernels(x, len(A)):
-        dropped, kept = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-        return (dropped @ A.t()).mul_(scale), kept
-    tokens, width, rank = *x.shape, len(A)
-    seed, low = torch.randint(2**31 - 1, (1,), device=x.device), x.new_empty(tokens, rank)
-    kept = x.new_empty(tokens, -(-width // (8 * KERNEL_COLUMNS)) * KERNEL_COLUMNS, dtype=torch.uint8)
-    numbers = tokens, width, rank, round(dropout * 2**16), scale / (1 - dropout)
-    options = tile(16, rank, num_stages=2 if rank <= 64 else 1)
-    _project_dropped[(triton.cdiv(tokens, 16),)](x.contiguous(), A, seed, low, kept, *numbers, **options)
-    return low, kept
-
-
-def project_back(x: Any, g_low: Any, kept: Any, scale: float, dropout: float) -> Any:
-    """The gradient of `A`, `scale · g_lowᵀ dropout(x)`, [r, in]; the kernel's is summed over parts of the tokens."""
-    if kept is None or kept.dtype == torch.bool:
-        x = x if kept is None else torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - dropout))
-        return (g_low.t() @ x).mul_(scale)
-    tokens, width, rank = *x.shape, g_low.shape[1]
-    blocks, tiles = kept.shape[1] // KERNEL_COLUMNS * 8, triton.cdiv(tokens, 32)
-    steps = triton.cdiv(tiles, max(1, min(tiles, 1024 // blocks)))
-    parts = x.new_empty(triton.cdiv(tiles, steps), rank, width, dtype=torch.float32)
-    numbers = tokens, width, rank, steps, scale / (1 - dropout)
-    options = tile(32, rank, num_warps=2 if rank <= 32 else 4)
-    _project_back[(blocks, len(parts))](x.contiguous(), g_low, kept, parts, *numbers, **options)
-    return parts.sum(0)
-
-
-def add_dropped(g_x: Any, g_low: Any, A: Any, kept: Any, scale: float, dropout: float) -> Any:
-    """`g_x`, [tokens, in], with the gradient that comes through `A`, `scale` and dropout added in place."""
-    if kept is None:
-        return g_x.addmm_(g_low, A, alpha=scale)
-    if kept.dtype == torch.bool:
-        return g_x.addcmul_(g_low @ A, kept, value=scale / (1 - dropout))
-    tokens, width, rank = *g_x.shape, len(A)
-    grid, numbers = (kept.shape[1] // KERNEL_COLUMNS, triton.cdiv(tokens, 16)), (tokens, width, rank)
-    _add_dropped[grid](g_x, g_low, A, kept, *numbers, scale / (1 - dropout), **tile(16, rank))
-    return g_x
-
-
-# Dropout with the small product beside it. torch writes a dropped copy of `x` and a mask of bytes and reads them again:
-# 307 µs for 7,040 tokens of 4,096 on an H100, 141 in these (tests/bench/kernels.py). Bit b of byte c of a piece
-# p of a row stands for its column (8 p + b) · COLUMNS + c. Dropping is a product with 0 or 1, since Triton 3.6 fails to
-# compile a selection before `tl.dot`. Philox takes 7 rounds, the fewest that pass the tests of
-# https://doi.org/10.1145/2063384.2063405 (Triton's default is 10).
-
-
-@_kernel
-def _project_dropped(
-    x, a, seed, low, kept, tokens, width, rank, threshold, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column, r, pieces = tl.arange(0, COLUMNS)[None, :], tl.arange(0, RANK), tl.cdiv(width, 8 * COLUMNS)
-    total, key = tl.zeros((ROWS, RANK), tl.float32), tl.load(seed)
-    for piece in range(pieces):
-        place = (row * pieces + piece) * COLUMNS + column
-        draw0, draw1, draw2, draw3 = tl.randint4x(key, place.to(tl.int32), 7)
-        byte = tl.zeros((ROWS, COLUMNS), tl.int32)
-        for bit in tl.static_range(8):  # 16 random bits an element
-            draw = draw0 if bit < 2 else draw1 if bit < 4 else draw2 if bit < 6 else draw3
-            keep = ((draw >> (bit % 2 * 16)) & 0xFFFF) >= threshold
-            at = (piece * 8 + bit) * COLUMNS + column
-            part = tl.load(x + row * width + at, (row < tokens) & (at < width), 0)
-            matrix = tl.load(a + r[:, None] * width + at, (r[:, None] < rank) & (at < width), 0)
-            total = tl.dot(part * keep.to(part.dtype), tl.trans(matrix), total)
-            byte |= keep.to(tl.int32) << bit
-        tl.store(kept + place, byte.to(tl.uint8), row < tokens)
-    inside = (row < tokens) & (r[None, :] < rank)
-    tl.store(low + row * rank + r[None, :], (total * scale).to(low.dtype.element_ty), inside)
-
-
-@_kernel
-def _project_back(
-    x, g_low, kept, parts, tokens, width, rank, steps, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    piece, bit, pieces = tl.program_id(0) // 8, tl.program_id(0) % 8, tl.num_programs(0) // 8
-    column, r = tl.arange(0, COLUMNS)[None, :], tl.arange(0, RANK)
-    at, total = (piece * 8 + bit) * COLUMNS + column, tl.zeros((RANK, COLUMNS), tl.float32)
-    for step in range(steps):
-        row = ((tl.program_id(1) * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        byte = tl.load(kept + (row * pieces + piece) * COLUMNS + column, row < tokens, 0)
-        part = tl.load(x + row * width + at, (row < tokens) & (at < width), 0)
-        small = tl.load(g_low + row * rank + r[None, :], (row < tokens) & (r[None, :] < rank), 0)
-        total = tl.dot(tl.trans(small), part * ((byte >> bit) & 1).to(part.dtype), total)
-    place = (tl.program_id(1) * rank + r[:, None]).to(tl.int64) * width + at
-    tl.store(parts + place, total * scale, (r[:, None] < rank) & (at < width))
-
-
-@_kernel
-def _add_dropped(
-    g_x, g_low, a, kept, tokens, width, rank, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column, r, piece, pieces = tl.arange(0, COLUMNS)[None, :], tl.arange(0, RANK), tl.program_id(0), tl.num_programs(0)
-    small = tl.load(g_low + row * rank + r[None, :], (row < tokens) & (r[None, :] < rank), 0)
-    byte = tl.load(kept + (row * pieces + piece) * COLUMNS + column, row < tokens, 0)
-    for bit in tl.static_range(8):
-        at = (piece * 8 + bit) * COLUMNS + column
-        matrix = tl.load(a + r[:, None] * width + at, (r[:, None] < rank) & (at < width), 0)
-        change = tl.dot(small, matrix) * ((byte >> bit) & 1).to(tl.float32) * scale
-        inside = (row < tokens) & (at < width)
-        before = tl.load(g_x + row * width + at, inside, 0)
-        tl.store(g_x + row * width + at, (before + change).to(before.dtype), inside)
 
 
 def dense_weight(layer: Any) -> Any:
@@ -1622,95 +1462,11 @@ def dense_weight(layer: Any) -> Any:
 def keep_dense(model: PreTrainedModel, keep: bool) -> None:
     """Keep all 4-bit weights dequantised beside themselves (3.5 times their size), or drop that copy again.
 
-    The numbers are the very ones that every pass would dequantise, so nothing changes but the time it takes. Where
-    `GatedMLP` can run, it takes the two weights before the activation as one.
+    The numbers are the very ones that every pass would dequantise, so nothing changes but the time it takes.
     """
-    inside = set()
-    for mlp in (module for module in model.modules() if "both" in vars(module)):
-        mlp.both, pair = None, (mlp.gate_proj, mlp.up_proj)
-        if keep and has_gated_products(mlp.down_proj.compute_dtype):
-            mlp.both = torch.stack([dense_weight(layer) for layer in pair], 1).flatten(0, 1)
-            inside |= set(pair)
     for layer in linear_4bit(model):
         layer.dense = None
-        layer.dense = dense_weight(layer) if keep and layer not in inside else None
-
-
-class GatedMLP(_Function):
-    """`(silu(x Wgᵀ) · (x Wuᵀ)) Wdᵀ` of a frozen MLP, with the activation and its gradient inside the matrix products.
-
-    By QuACK (https://github.com/Dao-AILab/quack), which FlashAttention 4 brings along. `x` is [..., in], `both` the
-    rows of Wg and Wu in turn, [2 hidden, in], `down` [in, hidden].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, both: Any, down: Any) -> Any:
-        """Keeps what goes into the activation."""
-        from quack.gemm_interface import gemm_gated
-
-        before, after = gemm_gated(x.reshape(-1, x.shape[-1]), both.t(), activation="swiglu", tuned=False)
-        ctx.save_for_backward(before, both, down)
-        return (after @ down.t()).view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple:
-        """The gradient of `x`; weights are frozen."""
-        before, both, down = ctx.saved_tensors
-        g = swiglu_gradient()(grad.reshape(-1, grad.shape[-1]), down, before, tuned=False)["D"]
-        return (g @ both).view(grad.shape), None, None
-
-
-@functools.cache
-def swiglu_gradient() -> Any:
-    """QuACK's matrix product that ends with SwiGLU's gradient.
-
-    Its own `gemm_dgated` also writes the activation, which nothing here reads: 850 µs a call in training, this 805.
-    """
-    from quack.activation import dgate_fn_map
-    from quack.epilogue.frontend import gemm_epilogue
-    from quack.epilogue.math import pack, unpack
-
-    gradient = dgate_fn_map["swiglu"]
-
-    @gemm_epilogue(mode="packed_cd_b16x2")
-    def epilogue(acc, c):  # called once an element, when it is compiled
-        gate, up = unpack(c)
-        g_gate, g_up, _ = gradient(gate, up, acc)
-        return {"D": pack(g_gate, g_up)}
-
-    return epilogue
-
-
-@functools.cache
-def has_gated_products(dtype: Any) -> bool:
-    """Whether `GatedMLP` runs on this GPU and agrees with torch; tried once on a small one, which compiles it (5 s)."""
-    if not runs_on_hopper("quack"):
-        return False
-
-    def plain(x: Any, both: Any, down: Any) -> Any:
-        gate, up = (x @ both.t()).unflatten(1, (-1, 2)).unbind(2)
-        return (torch.nn.functional.silu(gate) * up) @ down.t()
-
-    return agree("QuACK", plain, GatedMLP.apply, [(300, 256), (1024, 256), (256, 512), (300, 256)], 1, dtype)
-
-
-def fuse_mlp(model: PreTrainedModel, swiglu: Callable) -> None:
-    """Let MLPs whose forward is `swiglu`, if all their layers are frozen and in 4 bits, go through `GatedMLP`."""
-    plain = set(linear_4bit(model))
-    for mlp in model.modules():
-        known = getattr(mlp.__dict__.get("forward"), "__func__", None) is swiglu
-        if known and all(x in plain and x.bias is None for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-            mlp.both, mlp.forward = None, functools.partial(_mlp_forward, mlp, mlp.forward)
-
-
-def _mlp_forward(mlp: Any, original: Any, x: Any) -> Any:
-    both, down = mlp.both, mlp.down_proj
-    if both is None or x.dtype != both.dtype:
-        return original(x)
-    if torch.is_grad_enabled():
-        return GatedMLP.apply(x, both, down.dense)
-    gate, up = torch.nn.functional.linear(x, both).unflatten(-1, (-1, 2)).unbind(-1)
-    return down(torch.nn.functional.silu(gate) * up)
+        layer.dense = dense_weight(layer) if keep else None
 
 
 def fuse_lora(model: PreTrainedModel) -> int:
@@ -1721,13 +1477,8 @@ def fuse_lora(model: PreTrainedModel) -> int:
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
     lora = [m for m in model.modules() if isinstance(m, LoraLinear4bit) and not getattr(m, "lora_variant", None)]
-    for layer in lora:  # given: an input, and the same from the layer before; following: a list, for it is no part
-        layer.given, layer.following, layer.forward = None, [], functools.partial(_lora_forward, layer, layer.forward)
-    chains = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-    for chain, parent in itertools.product(chains, model.modules()):
-        layers = [layer for layer in (getattr(parent, name, None) for name in chain) if layer in lora]
-        for layer, following in itertools.pairwise(layers):
-            layer.following.append(following)
+    for layer in lora:
+        layer.forward = functools.partial(_lora_forward, layer, layer.forward)
     inside = {id(layer.base_layer) for layer in lora}
     for layer in linear_4bit(model):
         if id(layer) not in inside and layer.bias is None:
@@ -1736,55 +1487,15 @@ def fuse_lora(model: PreTrainedModel) -> int:
 
 
 def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    given, layer.given = layer.given, None
     plain = layer.training and torch.is_grad_enabled() and not layer.disable_adapters and not layer.merged
     if not plain or len(layer.active_adapters) != 1 or args or kwargs or layer.base_layer.bias is not None:
         return original(x, *args, **kwargs)
     name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = getattr(layer.lora_dropout[name], "p", 0.0)
-    passed = given[1] if given and given[0] is x else x.to(compute)
     with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
-        out, passed = LoraMatmul.apply(passed, A, B, layer.base_layer, layer.scaling[name], dropout)
-    for following in layer.following:
-        following.given = x, passed
+        out = LoraMatmul.apply(x.to(compute), A, B, layer.base_layer, layer.scaling[name], dropout)
     return out.to(x.dtype)
-
-
-def fuse_residuals(model: PreTrainedModel) -> None:
-    """Let decoder layers add to the residual stream and normalise it for what reads it next in one kernel."""
-    known = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-    for layers in (list(stack) for stack in model.modules() if isinstance(stack, torch.nn.ModuleList)):
-        if not all(type(layer).__name__ in known for layer in layers):
-            continue
-        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        if all(hasattr(norm, "casting_mode") for norm in norms):  # Liger's
-            for layer, following in itertools.zip_longest(layers, layers[1:]):
-                layer.following, layer.given = [following], None  # in a list, for it is no part of the layer
-                layer.forward = functools.partial(_decoder_forward, layer, layer.forward)
-
-
-def _decoder_forward(layer: Any, original: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-    given, layer.given = layer.given, None
-    if args or layer.gradient_checkpointing or not (layer.training and torch.is_grad_enabled()):
-        return original(hidden_states, *args, **kwargs)
-    fits = given is not None and given[0] is hidden_states
-    x, _ = layer.self_attn(hidden_states=given[1] if fits else layer.input_layernorm(hidden_states), **kwargs)
-    x, hidden_states = add_and_normalise(x, hidden_states, layer.post_attention_layernorm)
-    x, following = layer.mlp(x), layer.following[0]
-    if following is None:
-        return hidden_states + x
-    x, hidden_states = add_and_normalise(x, hidden_states, following.input_layernorm)
-    following.given = hidden_states, x
-    return hidden_states
-
-
-def add_and_normalise(x: Any, residual: Any, norm: Any) -> tuple[Any, Any]:
-    """`norm(residual + x)`, by the RMSNorm that Liger has patched, and the sum."""
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-    how = norm.weight, norm.variance_epsilon, norm.offset, norm.casting_mode, norm.in_place
-    return LigerFusedAddRMSNormFunction.apply(x, residual, *how)
 
 
 def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
@@ -1802,70 +1513,11 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # not t[0], whose gradient is copied
-    window, shape = kwargs.get("sliding_window"), (q.shape[1], k.shape[1], q.shape[2])
-    attend = functools.partial(torch_varlen, window=window)
-    if not window and has_flash_attention_4(*shape, q.dtype):
-        attend = flash_attention_4
-    return attend(q, k, v, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling")).unsqueeze(0), None
-
-
-def torch_varlen(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any, window: int | None = None) -> Any:
-    """Causal attention in rows end to end by torch (FlashAttention 2): `q` [tokens, heads, size], `cu` [rows + 1]."""
+    cu, longest, options = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], varlen_options(kwargs.get("sliding_window"))
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **varlen_options(window))
-
-
-def flash_attention_4(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any) -> Any:
-    """As `torch_varlen`, by FlashAttention 4 (https://github.com/Dao-AILab/flash-attention), faster on newer GPUs."""
-    from flash_attn.cute import flash_attn_varlen_func
-
-    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    return flash_attn_varlen_func(q, k, v, **lengths, softmax_scale=scale, causal=True)[0]
-
-
-@functools.cache
-def has_flash_attention_4(heads: int, key_heads: int, size: int, dtype: Any) -> bool:
-    """Whether FlashAttention 4 is here, runs on this GPU for these heads, and agrees with torch's attention.
-
-    Tried once, on three short rows, which is also when it is compiled (16 s).
-    """
-    if not runs_on_hopper("flash_attn"):
-        return False
-
-    def attend(how: Callable, *qkv: Any) -> Any:
-        return how(*qkv, torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda"), 199, size**-0.5)
-
-    ways, shapes = (torch_varlen, flash_attention_4), [(300, n, size) for n in (heads, key_heads, key_heads, heads)]
-    return agree("FlashAttention 4", *(functools.partial(attend, way) for way in ways), shapes, 3, dtype)
-
-
-def runs_on_hopper(package: str) -> bool:
-    """Whether a package for GPUs from compute capability 9 on is of use here."""
-    fits = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return fits and importlib.util.find_spec(package) is not None
-
-
-def agree(name: str, theirs: Callable, ours: Callable, shapes: Sequence[tuple], trained: int, dtype: Any) -> bool:
-    """Whether `ours` runs here and gives, within 2 %, the result of `theirs` and gradients of the first inputs.
-
-    `shapes` are those of the inputs and of the result; says so if it does not.
-    """
-    chance = torch.Generator("cuda").manual_seed(0)  # one of its own: the run's random numbers stay as they are
-    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), unhooked:  # it may be asked for inside a recomputed layer
-        *inputs, grad = (torch.randn(shape, generator=chance, device="cuda").to(dtype) for shape in shapes)
-        wanted = [tensor.requires_grad_() for tensor in inputs[:trained]]
-        try:
-            outs = [way(*inputs) for way in (theirs, ours)]
-            pairs = zip(*([out.detach(), *torch.autograd.grad(out, wanted, grad)] for out in outs), strict=True)
-            same = all((a - b).norm() <= 0.02 * a.norm() for a, b in pairs)
-        except Exception as error:  # of a compiler, on a GPU or a CUDA that nobody tried
-            print(f"{name} is not used, it does not run here: {short(error)}")
-            return False
-    if not same:
-        print(f"{name} is not used, its results are not torch's here.")
-    return same
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **options)
+    return out.unsqueeze(0), None
 
 
 @functools.cache
@@ -1912,8 +1564,7 @@ def has_varlen() -> bool:
 def use_fast_kernels(model: PreTrainedModel) -> str:
     """Give a LoRA model the faster of equal computations that this machine has; return what was switched on.
 
-    Everywhere: `LoraMatmul` and a loss over the trained tokens alone. On a GPU: Liger's RMSNorm, with the residual's
-    addition where it knows the layers, its RoPE and SwiGLU; see `GatedMLP` for a base that is kept dense.
+    Everywhere: `LoraMatmul` and a loss over the trained tokens alone. On a GPU: Liger's RMSNorm, RoPE and SwiGLU.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -1927,14 +1578,9 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
         AttentionMaskInterface.register("varlen", varlen_mask)
         used.append("variable-length attention")
     if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
-        for name in ("ROPE", "RMS_NORM", "SWIGLU"):  # beside FlashAttention 4, Liger's own choice is kernels that are
-            os.environ.setdefault(f"LIGER_KERNEL_IMPL_{name}", "nvidia-triton")  # compiled for each number of tokens
-        from liger_kernel.transformers import LigerSwiGLUMLP, _apply_liger_kernel_to_instance
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
-        fuse_mlp(causal, LigerSwiGLUMLP.forward)
-        if not is_sharded():  # FSDP gives layers another forward, and has the next layer's norm elsewhere
-            fuse_residuals(causal)
         used.append("Liger RMSNorm, RoPE, SwiGLU")
     return ", ".join(part for part in used if part)
 
@@ -1959,13 +1605,11 @@ def fuse_loss(causal: PreTrainedModel) -> str:
             return original(*args, **kwargs)
         from transformers.modeling_outputs import CausalLMOutput
 
-        recorded = kwargs.pop("recorded", False)  # for a CUDA graph, whose sizes may not depend on the labels
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != -100
         head = self.get_output_embeddings()
         weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight  # in parts by FSDP
-        hidden, targets = (hidden[0], labels[0, 1:]) if recorded else (hidden[trained], labels[:, 1:][trained])
-        loss = FrozenHeadLoss.apply(hidden, weight, head.bias, targets)
+        loss = FrozenHeadLoss.apply(hidden[trained], weight, head.bias, labels[:, 1:][trained])
         return CausalLMOutput(loss=loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch))
 
     causal.forward = types.MethodType(forward, causal)  # as a method: `generate` looks at its signature
@@ -1975,9 +1619,9 @@ def fuse_loss(causal: PreTrainedModel) -> str:
 class FrozenHeadLoss(_Function):
     """Sum over tokens of the cross-entropy (nats) at `targets`, [tokens], of a frozen head's logits for `hidden`.
 
-    `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias` often None. A target of
-    -100 counts nothing. The gradient is made in the forward pass, so that only a piece's logits ever stand in memory
-    and none is computed twice (the idea of Liger's, https://arxiv.org/abs/2410.10989, which waits for the GPU).
+    `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias` often None. The
+    gradient is made in the forward pass, so that only a piece's logits ever stand in memory and none is computed twice
+    (the idea of Liger's, https://arxiv.org/abs/2410.10989, which waits for the GPU).
     """
 
     @staticmethod
@@ -1986,15 +1630,15 @@ class FrozenHeadLoss(_Function):
         piece = max(1, min(2048, logits_at_once // len(weight)))
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
         for h, t in zip(hidden.split(piece), targets.split(piece), strict=True):
-            void, at = t.eq(-100)[:, None], t.clamp(min=0)[:, None]
+            at = t[:, None]
             logits = chances = wrong = None  # so that never two pieces are held
             logits = torch.nn.functional.linear(h, weight, bias)
             chances = torch.log_softmax(logits, 1, dtype=torch.float32)
             found = chances.gather(1, at)
-            total -= found.masked_fill(void, 0).sum()
+            total -= found.sum()
             if ctx.needs_input_grad[0]:
                 wrong = torch.softmax(logits, 1, dtype=logits.dtype).scatter_(1, at, found.expm1().to(logits.dtype))
-                grads.append((wrong.to(weight.dtype) @ weight).masked_fill_(void, 0).to(h.dtype))
+                grads.append((wrong.to(weight.dtype) @ weight).to(h.dtype))
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total
 
@@ -2126,24 +1770,15 @@ class Cut:
     attention: str
     recomputed_layers: int = 0
     dense: bool = False
-    graphs: int = 0  # passes are replayed as CUDA graphs, made for rows of up to so many tokens
 
     @property
     def layout(self) -> str:
         """For people."""
-        graphs = ", CUDA graphs" if self.graphs else ""
-        return f"end to end, {self.attention}{graphs}" if self.flat else f"padded, {self.attention}"
+        return f"{'end to end' if self.flat else 'padded'}, {self.attention}"
 
     def size(self, lengths: Sequence[int]) -> int:
-        """Tokens that a micro-batch of rows of these lengths computes: with padding, or filled up to a graph's size."""
-        if not self.flat:
-            return len(lengths) * max(lengths)
-        step = self.step(sum(lengths)) if self.graphs else 1
-        return -(-sum(lengths) // step) * step
-
-    def step(self, tokens: int) -> int:
-        """Graphs are recorded for sizes so far apart: at most 3 % more than `tokens`."""
-        return max(64, 2 ** (tokens.bit_length() - 6))
+        """Tokens that a micro-batch of rows of these lengths computes, padding included."""
+        return sum(lengths) if self.flat else len(lengths) * max(lengths)
 
 
 class Collator:
@@ -2165,12 +1800,6 @@ class Collator:
     def end_to_end(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
         """Flat: `position_ids` begin at 0 in each row."""
         lengths = [len(row) for row in ids]
-        longest = max(lengths)
-        if self.cut.graphs:  # of equal shapes: a last row of which nothing is trained, and empty ones if rows lack
-            longest = max(self.cut.graphs, self.cut.step(sum(lengths)))  # the same for all batches of a size
-            void = self.cut.size(lengths) - sum(lengths)
-            ids, labels = [*ids, [self.pad] * void], [*labels, [-100] * void]
-            lengths += [void, *[0] * (self.cut.micro_batch - len(lengths))]
         batch: dict[str, Any] = {
             "input_ids": torch.tensor([[*itertools.chain(*ids)]]),
             "labels": torch.tensor([[*itertools.chain(*labels)]]),
@@ -2178,7 +1807,7 @@ class Collator:
         }
         if self.cut.attention == "varlen":
             ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            batch |= {"cu_seq_lens_q": ends, "max_length_q": longest}
+            batch |= {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
         return batch
 
     def padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
@@ -2449,7 +2078,7 @@ class Trials:
         if processes()[1] > 1:
             self.lengths, self.examples = [*lengths, min(lengths)], with_void_row(examples)
         per_epoch, steps = steps_of(settings, len(lengths))
-        self.epochs, self.graphed, self.recording = math.ceil(steps / per_epoch), None, 0.0
+        self.epochs = math.ceil(steps / per_epoch)
         self.layers, self.gpu = len(checkpointable(model)), torch.cuda.is_available()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.limit = memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30  # AdamW's two moments come later
@@ -2471,8 +2100,6 @@ class Trials:
                 self.climb([Cut(size, False, padded) for size in sizes])
             if self.gpu and self.fitting() and self.dense_size() < self.limit - memory_in_use():
                 self.climb([dataclasses.replace(self.best().cut, dense=True)])
-            if self.fitting():
-                self.try_graphs(dataclasses.replace(self.best().cut, graphs=max(self.lengths)))
             keep_dense(self.model, False)
         if not self.fitting():
             longest = max(self.lengths)
@@ -2536,16 +2163,6 @@ class Trials:
         shapes = [layer.weight.quant_state.shape for layer in linear_4bit(self.model)]
         return 2.2 * sum(math.prod(shape) for shape in shapes) / 2**30
 
-    def try_graphs(self, cut: Cut) -> None:
-        """Measure a cut with its passes as CUDA graphs, if it can; if recording fails, that is a line of the table."""
-        if cut.attention != "varlen" or cut.recomputed_layers or self.settings.precision != "bf16":
-            return
-        try:
-            self.climb([cut])
-        except Exception as error:
-            self.tried.append(Trial(cut, note=f"cannot be recorded: {short(error)}"))
-        self.graphed = None
-
     def measure(self, cut: Cut, most: int) -> Trial:
         """Recompute as few layers as memory demands, then time the longest and two typical micro-batches of `cut`.
 
@@ -2553,7 +2170,6 @@ class Trials:
         """
         sampler = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut)
         batches = sampler.run(self.epochs)
-        self.graphed = GraphedPasses(self.model, self.settings.precision) if cut.graphs else None
         keep_dense(self.model, cut.dense)
         numbers = self.recomputed(cut, batches)
         if numbers[0] > most:
@@ -2568,12 +2184,12 @@ class Trials:
                         if (tokens := self.tokens(cut, rows)) not in found:
                             found[tokens] = self.timed(cut, rows)[0]
                     return Trial(cut, self.epoch_seconds(cut, batches, found), peak)
-            free_cache(self.model)
+            free_cache()
         return Trial(cut, note="does not fit")
 
     def recomputed(self, cut: Cut, batches: list[list[int]]) -> list[int]:
         """Numbers of layers to recompute, fewest that should fit first, then more."""
-        if not self.gpu or self.settings.gradient_checkpointing != "auto" or cut.graphs:
+        if not self.gpu or self.settings.gradient_checkpointing != "auto":
             return [self.layers if self.settings.gradient_checkpointing is True else 0]
         try:
             first = self.layers_to_recompute(cut, batches)
@@ -2611,31 +2227,18 @@ class Trials:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(2 if self.gpu else 1):  # the first builds kernels
             start = time.perf_counter()
-            self.run_pass({**batch, "num_items_in_batch": 1000})
+            backward_pass(self.model, {**batch, "num_items_in_batch": 1000}, self.settings.precision)
             if self.gpu:
                 torch.cuda.synchronize()
-            last, seconds = seconds, time.perf_counter() - start
-        self.recording = max(0.0, last - seconds) if self.graphed else 0.0  # in the first of the two
+            seconds = time.perf_counter() - start
         return seconds, before, peak_memory()
 
-    def run_pass(self, inputs: dict[str, Any]) -> None:
-        """Forward and backward, as training will do it."""
-        if not self.graphed:
-            backward_pass(self.model, inputs, self.settings.precision)
-        elif not self.graphed.recorded:
-            self.graphed.begin(inputs)
-        else:
-            self.graphed.replay(inputs)
-
     def epoch_seconds(self, cut: Cut, batches: list[list[int]], measured: Mapping[int, float]) -> float:
-        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds by tokens) has it.
-
-        To record CUDA graphs, one for each size, is part of it.
-        """
+        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds by tokens) has it."""
         sizes = [self.tokens(cut, rows) for rows in batches]
         passes = math.ceil(len(self.real_lengths) / cut.micro_batch) / processes()[1]
         each = np.interp(sizes, *zip(*sorted(measured.items()), strict=True)).mean()
-        return float(passes * each + self.recording * len(set(sizes)) / self.epochs)
+        return float(passes * each)
 
     def why(self, chosen: Trial) -> str:
         """The reason for the choice."""
@@ -2667,7 +2270,7 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
         yield
     model.zero_grad(set_to_none=True)
     model.train(mode)
-    free_cache(model)
+    free_cache()
 
 
 def same_randomness() -> Any:
@@ -2700,14 +2303,8 @@ def memory_limit(setting: float) -> float:
     return min(ours, 0.95 * setting) if setting else ours
 
 
-def free_cache(model: PreTrainedModel | None = None) -> None:
-    """Give unused GPU memory back.
-
-    So is what layers of `model` were to give on when a pass ended early: it holds all that was kept for its gradients.
-    """
-    for module in model.modules() if model is not None else ():
-        if "given" in vars(module):
-            module.given = None
+def free_cache() -> None:
+    """Give unused GPU memory back."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without one
 
@@ -2752,146 +2349,8 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     trainer.compute_loss = types.MethodType(Trainer.compute_loss, trainer)
     trainer.prediction_step = types.MethodType(Trainer.prediction_step, trainer)
     survive_out_of_memory(trainer)
-    if plan.cut.graphs:
-        replay_graphs(trainer, sampler.run(math.ceil(plan.steps / plan.steps_per_epoch))[-1], settings.precision)
     trainer.accelerator.dataloader_config.non_blocking = True  # else a batch waits for the step before it
     trim_steps(trainer)
-
-
-def replay_graphs(trainer: Any, longest: list[int], precision: str) -> None:
-    """Let a trainer's passes be CUDA graphs; the rows `longest` make the first, whose memory serves all others.
-
-    If one cannot be recorded, training goes on without. Several processes add up their gradients here, in one piece:
-    the hooks by which DDP does so do not run in a graph.
-    """
-    from transformers import TrainerCallback
-
-    plain, accelerator, ranks, passes = trainer.training_step, trainer.accelerator, processes()[1], []
-    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
-
-    def begin(model: Any) -> None:
-        passes.append(GraphedPasses(model, precision))
-        for weight in (p for p in model.parameters() if p.requires_grad and ranks > 1):
-            torch.distributed.broadcast(weight.data, 0)  # as DDP begins
-        model.zero_grad = lambda set_to_none=True: passes[0].gradients.zero_()
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in longest])
-        passes[0].begin(trainer._prepare_inputs({**batch, "num_items_in_batch": 1}))
-
-    def training_step(model: Any, inputs: Any, count: Any = None) -> Any:
-        model.train()
-        loss = None
-        try:
-            if not passes:
-                begin(model)
-            loss = passes[0](trainer._prepare_inputs(inputs), count)
-        except RuntimeError as error:
-            if ranks > 1:
-                raise
-            print(f"Training goes on without CUDA graphs, more slowly: {short(error)}")
-        if loss is None:  # not in the handler, whose error holds on to the graphs' memory
-            passes.clear()
-            trim(trainer, model)
-            free_cache(model)
-            trainer.training_step = plain
-            return plain(model, inputs, count)
-        if ranks > 1 and accelerator.sync_gradients:
-            torch.distributed.all_reduce(passes[0].gradients)
-        return loss * ranks
-
-    class Release(TrainerCallback):  # nothing of the graphs, nor of their gradients, stays in memory
-        def on_train_end(self, *_: Any, model: Any, **__: Any) -> None:
-            passes.clear()
-            vars(model).pop("zero_grad", None)
-            model.zero_grad()
-            free_cache()
-
-    trainer.training_step = training_step
-    trainer.add_callback(Release)
-
-
-class GraphedPasses:
-    """Forward and backward passes of micro-batches end to end, recorded as a CUDA graph for each number of tokens.
-
-    A pass over Mistral-7B's 32 layers starts 4,500 kernels from Python, which takes 0.25 s beside an H100, however few
-    the tokens; a graph's replay is one call. Weights, gradients and inputs stay at the addresses that were recorded.
-    https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
-    """
-
-    def __init__(self, model: PreTrainedModel, precision: str):
-        self.model, self.precision, self.recorded, self.pool = model, precision, {}, None
-        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.gradients = flat_gradients(self.trained)
-        kind = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.rounded = [weight.detach().to(kind, copy=True) for weight in self.trained]
-
-    def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Record the first graph, the largest; leave gradients and random states as they were.
-
-        Raises `RuntimeError` if its loss or its gradients are not those of a plain pass.
-        """
-        before, found = self.gradients.clone(), []
-        for work in (self.plain, self.replay):  # the plain one also builds kernels, which cannot be done in recording
-            self.gradients.zero_()
-            with same_randomness():
-                found.append(torch.stack([work(inputs), self.gradients.norm()]))
-            free_cache()
-        self.gradients.copy_(before)
-        if not torch.allclose(*found, rtol=0.01):
-            raise RuntimeError(f"loss and gradient are {found[1].tolist()} in a graph, {found[0].tolist()} without")
-
-    def __call__(self, batch: Mapping[str, Any], count: Any) -> Any:
-        """Add the gradients of `batch`, whose loss is over `count` tokens; return the loss."""
-        return self.replay({**batch, "num_items_in_batch": count})
-
-    def plain(self, inputs: Mapping[str, Any]) -> Any:
-        """The pass that is recorded. It rounds all weights at once, and adds all gradients at once."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.rounded, self.trained)
-        before = LoraMatmul.fewest_tokens, LoraMatmul.rounded
-        LoraMatmul.fewest_tokens, LoraMatmul.rounded = 0, dict(zip(map(id, self.trained), self.rounded, strict=True))
-        try:
-            with autocast(self.precision):
-                loss = self.model(**inputs, recorded=True).loss
-            found = torch.autograd.grad(loss, self.trained, materialize_grads=True)
-        finally:
-            LoraMatmul.fewest_tokens, LoraMatmul.rounded = before
-        torch._foreach_add_([weight.grad for weight in self.trained], found)
-        return loss.detach()
-
-    def replay(self, inputs: Mapping[str, Any]) -> Any:
-        """Record if no graph is for as many tokens, then put `inputs` where the graph reads them, and run it."""
-        size = inputs["input_ids"].shape[1]
-        if size not in self.recorded:
-            device, numbers = self.model.device, {"max_length_q": inputs["max_length_q"]}  # the same in all
-            places = {k: torch.as_tensor(v, device=device).clone() for k, v in inputs.items() if k not in numbers}
-            graph, loss, self.pool = record_graph(functools.partial(self.plain, places | numbers), self.pool)
-            self.recorded[size] = graph, loss, places
-        graph, loss, places = self.recorded[size]
-        for name, place in places.items():
-            place.copy_(torch.as_tensor(inputs[name]), non_blocking=True)
-        graph()
-        return loss.clone()
-
-
-def record_graph(work: Callable, pool: Any) -> tuple[Callable, Any, Any]:
-    """A CUDA graph of `work` (not run yet) as a function, the tensor that will hold its result, and its memory pool."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            result = work()
-    except RuntimeError:  # the random generator believes that it is being recorded, until a recording ends well
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros(1, device="cuda")
-        raise
-    return graph.replay, result, graph.pool()
-
-
-def flat_gradients(trained: Sequence[Any]) -> Any:
-    """One tensor of zeros, fp32, whose parts are from now on the gradients of the `trained` weights."""
-    whole = torch.zeros(sum(p.numel() for p in trained), device=trained[0].device, dtype=trained[0].dtype)
-    for weight, part in zip(trained, whole.split([p.numel() for p in trained]), strict=True):
-        weight.grad = part.view_as(weight)
-    return whole
 
 
 def save_gathered(trainer: Any, output_dir: str, _internal_call: bool = False) -> None:
@@ -2966,7 +2425,7 @@ def survive_out_of_memory(trainer: Any) -> None:
             return step(model, inputs, count)
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
-        free_cache(trainer.model)
+        free_cache()
         halves = split_batch(inputs, 2)
         if len(halves) == 1:
             raise UserError("Out of memory on a single row. Lower max_length, or close what else uses the GPU.")
@@ -3591,7 +3050,7 @@ def versions() -> dict[str, str]:
     names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "huggingface_hub"]
     if torch.cuda.is_available():  # and those of the kernels that are here
         here = {str(found.metadata["Name"]).replace("_", "-") for found in importlib.metadata.distributions()}
-        names += here & {"liger-kernel", "flash-attn-4", "quack-kernels", "triton"}
+        names += here & {"liger-kernel", "triton"}
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names}
 
 

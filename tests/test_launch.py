@@ -71,13 +71,6 @@ def test_two_processes_train_as_one_and_one_of_them_talks(model, one):
     same(result(model, "two"), one)
 
 
-def test_two_processes_that_replay_graphs_train_as_one_that_does_not(model, one):
-    command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "tests/graphs_on_cpu.py")
-    code, shown = finish(launch(model, None, "graphs", command))
-    assert code == 0 and "end to end, varlen, CUDA graphs" in shown and "without CUDA graphs" not in shown, shown
-    same(result(model, "graphs"), one)
-
-
 def test_when_one_process_is_killed_all_end_and_one_continues(model, one):
     process = launch(model, 2, "killed")
     until = time.monotonic() + 200

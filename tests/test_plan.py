@@ -1,15 +1,12 @@
 """Sections 8, 10 and 11: every way of computing a step is the same training, in real NF4 on the CPU."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import random
-import sys
 import types
 
 import datasets
-import graphs_on_cpu
 import peft
 import pytest
 import torch
@@ -97,7 +94,6 @@ def test_fused_lora_and_loss_equal_pefts_and_transformers_own():
 def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
     torch.manual_seed(0)
     weight, bias, targets = torch.randn(50, 8), torch.randn(50), torch.randint(50, (10,))
-    targets[[0, 4]] = -100
     found, expected = (torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
     loss = qlora.FrozenHeadLoss.apply(found, weight, bias, targets, logits)
     wanted = torch.nn.functional.cross_entropy(expected @ weight.t() + bias, targets, reduction="sum")
@@ -107,11 +103,6 @@ def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
     assert torch.allclose(found.grad, expected.grad, atol=1e-5)
     with torch.no_grad():
         assert qlora.FrozenHeadLoss.apply(found[:0], weight, bias, targets[:0]) == 0
-        found[4] = math.nan  # what fills a graph up, of which nothing counts
-    again = found.detach().requires_grad_()
-    loss = qlora.FrozenHeadLoss.apply(again, weight, bias, targets, logits)
-    loss.backward()
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6) and again.grad[4].eq(0).all()
 
 
 def test_the_frozen_heads_loss_keeps_its_types_in_the_trainers_bf16():
@@ -139,30 +130,6 @@ def test_fused_dropout_is_pefts_to_the_bit():
     close(found, expected, 1e-5)
     torch.manual_seed(6)
     assert gradients(model, batch)[0] != pytest.approx(loss.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize(("tokens", "width", "rank", "dropout"), [(70, 576, 8, 0.1), (33, 1000, 32, 0.5)])
-def test_the_gpus_kernels_compute_the_same_dropout_and_gradients(tokens, width, rank, dropout, monkeypatch):
-    """Triton's interpreter runs the kernels themselves; which elements were kept is read from their bits."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(qlora, "has_lora_kernels", lambda x, rank: True)
-    torch.manual_seed(0)
-    x, A, B, weight = (torch.randn(n, m) for n, m in ((tokens, width), (rank, width), (40, rank), (40, width)))
-    layer, grad = types.SimpleNamespace(dense=weight), torch.randn(tokens, 40)
-    kept, own = [], qlora.project_dropped
-    monkeypatch.setattr(qlora, "project_dropped", lambda *given: kept.append(own(*given)) or kept[-1])
-    for tensor in (x, A, B):
-        tensor.requires_grad_()
-    out, _ = qlora.LoraMatmul.apply(x, A, B, layer, 2.0, dropout)
-    found = [out, *torch.autograd.grad(out, (x, A, B), grad)]
-    bytes_ = kept[0][1].view(tokens, -1, 1, qlora.KERNEL_COLUMNS)
-    mask = torch.cat([(bytes_ >> bit) & 1 for bit in range(8)], 2).view(tokens, -1)[:, :width]
-    assert mask.float().mean() == pytest.approx(1 - dropout, abs=0.01)
-    out = x @ weight.T + 2 * (x * mask / (1 - dropout)) @ A.T @ B.T
-    for ours, wanted in zip(found, [out, *torch.autograd.grad(out, (x, A, B), grad)], strict=True):
-        assert (ours - wanted).norm() < 1e-5 * wanted.norm()
-    again = qlora.project_dropped(x, A, 2.0, dropout)[1]
-    assert (again != kept[0][1]).float().mean() > 0.3  # other elements each time
 
 
 def test_a_variant_of_lora_keeps_pefts_own_code():
@@ -193,88 +160,6 @@ def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
     assert dense_loss == loss and all(torch.equal(found[n], g) for n, g in expected.items())
     qlora.keep_dense(model, False)
     assert not any(getattr(m, "dense", None) is not None for m in model.modules())
-
-
-def test_a_layer_takes_its_input_from_the_one_before_only_if_it_is_the_same():
-    model = tiny().train()
-    attention, results = model.get_base_model().model.layers[0].self_attn, []
-    x, other = torch.randn(2, 1, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
-    for _ in range(2):
-        q, k, v = attention.q_proj(x), attention.k_proj(other), attention.v_proj(other)
-        results.append([q, k, v, *torch.autograd.grad((q.sin().sum() + k.sum() * v.cos().sum()), (x, other))])
-        qlora.fuse_lora(model)
-    for ours, wanted in zip(*results, strict=True):
-        assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("recomputed", [0, 1, 3])
-def test_layers_that_normalise_for_the_next_give_the_same_gradients(recomputed, monkeypatch):
-    """Liger's kernel needs a GPU; here the two steps stand for it."""
-    model, batch, norms = tiny(), qlora.Collator(PADDED, 2)(list(rows(4))), []
-
-    def both(x, residual, norm):
-        norms.append(norm)
-        return norm(residual + x), residual + x  # gradients of the two sums are added in another order
-
-    monkeypatch.setattr(qlora, "add_and_normalise", both)
-    model.train()
-    qlora.fuse_residuals(model.get_base_model())  # its norms are not Liger's
-    assert not any(hasattr(layer, "given") for layer in model.get_base_model().model.layers)
-    for layer in model.get_base_model().model.layers:
-        layer.input_layernorm.casting_mode = layer.post_attention_layernorm.casting_mode = "llama"
-    qlora.recompute_layers(model, recomputed)
-    loss, expected = gradients(model, batch)
-    qlora.fuse_residuals(model.get_base_model())
-    layers, calls = model.get_base_model().model.layers, []
-    for number, layer in enumerate(layers):
-        layer.input_layernorm.register_forward_hook(lambda *_, number=number: calls.append(number))
-    found_loss, found = gradients(model, batch)
-    assert found_loss == loss
-    close(found, expected, 1e-6)
-    assert [calls.count(n) for n in range(3)] == [2] * recomputed + [1] * (3 - recomputed)  # none twice for nothing
-    assert len(norms) == 2 * (3 - recomputed) - (recomputed < 3)
-    assert all(layer.given is None for layer in layers)
-
-
-@pytest.fixture
-def quack(monkeypatch):
-    """QuACK's two products, which need a GPU, by torch; on one `has_gated_products` asks the real ones."""
-
-    def swiglu(before):
-        return torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
-
-    def gemm_gated(x, weight, activation, tuned):
-        return x @ weight, swiglu(x @ weight)
-
-    def gradient(g, weight, before, tuned):
-        return {"D": torch.func.vjp(swiglu, before)[1](g @ weight)[0]}
-
-    module = types.SimpleNamespace(gemm_gated=gemm_gated)
-    monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=module))
-    monkeypatch.setitem(sys.modules, "quack.gemm_interface", module)
-    monkeypatch.setattr(qlora, "swiglu_gradient", lambda: gradient)
-    monkeypatch.setattr(qlora, "has_gated_products", lambda dtype: True)
-
-
-@pytest.mark.parametrize(("targets", "found"), [(TARGETS, 3), ([*TARGETS, "up_proj"], 0)])
-def test_a_dense_mlp_computed_with_its_activation_gives_the_same_gradients(quack, targets, found):
-    model, batch = tiny(target_modules=targets), qlora.Collator(PADDED, 2)(list(rows(4)))
-    qlora.use_fast_kernels(model)
-    loss, expected = gradients(model, batch)
-    mlps = [layer.mlp for layer in model.get_base_model().model.layers]
-    for mlp in mlps:
-        mlp.forward = types.MethodType(type(mlp).forward, mlp)  # as Liger does
-    qlora.fuse_mlp(model, type(mlps[0]).forward)
-    qlora.keep_dense(model, True)
-    assert sum(getattr(mlp, "both", None) is not None for mlp in mlps) == found
-    fused_loss, gradient = gradients(model, batch)
-    assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
-    close(gradient, expected, 1e-5)
-    with torch.no_grad():
-        assert model(**batch, num_items_in_batch=50).loss == pytest.approx(loss.item(), rel=1e-6)
-    qlora.keep_dense(model, False)
-    assert not any(getattr(m, name, None) is not None for m in model.modules() for name in ("dense", "both"))
-    assert gradients(model, batch)[0] == loss
 
 
 @pytest.mark.parametrize("cut", [PADDED, FLAT, dataclasses.replace(FLAT, attention="eager")])
@@ -369,71 +254,6 @@ def test_a_model_whose_attention_the_varlen_kernel_does_not_have_keeps_sdpa(monk
     assert qlora.flat_attention(model) == "sdpa"
 
 
-GRAPHS = dataclasses.replace(FLAT, attention="varlen", graphs=300)
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """What a CUDA graph does, on the CPU: the same work again, from the same places, into the same result."""
-    sizes = []
-
-    def record(work, pool):
-        sizes.append(work.args[0]["input_ids"].shape[1])
-        return graphs_on_cpu.record(work, pool)
-
-    graphs_on_cpu.register_attention()
-    monkeypatch.setattr(qlora, "record_graph", record)
-    return sizes
-
-
-@pytest.mark.parametrize("few", [4, 3])
-def test_batches_for_graphs_have_few_sizes_and_give_the_same_gradients(recorded, few):
-    model, data = tiny(), list(rows(24, longest=150))
-    qlora.use_fast_kernels(model)
-    model.set_attn_implementation("varlen")
-    passes = qlora.GraphedPasses(model, "fp32")
-    for start in range(0, 24, few):
-        loss, expected = gradients(model, qlora.Collator(FLAT, 2)(data[start : start + few]))
-        batch = qlora.Collator(GRAPHS, 2)(data[start : start + few])
-        assert batch["cu_seq_lens_q"].shape == (6,) and batch["max_length_q"] == 300
-        assert batch["cu_seq_lens_q"][-1] == batch["input_ids"].shape[1] == batch["labels"].shape[1]
-        passes.gradients = qlora.flat_gradients(passes.trained)
-        assert passes(batch, 50) == pytest.approx(loss.item(), rel=1e-5)
-        close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
-        assert passes(batch, 100) == pytest.approx(loss.item() / 2, rel=1e-5)  # and adds up
-        close({n: p.grad / 1.5 for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-4)
-    assert len(recorded) == len(set(recorded)) < 24 / few
-    assert all(size % 64 == 0 for size in recorded)
-
-
-def test_batches_of_one_graph_have_one_longest_row():
-    cut, found = dataclasses.replace(GRAPHS, micro_batch=64, graphs=290), {}
-    for _ in range(200):
-        lengths = [random.randrange(256, 290) for _ in range(64)]
-        batch = qlora.Collator(cut, 2)([{"input_ids": [1] * n, "labels": [1] * n} for n in lengths])
-        assert batch["max_length_q"] >= batch["cu_seq_lens_q"].diff().max()
-        found.setdefault(batch["input_ids"].shape[1], set()).add(batch["max_length_q"])
-    assert all(len(longest) == 1 for longest in found.values())
-
-
-def test_a_graphs_size_is_at_most_three_percent_over():
-    sizes = {n: GRAPHS.size([n]) for n in range(2048, 40000)}
-    assert all(n <= size <= 1.032 * n for n, size in sizes.items()) and len(set(sizes.values())) < 160
-
-
-def test_a_graph_that_computes_something_else_is_refused(recorded, monkeypatch):
-    model, batch = tiny(dropout=0.1), qlora.Collator(GRAPHS, 2)(list(rows(4)))
-    model.train()
-    passes, state = qlora.GraphedPasses(model, "fp32"), torch.get_rng_state()
-    passes.gradients += 1
-    passes.begin(batch | {"num_items_in_batch": 50})
-    assert torch.equal(torch.get_rng_state(), state) and passes.gradients.unique() == 1
-    right, wrong = qlora.record_graph, lambda work: functools.partial(lambda inputs: work() * 1.1, *work.args)
-    monkeypatch.setattr(qlora, "record_graph", lambda work, pool: right(wrong(work), pool))
-    with pytest.raises(RuntimeError, match="in a graph"):
-        qlora.GraphedPasses(model, "fp32").begin(batch | {"num_items_in_batch": 50})
-
-
 @pytest.mark.parametrize("cut", [PADDED, FLAT, qlora.Cut(16, True, "sdpa"), qlora.Cut(1, False, "sdpa")])
 @pytest.mark.parametrize("n", [37, 32, 5])
 def test_every_cut_holds_the_same_rows_in_each_step(cut, n):
@@ -523,11 +343,11 @@ CUTS = [
     qlora.Cut(16, True, "sdpa"),
     qlora.Cut(8, True, "sdpa", recomputed_layers=1),
     qlora.Cut(2, False, "sdpa", dense=True),
-    qlora.Cut(8, True, "varlen", dense=True, graphs=60),
+    qlora.Cut(8, True, "sdpa", dense=True),
 ]
 
 
-def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path, recorded, capsys):
+def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
     cfg, data, results = planning(max_steps=20), rows(90), []
     for cut in CUTS:
         model = tiny()
@@ -535,33 +355,9 @@ def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path, reco
         results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path))
     losses, adapter = results[0]
     assert len(losses) == 20 and losses[-1] < losses[0]
-    assert recorded and "without CUDA graphs" not in capsys.readouterr().out
-    assert "zero_grad" not in vars(model) and all(p.grad is None for p in model.parameters())
     for other, weights in results[1:]:
         assert other == pytest.approx(losses, abs=1e-4)
         close(weights, adapter, 1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("good", [0, 1])
-def test_a_graph_that_cannot_be_recorded_changes_nothing_but_speed(
-    planning, smollm_path, tmp_path, recorded, capsys, monkeypatch, good
-):
-    cfg, data, results, record = planning(max_steps=5), rows(90, longest=150), [], qlora.record_graph
-
-    def failing(work, pool):
-        if len(recorded) == good:
-            raise torch.OutOfMemoryError("planted")
-        return record(work, pool)
-
-    monkeypatch.setattr(qlora, "record_graph", failing)
-    for cut in (CUTS[1], qlora.Cut(16, True, "varlen", graphs=150)):
-        model = tiny()
-        qlora.use_fast_kernels(model)
-        results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path))
-    assert capsys.readouterr().out.count("without CUDA graphs, more slowly: OutOfMemoryError: planted") == 1
-    assert len(recorded) == good and results[1][0] == pytest.approx(results[0][0], abs=1e-4)
-    close(results[1][1], results[0][1], 1e-4)
 
 
 def test_steps_without_the_walks_over_all_modules_train_the_same(planning, smollm_path, tmp_path, monkeypatch):
@@ -648,11 +444,9 @@ def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(planni
         inner = trainer.training_step
 
         def step(model, inputs, count=None):
-            assert not any(getattr(module, "given", None) for module in model.modules())
             loss = inner(model, inputs, count)
             many = inputs.get("position_ids", torch.zeros(1, 0)).eq(0).sum() if cut.flat else len(inputs["input_ids"])
             if many > 2:
-                model.get_base_model().model.layers[0].self_attn.v_proj.given = loss, loss  # it was about to be read
                 raise torch.OutOfMemoryError("planted")
             return loss
 

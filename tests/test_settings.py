@@ -11,7 +11,7 @@ def test_the_defaults_are_the_recipe(defaults):
         "base_model": "mistralai/Mistral-7B-Instruct-v0.3",
         "lora_r": 32,
         "lora_alpha": 64,
-        "lora_dropout": 0.05,
+        "lora_dropout": 0.0,
         "learning_rate": 1e-4,
         "epochs": 5,
         "batch_size": 4,

@@ -148,7 +148,7 @@ def lora(model):
     """The recipe's adapter."""
     import peft
 
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=0.05, target_modules=TARGETS)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS)
     return peft.get_peft_model(model, config)
 
 
@@ -202,7 +202,6 @@ def settings(path: str, limit: float) -> dict:
         "base_model": path,
         "memory_limit_gb": limit,
         "resume": "never",
-        "epochs": 100.0,  # planned as for a long run, in which recording CUDA graphs pays
     }
 
 

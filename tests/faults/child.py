@@ -114,19 +114,6 @@ def kill_at(step: int) -> None:
     in_step(step, lambda model: kill())
 
 
-def kill_in_graph(number: int) -> None:
-    """SIGKILL when so many passes were replayed from CUDA graphs, before the next."""
-    original, seen = qlora.GraphedPasses.__call__, []
-
-    def replay(self, *args):
-        seen.append(args)
-        if len(seen) > number:
-            kill()
-        return original(self, *args)
-
-    qlora.GraphedPasses.__call__ = replay
-
-
 def stop_at(step: int) -> None:
     """The Stop button in the middle of a step."""
     in_step(step, lambda model: os.kill(os.getpid(), signal.SIGINT))
@@ -183,9 +170,7 @@ def full_at_the_end(disk: str, leave: int) -> None:
     qlora.save_adapter = save_adapter
 
 
-FAULTS = {
-    fault.__name__: fault for fault in (kill_at, kill_in_graph, kill_in_save, stop_at, nan_at, full_at, full_at_the_end)
-}
+FAULTS = {fault.__name__: fault for fault in (kill_at, kill_in_save, stop_at, nan_at, full_at, full_at_the_end)}
 
 
 def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
@@ -202,8 +187,7 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
         constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
     torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
-    last = "GRAPHS" in os.environ  # time decides on the cut, and the cut on the last digits
-    qlora.Trials.best = lambda self: self.fitting()[-1 if last and self.tried[-1].cut.graphs else 0]
+    qlora.Trials.best = lambda self: self.fitting()[0]  # time decides on the cut, and the cut on the last digits
     if fault:
         FAULTS[fault[0]](*fault[1:])
     code = 0

@@ -37,6 +37,7 @@ def tiny(tmp_path_factory):
             "model_cache": str(shared / "cache"),
             "run_name": "faults",
             "learning_rate": 3e-3,
+            "lora_dropout": 0.05,  # so that a resumed run must also find its random state again
             "epochs": 3,
             "batch_size": 2,
             "gradient_accumulation": 2,

@@ -1,7 +1,6 @@
 """Killed in its second epoch and continued on a GPU, in NF4 and bf16: the same losses as without the kill.
 
     python tests/gpu/resume.py                                                    # two random layers, seconds
-    python tests/gpu/resume.py --graphs                                           # with passes as CUDA graphs
     python tests/gpu/resume.py --model content/model_cache/mistral-7b-random      # made by tests/gpu/mistral_7b.py
 
 Three runs of the notebook's own cells on 40 rows of the examples: undisturbed, killed, continued. Prints the largest
@@ -36,9 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "content" / "gpu-resume")
-    parser.add_argument("--graphs", action="store_true")
     options = parser.parse_args()
-    environment = {"GRAPHS": "1"} if options.graphs else {}
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     model = options.model or options.out / "model"
@@ -54,10 +51,9 @@ def main() -> None:
         folder.mkdir()
         settings["output_dir"] = str(folder / "outputs")
         if name == "killed":
-            fault = ("kill_in_graph", 4) if options.graphs else ("kill_at", 5)
-            code, shown = child.run(settings, folder / "log", fault, environment)
+            code, shown = child.run(settings, folder / "log", ("kill_at", 5))
             assert code == -9, shown
-        code, shown = child.run(settings, folder / "log", (), environment)
+        code, shown = child.run(settings, folder / "log")
         assert code == 0, shown
         results.append(result(folder))
         print(*(line for line in shown.splitlines() if "Continuing from" in line), sep="\n")
