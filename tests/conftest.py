@@ -1,4 +1,4 @@
-"""What the tests share: the notebook's own cells and settings, and the real models and tokenizers."""
+"""What the tests share: the notebook's cells and settings, real models and tokenizers."""
 
 import json
 import os
@@ -33,7 +33,9 @@ def notebook_defaults(notebook):
 
 
 def smollm(settings):
-    return qlora.base_model_path(settings(base_model="embedded", model_cache=str(ROOT / "content" / "model_cache")))
+    return qlora.base_model_path(
+        settings(base_model="embedded", model_cache=str(ROOT / "content" / "model_cache"))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +78,9 @@ def mistral_tokenizer():
 
 @pytest.fixture(params=["mistral", "smollm"])
 def tokenizer(request):
-    """Each real tokenizer in turn: one that adds BOS (SentencePiece), one that does not (byte level)."""
+    """Each real tokenizer in turn: one that adds BOS (SentencePiece), one that does not (byte
+    level).
+    """
     return request.getfixturevalue(f"{request.param}_tokenizer")
 
 
@@ -95,12 +99,17 @@ def nf4_model(smollm_path):
             bnb_4bit_compute_dtype=torch.float32,
         )
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            smollm_path, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
+            smollm_path,
+            quantization_config=quantization,
+            dtype=torch.float32,
+            device_map={"": "cpu"},
         )
         if mend:
             qlora.mend_cpu_gradients(model)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         torch.manual_seed(0)
-        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
+        return peft.get_peft_model(
+            model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets)
+        )
 
     return make

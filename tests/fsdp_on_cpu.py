@@ -1,8 +1,10 @@
-"""`launch.py` under FSDP without a GPU, for tests: accelerate offers FSDP to GPUs alone, and is told otherwise here.
+"""`launch.py` under FSDP without a GPU, for tests: accelerate offers FSDP to GPUs alone, and is
+told otherwise here.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/fsdp_on_cpu.py BASE_MODEL=… DATA=…
 
-Everything else is the real thing: torch's FSDP2 over gloo, accelerate's wrapping, the Trainer's saving and loading.
+Everything else is the real thing: torch's FSDP2 over gloo, accelerate's wrapping, the Trainer's
+saving and loading.
 """
 
 import os

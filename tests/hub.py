@@ -1,9 +1,10 @@
-"""A small HTTP server that stands in for the Hugging Face Hub: who am I, create, preupload, LFS, commit, download.
+"""A small HTTP server that stands in for the Hugging Face Hub: who am I, create, preupload, LFS,
+commit, download.
 
-It keeps what it was sent (`requests`, `files` by repository and path) and fails as it is told, by a part of the path:
-`refuse["/commit/"] = (500,)` always, with the error code that the Hub would send as a second item; `[(500,), (429,)]`
-one after the other and then no more. Instead of a status, `"hang"` never answers and `"reset"` cuts the connection in
-the middle of the body.
+It keeps what it was sent (`requests`, `files` by repository and path) and fails as it is told, by a
+part of the path: `refuse["/commit/"] = (500,)` always, with the error code that the Hub would send
+as a second item; `[(500,), (429,)]` one after the other and then no more. Instead of a status,
+`"hang"` never answers and `"reset"` cuts the connection in the middle of the body.
 """
 
 import base64
@@ -50,8 +51,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(self.server.hub.refusal, fault[0], **self.server.hub.code(*fault[1:]))
         answer = self.server.hub.reply(self.command, path, body)
         if isinstance(answer, bytes):
-            return self.send(answer, ETag=f'"{hashlib.sha1(answer).hexdigest()}"', X_Repo_Commit=SHA)
-        return self.send(json.dumps(answer[0]).encode(), *answer[1:2], Content_Type="application/json",
+            return self.send(
+                answer, ETag=f'"{hashlib.sha1(answer).hexdigest()}"', X_Repo_Commit=SHA
+            )
+        body = json.dumps(answer[0]).encode()
+        return self.send(body, *answer[1:2], Content_Type="application/json",
                          **self.server.hub.code(*answer[2:]))  # fmt: skip
 
     do_GET = do_POST = do_HEAD = do_PUT = handle_one
@@ -64,13 +68,20 @@ class Hub:
     """One stand-in Hub on a free port of this machine; use it as a context manager."""
 
     def __init__(self, role: str = "write", user: dict | None = None):
-        self.user = {"name": "ada", "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}} | (user or {})
+        self.user = {
+            "name": "ada",
+            "type": "user",
+            "orgs": [],
+            "auth": {"accessToken": {"role": role}},
+        } | (user or {})
         self.requests, self.files, self.repos, self.refuse, self.objects = [], {}, {}, {}, {}
         self.closing = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.refusal = json.dumps({"error": "refused by the test", "url": f"{self.url}/ada/some"}).encode()
+        self.refusal = json.dumps(
+            {"error": "refused by the test", "url": f"{self.url}/ada/some"}
+        ).encode()
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -127,7 +138,11 @@ class Hub:
             return self.model(path.removeprefix("/api/models/"), body)
         if "/resolve/" in path:
             repo, _, rest = path[1:].partition("/resolve/")
-            return self.files.get(repo, {}).get(rest.partition("/")[2]) or ({}, 404, "EntryNotFound")
+            return self.files.get(repo, {}).get(rest.partition("/")[2]) or (
+                {},
+                404,
+                "EntryNotFound",
+            )
         return {"error": f"the stand-in does not know {method} {path}"}, 404
 
     def create(self, wanted):
@@ -153,15 +168,24 @@ class Hub:
         if rest.startswith("preupload/"):
             names = [f["path"] for f in json.loads(body)["files"]]
             modes = [
-                {"path": n, "uploadMode": "lfs" if n.endswith(LFS) else "regular", "shouldIgnore": False} for n in names
+                {
+                    "path": n,
+                    "uploadMode": "lfs" if n.endswith(LFS) else "regular",
+                    "shouldIgnore": False,
+                }
+                for n in names
             ]
             return ({"files": modes},)
         if rest.startswith("commit/"):
             for line in map(json.loads, body.splitlines()):
                 self.apply(files, line["key"], line["value"])
-            return ({"commitUrl": f"{self.url}/{repo}/commit/{SHA}", "commitOid": SHA, "success": True},)
+            return (
+                {"commitUrl": f"{self.url}/{repo}/commit/{SHA}", "commitOid": SHA, "success": True},
+            )
         if rest.startswith("tree/"):
-            return ([{"type": "file", "path": n, "size": len(d), "oid": SHA} for n, d in files.items()],)
+            return (
+                [{"type": "file", "path": n, "size": len(d), "oid": SHA} for n, d in files.items()],
+            )
         siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
         return ({"id": repo, "sha": SHA, "private": self.private(repo), "siblings": siblings},)
 
@@ -172,7 +196,9 @@ class Hub:
         elif key == "lfsFile":
             files[value["path"]] = self.objects[value["oid"]]
         elif key == "deletedFolder":
-            for name in [name for name in files if name.startswith(value["path"].rstrip("/") + "/")]:
+            for name in [
+                name for name in files if name.startswith(value["path"].rstrip("/") + "/")
+            ]:
                 del files[name]
         elif key == "deletedFile":
             del files[value["path"]]

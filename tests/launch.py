@@ -1,13 +1,16 @@
-"""The notebook's cells as a script, in one process a GPU, by `accelerate launch`: what `make launch GPUS=2` calls.
+"""The notebook's cells as a script, in one process a GPU, by `accelerate launch`: what `make launch
+GPUS=2` calls.
 
     python tests/launch.py GPUS=2 BASE_MODEL=mistralai/Mistral-7B-Instruct-v0.3 DATA='mine/*.jsonl'
-    accelerate launch --multi_gpu --num_processes 8 tests/launch.py DATA='mine/*.jsonl'    # on any of your nodes
+    accelerate launch --multi_gpu --num_processes 8 tests/launch.py DATA='mine/*.jsonl'
 
-Every process runs the same cells; those tagged `main-process` (answers, plots, saving, pushing) run in the first alone,
-and only that one talks. If one process ends, all do, and the same command continues from the last whole checkpoint.
+Every process runs the same cells; those tagged `main-process` (answers, plots, saving, pushing) run
+in the first alone, and only that one talks. If one process ends, all do, and the same command
+continues from the last whole checkpoint.
 
-With `FSDP=True` (or a file like `fsdp.yaml` beside this) the base model's 4-bit weights are spread over the GPUs. The
-processes then only train; one process after them, which lays the model over the GPUs layer by layer, does the rest.
+With `FSDP=True` (or a file like `fsdp.yaml` beside this) the base model's 4-bit weights are spread
+over the GPUs. The processes then only train; one process after them, which lays the model over the
+GPUs layer by layer, does the rest.
 """
 
 import os
@@ -16,7 +19,9 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-VISIBLE = {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}  # before the module narrows it
+VISIBLE = {
+    k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"
+}  # before the module narrows it
 
 from papermill.iorw import load_notebook_node  # noqa: E402
 from papermill.parameterize import parameterize_notebook  # noqa: E402
@@ -39,7 +44,11 @@ def run_cells(settings: dict) -> None:
         alone = state.is_main_process and not qlora.is_sharded()
         mine = alone or "main-process" not in cell.metadata.get("tags", [])
         # Counted, so that a `;` at a cell's end keeps its value to itself.
-        if cell.cell_type == "code" and mine and not shell.run_cell(cell.source, store_history=True).success:
+        if (
+            cell.cell_type == "code"
+            and mine
+            and not shell.run_cell(cell.source, store_history=True).success
+        ):
             os._exit(1)  # at once: the launcher ends the others, which may be waiting for this one
     state.wait_for_everyone()
     if state.num_processes > 1:
@@ -47,7 +56,9 @@ def run_cells(settings: dict) -> None:
 
 
 def main() -> None:
-    """In a process that was launched: the cells. Else launch `GPUS` of them and say what to do if they fail."""
+    """In a process that was launched: the cells. Else launch `GPUS` of them and say what to do if
+    they fail.
+    """
     given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
     gpus, fsdp = given.pop("GPUS", "2"), given.pop("FSDP", "")
     arguments = [f"{name}={value}" for name, value in given.items()]
@@ -55,26 +66,46 @@ def main() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         run_cells(settings)
         return
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", f"--num_processes={gpus}"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_machines=1",
+        f"--num_processes={gpus}",
+    ]
     if fsdp:
-        command += ["--config_file", str(Path(__file__).with_name("fsdp.yaml")) if fsdp == "True" else fsdp]
+        command += [
+            "--config_file",
+            str(Path(__file__).with_name("fsdp.yaml")) if fsdp == "True" else fsdp,
+        ]
     elif gpus != "1":
         command.append("--multi_gpu")
     command += ["--mixed_precision=no", "--dynamo_backend=no", __file__, *arguments]
     # CUDA_VISIBLE_DEVICES: the module, imported here too, leaves one GPU to a single process.
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | VISIBLE
-    # The launcher would leave each process one thread, and FSDP's 4-bit weights are made by all cores.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(gpus))))
+    # The launcher would leave each process one thread, and FSDP's 4-bit weights are made by all
+    # cores.
+    environment.setdefault(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(gpus)))
+    )
     failed = subprocess.run(command, env=environment).returncode
     if fsdp and not failed:
-        print("\nTrained. Now its answers, curves and report, and the adapter is saved:", flush=True)
+        print(
+            "\nTrained. Now its answers, curves and report, and the adapter is saved:", flush=True
+        )
         after = {"QLORA_SPREAD": "1", "ACCELERATE_MIXED_PRECISION": "no"}
-        failed = subprocess.run([sys.executable, __file__, *arguments], env=environment | after).returncode
+        failed = subprocess.run(
+            [sys.executable, __file__, *arguments], env=environment | after
+        ).returncode
     if failed:
-        run = qlora.Settings.from_cell(defaults(load_notebook_node(str(NOTEBOOK))) | settings).run_dir
+        run = qlora.Settings.from_cell(
+            defaults(load_notebook_node(str(NOTEBOOK))) | settings
+        ).run_dir
         raise SystemExit(
-            f"\nA process ended before its time, so all were ended; what it said stands above. Nothing that was saved "
-            f"is lost: run this again, with as many GPUs or fewer, and it continues from the last whole checkpoint in "
+            "\nA process ended before its time, so all were ended; what it said stands above. "
+            "Nothing that was saved "
+            "is lost: run this again, with as many GPUs or fewer, and it continues from the "
+            "last whole checkpoint in "
             f"{run}"
         )
 

@@ -1,7 +1,8 @@
 """The real Mistral v0.3 tokenizer, and Mistral-7B's shape, without the Hub.
 
-The tokenizer is built from the SentencePiece file that mistral-common ships; `test_tokens.py` compares its ids with
-mistral-common's own. The shape is that of mistralai/Mistral-7B-Instruct-v0.3's config.json.
+The tokenizer is built from the SentencePiece file that mistral-common ships; `test_tokens.py`
+compares its ids with mistral-common's own. The shape is that of
+mistralai/Mistral-7B-Instruct-v0.3's config.json.
 """
 
 from importlib.util import find_spec
@@ -12,11 +13,13 @@ from transformers import MistralConfig, PreTrainedTokenizerFast
 
 
 def sentencepiece_model():
-    """Mistral v0.3's SentencePiece model (a `SentencePieceProcessor`), as mistral-common ships it."""
+    """Mistral v0.3's SentencePiece model (`SentencePieceProcessor`), as mistral-common ships it."""
     from sentencepiece import SentencePieceProcessor
 
     data = Path(find_spec("mistral_common").submodule_search_locations[0]) / "data"
-    return SentencePieceProcessor(model_file=str(data / "mistral_instruct_tokenizer_240323.model.v3"))
+    return SentencePieceProcessor(
+        model_file=str(data / "mistral_instruct_tokenizer_240323.model.v3")
+    )
 
 
 def merges(pieces: list[str], score: dict[str, float]) -> list[tuple[str, str]]:
@@ -25,29 +28,49 @@ def merges(pieces: list[str], score: dict[str, float]) -> list[tuple[str, str]]:
     found = []
     for piece in sorted(pieces, key=lambda piece: -score[piece]):
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        found += sorted((p for p in pairs if p[0] in place and p[1] in place), key=lambda p: (place[p[0]], place[p[1]]))
+        found += sorted(
+            (p for p in pairs if p[0] in place and p[1] in place),
+            key=lambda p: (place[p[0]], place[p[1]]),
+        )
     return found
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """The v0.3 tokenizer (32,768 ids: 771 control and byte pieces, then the words) as a fast tokenizer."""
+    """The v0.3 tokenizer (32,768 ids: 771 control and byte pieces, then the words) as a fast
+    tokenizer.
+    """
     spm = sentencepiece_model()
     ids = range(spm.get_piece_size())
     pieces = [spm.id_to_piece(i) for i in ids]
     score = {pieces[i]: spm.get_score(i) for i in ids}
-    words = [pieces[i] for i in ids if not (spm.is_control(i) or spm.is_unknown(i) or spm.is_byte(i))]
+    words = [
+        pieces[i] for i in ids if not (spm.is_control(i) or spm.is_unknown(i) or spm.is_byte(i))
+    ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(
-        models.BPE(vocabulary, merges(words, score), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocabulary, merges(words, score), unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     control = [pieces[i] for i in ids if spm.is_control(i) or spm.is_unknown(i)]
-    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend.add_special_tokens(
+        [AddedToken(piece, special=True, normalized=False) for piece in control]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def mistral_config() -> MistralConfig:

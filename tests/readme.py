@@ -1,4 +1,5 @@
-"""Write the parts of README.md that come from code and runs: `make readme`. `test_readme.py` checks the settings table.
+"""Write the parts of README.md that come from code and runs: `make readme`. `test_readme.py` checks
+the settings table.
 
     python tests/readme.py [content/model_outputs/triage]
 
@@ -21,7 +22,9 @@ def settings_table() -> str:
     source = next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     notes = dict(re.findall(r"^(\w+) = .+\n# @markdown (.+)$", source, re.M))
     values = defaults(notebook)
-    rows = [f"| `{name}` | `{json.dumps(value)}` | {notes[name]} |" for name, value in values.items()]
+    rows = [
+        f"| `{name}` | `{json.dumps(value)}` | {notes[name]} |" for name, value in values.items()
+    ]
     return "\n".join(["| setting | default | |", "|---|---|---|", *rows])
 
 
@@ -29,10 +32,14 @@ def results_table(run: dict) -> str:
     """A Markdown table of one run's scores, with what made it."""
     settings, versions = run["settings"], run["versions"]
     lines = [f"| {run['results']['rows']} held-out rows | before | after |", "|---|---|---|"]
-    lines += ["| {score} | {before} | {after} |".format(**line) for line in qlora.score_lines(run["results"])]
+    lines += [
+        "| {score} | {before} | {after} |".format(**line)
+        for line in qlora.score_lines(run["results"])
+    ]
     lines += [
         "",
-        f"One run of `make run SEED={settings['seed']}` on {run['created'][:10]}, on a {run['device'].upper()} with two"
+        f"One run of `make run SEED={settings['seed']}` on {run['created'][:10]}, on a "
+        f"{run['device'].upper()} with two"
         f" cores: {settings['epochs']:g} epochs, learning rate {settings['learning_rate']:g},"
         f" transformers {versions['transformers']}, trl {versions['trl']}.",
     ]
@@ -54,9 +61,17 @@ def main() -> None:
         run_dir = Path(sys.argv[1])
         run = json.loads((run_dir / "final_model" / "run.json").read_text())
         text = replace(text, "results", results_table(run))
-        browser = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1150,1480"]
+        browser = [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--hide-scrollbars",
+            "--window-size=1150,1480",
+        ]
         picture = f"--screenshot={ROOT / 'tests' / 'readme' / 'report.png'}"
-        subprocess.run([*browser, picture, (run_dir / "report.html").absolute().as_uri()], check=True)
+        subprocess.run(
+            [*browser, picture, (run_dir / "report.html").absolute().as_uri()], check=True
+        )
     readme.write_text(text)
 
 

@@ -2,8 +2,9 @@
 
     python tests/run_notebook.py BASE_MODEL=embedded DATA='data_examples/*.jsonl' EPOCHS=1
 
-Any setting of the hyperparameter cell goes by its name in capitals; DATA is short for DATA_FILES. What the cells print
-is streamed. The executed notebook stays in the run's folder, with an HTML page of it beside it.
+Any setting of the hyperparameter cell goes by its name in capitals; DATA is short for DATA_FILES.
+What the cells print is streamed. The executed notebook stays in the run's folder, with an HTML page
+of it beside it.
 """
 
 import ast
@@ -28,7 +29,9 @@ import qlora_helpers as qlora  # noqa: E402
 def defaults(notebook) -> dict:
     """The values of the notebook's hyperparameter cell."""
     values: dict = {}
-    exec(next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])), values)
+    exec(
+        next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])), values
+    )
     return {name: value for name, value in values.items() if not name.startswith("__")}
 
 
@@ -64,14 +67,18 @@ class Streaming(NotebookClient):
 
 
 def execute(settings: dict, folder: Path | None = None) -> nbformat.NotebookNode:
-    """Execute the notebook with `settings`, write it and its HTML page to `folder` (the run's), return it."""
+    """Execute the notebook with `settings`, write it and its HTML page to `folder` (the run's),
+    return it.
+    """
     notebook = load_notebook_node(str(NOTEBOOK))
     cfg = qlora.Settings.from_cell(defaults(notebook) | settings)
     folder = folder or cfg.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     notebook = parameterize_notebook(notebook, settings)
     place = {"metadata": {"path": str(Path.cwd())}}
-    client = Streaming(notebook, timeout=None, kernel_name="python3", resources=place, coalesce_streams=True)
+    client = Streaming(
+        notebook, timeout=None, kernel_name="python3", resources=place, coalesce_streams=True
+    )
     try:
         client.execute()
     finally:
@@ -83,13 +90,17 @@ def execute(settings: dict, folder: Path | None = None) -> nbformat.NotebookNode
 
 
 def main() -> None:
-    """Run with the command line's settings; a user's mistake ends in its own words, without a traceback."""
+    """Run with the command line's settings; a user's mistake ends in its own words, without a
+    traceback.
+    """
     known = defaults(load_notebook_node(str(NOTEBOOK)))
     settings = parse(sys.argv[1:], known)
     try:
         execute(settings)
     except CellExecutionError as error:
-        raise SystemExit(f"\n{error.ename}: {error.evalue}" if error.ename == "UserError" else str(error)) from None
+        raise SystemExit(
+            f"\n{error.ename}: {error.evalue}" if error.ename == "UserError" else str(error)
+        ) from None
     except qlora.UserError as error:
         raise SystemExit(str(error)) from None
     run = qlora.Settings.from_cell(known | settings)

@@ -11,7 +11,11 @@ import qlora_helpers as qlora
 
 def test_a_batch_answers_as_each_prompt_does_alone(nf4_model, smollm_tokenizer):
     model = nf4_model()
-    prompts = ["What is the capital of France?", "Hi", "Name three colours of the rainbow, and one animal."]
+    prompts = [
+        "What is the capital of France?",
+        "Hi",
+        "Name three colours of the rainbow, and one animal.",
+    ]
     together = qlora.generate_answers(model, smollm_tokenizer, prompts, 12)
     alone = [qlora.generate_answers(model, smollm_tokenizer, [prompt], 12)[0] for prompt in prompts]
     assert together == alone
@@ -43,7 +47,12 @@ def test_an_answer_ends_at_eos_and_loses_only_its_own_marker(mistral_tokenizer, 
 
 ROWS = [{"prompt": f"p{i}", "completion": f" c{i} "} for i in range(4)]
 BEFORE = [qlora.Answer("no", False)] * 4
-AFTER = [qlora.Answer("c0", True), qlora.Answer("c1", True), qlora.Answer("C2", True), qlora.Answer("c3", False)]
+AFTER = [
+    qlora.Answer("c0", True),
+    qlora.Answer("c1", True),
+    qlora.Answer("C2", True),
+    qlora.Answer("c3", False),
+]
 LOG = [{"step": 0, "eval_loss": 6.0}, {"step": 5, "loss": 3.0}, {"step": 5, "eval_loss": 1.25}]
 LOSSES = {"before": 6.0, "after": 1.25}
 
@@ -59,7 +68,14 @@ def test_scores_count_exact_answers_and_those_that_stopped():
 
 @pytest.mark.parametrize(
     ("answer", "reference", "f1"),
-    [("a b", "a b", 1), ("b a", "a b", 1), ("a", "a b", 2 / 3), ("a a a", "a b", 0.4), ("", "a", 0), ("c", "a b", 0)],
+    [
+        ("a b", "a b", 1),
+        ("b a", "a b", 1),
+        ("a", "a b", 2 / 3),
+        ("a a a", "a b", 0.4),
+        ("", "a", 0),
+        ("c", "a b", 0),
+    ],
 )
 def test_words_in_common_are_counted_as_squad_does(answer, reference, f1):
     assert qlora.words_in_common(answer, reference) == pytest.approx(f1)
@@ -67,19 +83,32 @@ def test_words_in_common_are_counted_as_squad_does(answer, reference, f1):
 
 def test_the_table_shows_the_scores_and_keeps_html_out():
     table = qlora.compare(
-        [{"prompt": "<b>x</b>", "completion": "y"}], [qlora.Answer("a", False)], [qlora.Answer("y", True)]
+        [{"prompt": "<b>x</b>", "completion": "y"}],
+        [qlora.Answer("a", False)],
+        [qlora.Answer("y", True)],
     )
     html = qlora.show_comparison(table, qlora.scores(table, LOSSES)).to_html()
-    assert "1 held-out rows · exact answers 0% → 100%" in html and "6.000 → 1.250" in html and "no → yes" in html
+    assert (
+        "1 held-out rows · exact answers 0% → 100%" in html
+        and "6.000 → 1.250" in html
+        and "no → yes" in html
+    )
     assert "&lt;b&gt;x" in html and "<b>x" not in html
 
 
-def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batched(tmp_path, mistral_tokenizer):
+def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batched(
+    tmp_path, mistral_tokenizer
+):
     model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
     rows = [{"prompt": f"p{i}", "completion": "word " * (1 + 5 * i)} for i in range(4)]
-    examples = list(qlora.encode_rows(rows, mistral_tokenizer).select_columns(["input_ids", "labels"]))
+    examples = list(
+        qlora.encode_rows(rows, mistral_tokenizer).select_columns(["input_ids", "labels"])
+    )
     with torch.no_grad():  # transformers' own loss is a row's mean over its trained tokens
-        alone = [(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item(), row) for row in examples]
+        alone = [
+            (model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item(), row)
+            for row in examples
+        ]
     counts = [sum(label != -100 for label in row["labels"]) for row in examples]
     mean = sum(loss * n for (loss, _), n in zip(alone, counts, strict=True)) / sum(counts)
     assert qlora.validation_loss(model, examples) == pytest.approx(mean, rel=1e-5)
@@ -101,7 +130,9 @@ def test_answers_are_batched_by_the_memory_that_is_free(tmp_path, mistral_tokeni
     monkeypatch.setattr(qlora, "free_memory_size", lambda: 3 * 1000 * token / 2**30)
     assert qlora.cache_tokens(model) in (999, 1000)
     seen = []
-    monkeypatch.setattr(qlora, "_generate", lambda m, t, batch, new: seen.append(len(batch)) or [[2]] * len(batch))
+    monkeypatch.setattr(
+        qlora, "_generate", lambda m, t, batch, new: seen.append(len(batch)) or [[2]] * len(batch)
+    )
     qlora.generate_answers(model, mistral_tokenizer, ["Hi"] * 25, 90)  # 10 + 90 tokens each
     assert sum(seen) == 25 and max(seen) in (9, 10)
 
@@ -121,7 +152,12 @@ def test_a_mistaken_option_is_told_early(settings, change, words):
 
 def test_the_options_are_off_by_default(settings):
     cfg = settings(target_modules="all-linear")
-    assert cfg.target_modules == "all-linear" and settings().target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert cfg.target_modules == "all-linear" and settings().target_modules == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
     assert cfg.keep_best and not (
         cfg.use_rslora or cfg.use_dora or cfg.neftune_noise_alpha or cfg.early_stopping_patience
     )

@@ -24,13 +24,17 @@ def test_the_linear_layers_are_nested_nf4_and_only_the_adapter_trains(nf4_model)
     model = nf4_model()
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 30 * 7
-    assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers)
+    assert all(
+        m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers
+    )
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 30 * 4 * 2 and all("lora_" in name for name in trained)
     assert model.get_memory_footprint() < 200e6
 
 
-def test_gradients_are_the_same_after_a_forward_pass_without_them(nf4_model, batch, smollm_tokenizer):
+def test_gradients_are_the_same_after_a_forward_pass_without_them(
+    nf4_model, batch, smollm_tokenizer
+):
     model = nf4_model()
     first = gradients(model, batch)
     qlora.generate_answers(model, smollm_tokenizer, ["Hello"], 4)
@@ -66,4 +70,7 @@ def test_an_interrupted_preparation_leaves_nothing_half_made(tmp_path, monkeypat
 
 def test_a_folder_is_a_base_model_and_a_hub_id_stays_one(tmp_path, settings):
     assert qlora.base_model_path(settings(base_model=str(tmp_path))) == str(tmp_path)
-    assert qlora.base_model_path(settings(base_model="mistralai/Mistral-7B-v0.3")) == "mistralai/Mistral-7B-v0.3"
+    assert (
+        qlora.base_model_path(settings(base_model="mistralai/Mistral-7B-v0.3"))
+        == "mistralai/Mistral-7B-v0.3"
+    )

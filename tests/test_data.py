@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 import qlora_helpers as qlora
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
-many = hypothesis_settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+many = hypothesis_settings(
+    max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.fixture(scope="session")
 def read(settings, tmp_path_factory):
     """Reads some files as the notebook does; settings can be changed."""
     out = str(tmp_path_factory.mktemp("out"))
-    return lambda files, **changes: qlora.read_rows(settings(data_files=str(files), output_dir=out, **changes))
+    return lambda files, **changes: qlora.read_rows(
+        settings(data_files=str(files), output_dir=out, **changes)
+    )
 
 
 def texts(rows):
@@ -28,7 +32,9 @@ def texts(rows):
 
 
 def chat(*turns):
-    return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}).encode()
+    return json.dumps(
+        {"messages": [{"role": role, "content": text} for role, text in turns]}
+    ).encode()
 
 
 MISTAKES = [
@@ -90,7 +96,11 @@ def test_bad_lines_are_counted_by_kind_and_all_are_written_down(tmp_path, read):
     assert "a.jsonl:2:" in text and "a.jsonl:11:" in text and "a.jsonl:12:" not in text
     rejected = text.partition("All are in ")[2].splitlines()[0]
     lines = [json.loads(line) for line in Path(rejected).read_text().splitlines()]
-    assert [line["line"] for line in lines] == [*(f"a.jsonl:{n}" for n in range(2, 14)), "b.jsonl:1", "b.jsonl:2"]
+    assert [line["line"] for line in lines] == [
+        *(f"a.jsonl:{n}" for n in range(2, 14)),
+        "b.jsonl:1",
+        "b.jsonl:2",
+    ]
     assert (lines[-1]["reason"].partition(":")[0], lines[-1]["text"]) == ("not an object", "5")
 
 
@@ -98,7 +108,10 @@ def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_pa
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([b"{", GOOD, b"7"]))
     rows = read(tmp_path / "rows.jsonl", on_bad_rows="skip")
     assert texts(rows) == [json.loads(GOOD)] and rows["where"][0] == "rows.jsonl:2"
-    assert "Skipped: 2 line(s) cannot be used (1 × broken JSON; 1 × not an object)" in capsys.readouterr().out
+    assert (
+        "Skipped: 2 line(s) cannot be used (1 × broken JSON; 1 × not an object)"
+        in capsys.readouterr().out
+    )
     (tmp_path / "rows.jsonl").write_bytes(GOOD)
     read(tmp_path / "rows.jsonl")
     assert "Skipped" not in capsys.readouterr().out
@@ -112,7 +125,11 @@ def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_pa
         (b'{"instruction": "p", "input": "", "output": "c"}', "instruction/output", "p"),
         (b'{"instruction": "p", "input": "i", "output": "c"}', "instruction/output", "p\n\ni"),
         (chat(("user", "p"), ("assistant", "c")), "messages", "p"),
-        (chat(("system", "s"), ("user", "p"), ("assistant", "c")), "messages", "System: s\n\nUser: p"),
+        (
+            chat(("system", "s"), ("user", "p"), ("assistant", "c")),
+            "messages",
+            "System: s\n\nUser: p",
+        ),
         (
             chat(("user", "p"), ("assistant", "a"), ("user", "q"), ("assistant", "c")),
             "messages",
@@ -120,7 +137,9 @@ def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_pa
         ),
     ],
 )
-def test_other_formats_are_recognised_by_their_keys_and_said_aloud(tmp_path, read, capsys, line, form, prompt):
+def test_other_formats_are_recognised_by_their_keys_and_said_aloud(
+    tmp_path, read, capsys, line, form, prompt
+):
     (tmp_path / "rows.jsonl").write_bytes(line)
     assert texts(read(tmp_path / "rows.jsonl")) == [{"prompt": prompt, "completion": "c"}]
     assert f"1 rows ({form}) from rows.jsonl" in capsys.readouterr().out
@@ -129,20 +148,36 @@ def test_other_formats_are_recognised_by_their_keys_and_said_aloud(tmp_path, rea
 @pytest.mark.parametrize("on_bad_rows", ["stop", "skip"])
 def test_a_mix_of_formats_is_never_trained(tmp_path, read, on_bad_rows):
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b'\n{"question": "a", "answer": "b"}')
-    with pytest.raises(qlora.UserError, match=r"rows.jsonl:2: formats are mixed: this row is question/answer, those"):
+    with pytest.raises(
+        qlora.UserError,
+        match=r"rows.jsonl:2: formats are mixed: this row is question/answer, those",
+    ):
         read(tmp_path / "rows.jsonl", on_bad_rows=on_bad_rows)
 
 
 MESSY = st.one_of(
     st.binary(max_size=40),
     st.sampled_from(
-        [GOOD, b"", b" \t", b'{"prompt": "\\ud83d", "completion": "b"}', b"\xef\xbb\xbf" + GOOD, b"1" * 5000]
+        [
+            GOOD,
+            b"",
+            b" \t",
+            b'{"prompt": "\\ud83d", "completion": "b"}',
+            b"\xef\xbb\xbf" + GOOD,
+            b"1" * 5000,
+        ]
     ),
-    st.builds(lambda at, junk: GOOD[:at] + junk + GOOD[at + 1 :], st.integers(0, len(GOOD)), st.binary(max_size=3)),
+    st.builds(
+        lambda at, junk: GOOD[:at] + junk + GOOD[at + 1 :],
+        st.integers(0, len(GOOD)),
+        st.binary(max_size=3),
+    ),
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(max_size=5),
         lambda inner: (
-            st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "role", "content"]), inner)
+            st.dictionaries(
+                st.sampled_from(["prompt", "completion", "messages", "role", "content"]), inner
+            )
             | st.lists(inner, max_size=3)
         ),
     ).map(lambda value: json.dumps(value).encode()),
@@ -158,7 +193,9 @@ def test_any_bytes_give_rows_or_located_errors(read, tmp_path_factory, content):
     reader = qlora.RowReader([file], file.with_name("fuzz.rejected.jsonl"))
     rows = list(reader)
     lines = [
-        n for n, line in enumerate(content.split(b"\n"), 1) if line.removeprefix(b"\xef\xbb\xbf" * (n == 1)).strip()
+        n
+        for n, line in enumerate(content.split(b"\n"), 1)
+        if line.removeprefix(b"\xef\xbb\xbf" * (n == 1)).strip()
     ]
     bad = file.with_name("fuzz.rejected.jsonl").read_text().splitlines() if reader.kinds else []
     places = [row["where"] for row in rows] + [json.loads(line)["line"] for line in bad]
@@ -195,7 +232,9 @@ def test_what_was_written_is_read(read, tmp_path_factory, pairs, newline, bom, e
 def test_memory_does_not_grow_with_the_file(tmp_path, read):
     with (tmp_path / "rows.jsonl").open("wb") as stream:
         for n in range(15_000):
-            stream.write(json.dumps({"prompt": f"{n} " * 100, "completion": f"{n} " * 50}).encode() + b"\n")
+            stream.write(
+                json.dumps({"prompt": f"{n} " * 100, "completion": f"{n} " * 50}).encode() + b"\n"
+            )
         stream.write(b'"' + b"a" * 40_000_000)
     assert (tmp_path / "rows.jsonl").stat().st_size > 50_000_000
     tracemalloc.start()
@@ -208,7 +247,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path, read):
 
 
 def test_no_file_says_where_to_put_one(tmp_path, read):
-    with pytest.raises(qlora.UserError, match=r"No file matches data_files = .*\n.*Put your JSONL there"):
+    with pytest.raises(
+        qlora.UserError, match=r"No file matches data_files = .*\n.*Put your JSONL there"
+    ):
         read(tmp_path / "*.jsonl")
 
 
@@ -221,7 +262,9 @@ def test_an_empty_file_is_told(tmp_path, read):
 def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path, read):
     for n, folder in enumerate(["a", "b"]):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "rows.jsonl").write_text(json.dumps({"prompt": f"p{n}", "completion": "c"}))
+        (tmp_path / folder / "rows.jsonl").write_text(
+            json.dumps({"prompt": f"p{n}", "completion": "c"})
+        )
     assert list(read(tmp_path / "**" / "*.jsonl")["where"]) == ["a/rows.jsonl:1", "b/rows.jsonl:1"]
 
 
@@ -240,10 +283,22 @@ def test_exact_duplicates_are_dropped_with_a_count(tmp_path, read, capsys):
 @pytest.mark.parametrize(
     ("row", "note"),
     [
-        (("Say ### Answer: now", "Fine."), "1 row(s) hold a marker of the prompt format: rows.jsonl:1"),
-        (("What is it?", "No.\n### End"), "1 row(s) hold a marker of the prompt format: rows.jsonl:1"),
-        (("The capital of Fra", "nce is Paris."), "1 row(s) may have a prompt that ends in the middle of a word: rows"),
-        (("Who?", "Who? Me."), "1 row(s) have a completion that begins with the whole prompt: rows.jsonl:1"),
+        (
+            ("Say ### Answer: now", "Fine."),
+            "1 row(s) hold a marker of the prompt format: rows.jsonl:1",
+        ),
+        (
+            ("What is it?", "No.\n### End"),
+            "1 row(s) hold a marker of the prompt format: rows.jsonl:1",
+        ),
+        (
+            ("The capital of Fra", "nce is Paris."),
+            "1 row(s) may have a prompt that ends in the middle of a word: rows",
+        ),
+        (
+            ("Who?", "Who? Me."),
+            "1 row(s) have a completion that begins with the whole prompt: rows.jsonl:1",
+        ),
         (("Who?", "Yes."), "95% of the completions are the same text"),
     ],
 )
@@ -271,7 +326,9 @@ def as_dataset(rows):
 
 
 def make_rows(n):
-    return [{"prompt": f"question {i % (n * 3 // 4)}", "completion": f"answer {i}"} for i in range(n)]
+    return [
+        {"prompt": f"question {i % (n * 3 // 4)}", "completion": f"answer {i}"} for i in range(n)
+    ]
 
 
 def test_adding_rows_moves_none_across_and_no_prompt_is_on_both_sides():

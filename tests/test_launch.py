@@ -1,4 +1,6 @@
-"""The notebook in two processes on the CPU (gloo), as `make launch` runs it: the same training as in one."""
+"""The notebook in two processes on the CPU (gloo), as `make launch` runs it: the same training as
+in one.
+"""
 
 import json
 import os
@@ -27,8 +29,15 @@ def model(tmp_path_factory, smollm_path):
 
 
 def launch(folder, gpus, name, command=("tests/launch.py",), **environment):
-    """Start 20 steps of 16 rows, the last of each epoch of 4; without dropout, which each process draws for itself."""
-    settings = {"BASE_MODEL": folder / "model", "DATA": folder / "rows.jsonl", "OUTPUT_DIR": folder, "RUN_NAME": name}
+    """Start 20 steps of 16 rows, the last of each epoch of 4; without dropout, which each process
+    draws for itself.
+    """
+    settings = {
+        "BASE_MODEL": folder / "model",
+        "DATA": folder / "rows.jsonl",
+        "OUTPUT_DIR": folder,
+        "RUN_NAME": name,
+    }
     settings |= {"MAX_STEPS": 20, "LORA_DROPOUT": 0.0, "LEARNING_RATE": 1e-3, "PUSH_TO_HUB": False}
     settings |= {"BF16": False}  # or a CPU that has bf16 would round by the cut
     settings |= {"SAMPLE_ROWS": 1, "MAX_NEW_TOKENS": 2} | ({"GPUS": gpus} if gpus else {})
@@ -46,7 +55,9 @@ def result(folder, name):
     """Training and validation losses by step, and the adapter."""
     final = folder / name / "final_model"
     log = json.loads((final / "run.json").read_text())["trainer_state"]["log_history"]
-    return {e["step"]: e["loss"] for e in log if "loss" in e}, load_file(final / "adapter_model.safetensors")
+    return {e["step"]: e["loss"] for e in log if "loss" in e}, load_file(
+        final / "adapter_model.safetensors"
+    )
 
 
 def same(found, expected):
@@ -82,15 +93,26 @@ def test_when_one_process_is_killed_all_end_and_one_continues(model, one):
     killed = time.monotonic()
     code, shown = finish(process)
     assert code != 0 and time.monotonic() - killed < 60
-    assert "A process ended before its time" in shown.splitlines()[-1] and str(model / "killed") in shown
-    assert not [part for part in parts if part.is_running() and part.status() != psutil.STATUS_ZOMBIE]
+    assert (
+        "A process ended before its time" in shown.splitlines()[-1]
+        and str(model / "killed") in shown
+    )
+    assert not [
+        part for part in parts if part.is_running() and part.status() != psutil.STATUS_ZOMBIE
+    ]
     code, shown = finish(launch(model, 1, "killed"))
     assert code == 0 and "Continuing from checkpoint-" in shown, shown
     same(result(model, "killed"), one)
 
 
 def test_fsdp_trains_as_one_process_does_and_the_process_that_follows_has_its_adapter(model, one):
-    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "tests/fsdp_on_cpu.py")
+    two = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "tests/fsdp_on_cpu.py",
+    )
     for expected in ("Starting at step 0", "Continuing from checkpoint-"):
         code, shown = finish(launch(model, None, "fsdp", two))
         assert code == 0 and expected in shown and "all layers recomputed: as set" in shown, shown
@@ -103,10 +125,15 @@ def test_fsdp_trains_as_one_process_does_and_the_process_that_follows_has_its_ad
     same(result(model, "fsdp"), one)
 
 
-def test_more_processes_than_a_step_has_rows_for_say_how_many_work(settings, smollm_tokenizer, monkeypatch):
+def test_more_processes_than_a_step_has_rows_for_say_how_many_work(
+    settings, smollm_tokenizer, monkeypatch
+):
     import qlora_helpers as qlora
 
     monkeypatch.setenv("WORLD_SIZE", "3")
     rows = qlora.encode_rows([{"prompt": "a", "completion": "b"}] * 4, smollm_tokenizer)
-    with pytest.raises(qlora.UserError, match=r"3 processes cannot share the 16 rows of a step evenly\. Launch 2, or"):
+    with pytest.raises(
+        qlora.UserError,
+        match=r"3 processes cannot share the 16 rows of a step evenly\. Launch 2, or",
+    ):
         qlora.make_plan(settings(), None, rows)

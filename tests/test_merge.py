@@ -1,4 +1,6 @@
-"""Section 15: adapter and base become one model, which is checked, and which both transformers majors load."""
+"""Section 15: adapter and base become one model, which is checked, and which both transformers
+majors load.
+"""
 
 import json
 import subprocess
@@ -11,7 +13,9 @@ from tiny import one_thread, pythons, tiny_base, tiny_tuned  # noqa: F401  `one_
 
 import qlora_helpers as qlora
 
-ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(4)]
+ROWS = [
+    {"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,12 @@ def base(tmp_path_factory, mistral_tokenizer):
 @pytest.fixture
 def cfg(settings, base, tmp_path):
     """Settings whose run has a finished adapter's folder."""
-    cfg = settings(base_model=base, output_dir=str(tmp_path), merged_dir=str(tmp_path / "merged"), max_new_tokens=4)
+    cfg = settings(
+        base_model=base,
+        output_dir=str(tmp_path),
+        merged_dir=str(tmp_path / "merged"),
+        max_new_tokens=4,
+    )
     cfg.final_model.mkdir(parents=True)
     (cfg.final_model / "run.json").write_text("{}")
     return cfg
@@ -42,15 +51,26 @@ def logits(model, tokenizer):
         ({}, {"tie_word_embeddings": True}),
     ],
 )
-def test_the_merge_is_the_adapter_on_the_4_bit_base(cfg, tmp_path, mistral_tokenizer, base, lora, model, capsys):
+def test_the_merge_is_the_adapter_on_the_4_bit_base(
+    cfg, tmp_path, mistral_tokenizer, base, lora, model, capsys
+):
     where = tiny_base(tmp_path / "tied", mistral_tokenizer, **model) if model else base
     tuned = tiny_tuned(where, **lora)
     folder = qlora.merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
     assert folder == tmp_path / "merged" and "same answer 4 of 4" in capsys.readouterr().out
     merged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    assert torch.allclose(logits(merged, mistral_tokenizer), logits(tuned, mistral_tokenizer), atol=1e-3)
+    assert torch.allclose(
+        logits(merged, mistral_tokenizer), logits(tuned, mistral_tokenizer), atol=1e-3
+    )
     names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", "run.json", "Modelfile"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+        "run.json",
+        "Modelfile",
+    } <= names
     assert not [name for name in names if name.endswith((".bin", ".part", ".pt"))]
 
 
@@ -70,7 +90,9 @@ def halved(model, factor=0.5):
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(cfg, base, tmp_path, mistral_tokenizer, wrong, monkeypatch):
+def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(
+    cfg, base, tmp_path, mistral_tokenizer, wrong, monkeypatch
+):
     other = tiny_base(tmp_path / "other", mistral_tokenizer, seed=1) if wrong == "base" else ""
     source, merged_weights = WRONG[wrong](base, other), qlora.merged_weights
     monkeypatch.setattr(qlora, "merged_weights", lambda _: merged_weights(source))
@@ -81,7 +103,9 @@ def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(cfg, base, tmp_path,
     assert [path.name for path in tmp_path.glob("merged*")] == ["merged"] and earlier.exists()
 
 
-def test_a_merge_that_dies_leaves_nothing_half_made(cfg, base, tmp_path, mistral_tokenizer, monkeypatch):
+def test_a_merge_that_dies_leaves_nothing_half_made(
+    cfg, base, tmp_path, mistral_tokenizer, monkeypatch
+):
     def full(*_):
         raise OSError("No space left on device")
 
@@ -96,7 +120,9 @@ def test_shards_hold_every_weight_once_in_files_of_the_size_asked_for(tmp_path):
     qlora.write_shards(iter(weights.items()), tmp_path, torch.bfloat16, 400)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 7 * 200
-    assert [p.name for p in sorted(tmp_path.glob("*.safetensors"))] == sorted(set(index["weight_map"].values()))
+    assert [p.name for p in sorted(tmp_path.glob("*.safetensors"))] == sorted(
+        set(index["weight_map"].values())
+    )
     assert len(set(index["weight_map"].values())) == 4
     for name, weight in weights.items():
         with safe_open(tmp_path / index["weight_map"][name], "pt") as file:
@@ -119,7 +145,10 @@ for folder in sys.argv[2:]:
 
 
 def test_both_transformers_majors_load_it_alike(base, tmp_path, mistral_tokenizer):
-    scaling = {"rope_type": "linear", "factor": 4.0}  # as Llama 3's, the scaling must survive beside theta
+    scaling = {
+        "rope_type": "linear",
+        "factor": 4.0,
+    }  # as Llama 3's, the scaling must survive beside theta
     five = transformers.__version__ >= "5"
     key = {"rope_parameters": scaling | {"rope_theta": 1e6}} if five else {"rope_scaling": scaling}
     ids = qlora.encode_prompt(mistral_tokenizer, "Say the number 3")

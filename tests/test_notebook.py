@@ -1,4 +1,6 @@
-"""The notebook: its form as committed, and itself executed on the embedded model, twice in one kernel."""
+"""The notebook: its form as committed, and itself executed on the embedded model, twice in one
+kernel.
+"""
 
 import json
 import re
@@ -67,7 +69,14 @@ def test_every_setting_is_a_form_field_explained_in_one_line(committed):
 
 def test_command_line_settings_take_the_cells_types(committed):
     known = defaults(committed)
-    given = ["EPOCHS=1", "LEARNING_RATE=4e-4", "RUN_NAME=7", "DATA=a=b.jsonl", "BF16=auto", "MERGE=True"]
+    given = [
+        "EPOCHS=1",
+        "LEARNING_RATE=4e-4",
+        "RUN_NAME=7",
+        "DATA=a=b.jsonl",
+        "BF16=auto",
+        "MERGE=True",
+    ]
     assert parse(given, known) == {
         "epochs": 1,
         "learning_rate": 4e-4,
@@ -82,7 +91,11 @@ def test_command_line_settings_take_the_cells_types(committed):
 
 def small_settings(root: Path) -> dict:
     """Settings of a run that takes seconds: 14 rows of the examples, two steps of four."""
-    rows = (ROOT / "data_examples" / "support_triage.jsonl").read_bytes().splitlines(keepends=True)[:14]
+    rows = (
+        (ROOT / "data_examples" / "support_triage.jsonl")
+        .read_bytes()
+        .splitlines(keepends=True)[:14]
+    )
     (root / "rows.jsonl").write_bytes(b"".join(rows))
     return {
         "base_model": "embedded",
@@ -106,7 +119,9 @@ def client_for(notebook, settings: dict, folder: Path) -> NotebookClient:
     """A client whose kernel runs in the repository, with the parameters cell's values replaced."""
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
-    return NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    return NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
 
 
 def printed(cell) -> str:
@@ -116,7 +131,9 @@ def printed(cell) -> str:
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory, committed):
-    """Run all, then one number changed and run all again, in one kernel: folder, and what each run printed."""
+    """Run all, then one number changed and run all again, in one kernel: folder, and what each run
+    printed.
+    """
     root = tmp_path_factory.mktemp("twice")
     notebook = nbformat.from_dict(committed)
     client, texts = client_for(notebook, small_settings(root) | {"merge": True}, ROOT), []
@@ -139,7 +156,10 @@ def test_run_all_ends_with_a_saved_adapter_a_backup_a_picture_and_a_merged_model
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list(run.glob("small-*.zip"))) == 2
     assert (twice[0] / "merged" / "model-00001-of-00001.safetensors").exists()
-    assert re.search(r"Merged against adapter: .* Same likeliest token 100.0%, same answer (\d) of \1", twice[2][0])
+    assert re.search(
+        r"Merged against adapter: .* Same likeliest token 100.0%, same answer (\d) of \1",
+        twice[2][0],
+    )
     assert "data:image/png;base64," in (run / "report.html").read_text()
     assert json.loads((run / "run.json").read_text())["settings"]["lora_r"] == 4
     assert list(run.rglob("events.out.tfevents.*"))
@@ -152,12 +172,16 @@ def test_the_changed_number_takes_effect_in_the_same_kernel(twice):
 
 
 def test_memory_returns_to_where_the_first_run_began(twice):
-    first, second = (float(re.search(r"in use by models: ([\d.]+) GB", text)[1]) for text in twice[2])
+    first, second = (
+        float(re.search(r"in use by models: ([\d.]+) GB", text)[1]) for text in twice[2]
+    )
     assert abs(second - first) <= max(0.05 * first, 0.01)
 
 
 def test_training_steps_and_answers_were_real(twice):
-    result = json.loads((twice[0] / "outputs" / "small" / "final_model" / "run.json").read_text())["results"]
+    result = json.loads((twice[0] / "outputs" / "small" / "final_model" / "run.json").read_text())[
+        "results"
+    ]
     assert result["after"]["validation_loss"] < result["before"]["validation_loss"] - 0.05
 
 
@@ -170,7 +194,8 @@ import peft, torch, transformers, qlora_helpers as q
 folder = {str(root / "outputs" / "small")!r}
 run = json.load(open(folder + "/final_model/run.json"))
 cfg = q.Settings(**run["settings"])
-nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                      bnb_4bit_use_double_quant=True,
                                       bnb_4bit_compute_dtype=cfg.dtype)
 base = transformers.AutoModelForCausalLM.from_pretrained(
     q.base_model_path(cfg), quantization_config=nf4, dtype=cfg.dtype, device_map={{"": q.device()}})
@@ -186,11 +211,13 @@ assert [a.text for a in now] == [row["after"] for row in rows], (now, rows)
     assert done.returncode == 0, done.stderr
 
 
-# What the saved folder's own card says to run, by a Python that has nothing else of this project installed.
+# What the saved folder's own card says to run, by a Python that has nothing else of this project
+# installed.
 CARD = """
 import json, pathlib, re, sys
 sys.modules |= dict.fromkeys(json.loads(sys.argv[1]))
-start, ask = re.search(r"```python\\n(.*?)```", pathlib.Path("README.md").read_text(), re.S)[1].split("messages = ")
+card = pathlib.Path("README.md").read_text()
+start, ask = re.search(r"```python\\n(.*?)```", card, re.S)[1].split("messages = ")
 answers = []
 scope = {"print": answers.append}
 exec(start, scope)
@@ -202,13 +229,18 @@ print(json.dumps(answers))
 
 @pytest.mark.parametrize("python", pythons())
 @pytest.mark.parametrize(
-    ("folder", "absent"), [("merged", ["peft", "bitsandbytes"]), ("first/final_model", ["matplotlib", "tensorboard"])]
+    ("folder", "absent"),
+    [("merged", ["peft", "bitsandbytes"]), ("first/final_model", ["matplotlib", "tensorboard"])],
 )
 def test_the_cards_own_lines_answer_as_the_notebook_did(twice, python, folder, absent):
-    rows = [json.loads(line) for line in (twice[0] / "first" / "answers.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (twice[0] / "first" / "answers.jsonl").read_text().splitlines()
+    ]
     absent = json.dumps(["trl", "datasets", "pandas", "qlora_helpers", *absent])
     command = [python, "-c", CARD, absent, json.dumps([row["prompt"] for row in rows])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=twice[0] / folder)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=twice[0] / folder
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [row["after"] for row in rows]
     assert any(row["before"] != row["after"] for row in rows)
@@ -217,7 +249,8 @@ def test_the_cards_own_lines_answer_as_the_notebook_did(twice, python, folder, a
 COLAB = """
 import importlib.machinery, sys, types
 import google  # a namespace: protobuf lives in it too
-colab, userdata, output = (types.ModuleType(f"google.colab{part}") for part in ("", ".userdata", ".output"))
+parts = ("", ".userdata", ".output")
+colab, userdata, output = (types.ModuleType(f"google.colab{part}") for part in parts)
 for name in ("SecretNotFoundError", "NotebookAccessError", "TimeoutException"):
     setattr(userdata, name, type(name, (Exception,), {}))
 userdata.get = lambda name: "hf_" + "t0ken" * 6
@@ -225,7 +258,8 @@ google.colab, colab.userdata, colab.output = colab, userdata, output
 for module in (colab, userdata, output):
     module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
     sys.modules[module.__name__] = module
-get_ipython().register_magic_function(lambda line: print("TensorBoard shows", line), "line", "tensorboard")
+shown = lambda line: print("TensorBoard shows", line)
+get_ipython().register_magic_function(shown, "line", "tensorboard")
 get_ipython().extension_manager.loaded.add("tensorboard")
 """
 
@@ -233,7 +267,9 @@ get_ipython().extension_manager.loaded.add("tensorboard")
 def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(tmp_path, committed):
     notebook = nbformat.from_dict(committed)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(COLAB))
-    client_for(notebook, small_settings(tmp_path) | {"push_to_hub": False, "max_steps": 1}, ROOT).execute()
+    client_for(
+        notebook, small_settings(tmp_path) | {"push_to_hub": False, "max_steps": 1}, ROOT
+    ).execute()
     text = "\n".join(printed(cell) for cell in notebook.cells if cell.cell_type == "code")
     assert "Hugging Face token found in Colab's secrets." in text
     assert f"TensorBoard shows --logdir {tmp_path / 'outputs' / 'small'}" in text
@@ -247,12 +283,19 @@ def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(tmp
         ({"data_files": "nowhere/*.jsonl"}, r"No file matches data_files = 'nowhere/\*\.jsonl'"),
         ({"run_name": "../out"}, "run_name = '../out'"),
         ({"lora_r": 0, "learning_rate": "fast"}, "lora_r = 0.*learning_rate = 'fast'"),
-        ({"base_model": "mistralai/Mistral-7B-Instruct-v0.3"}, "no GPU.*Change runtime type.*base_model = 'embedded'"),
+        (
+            {"base_model": "mistralai/Mistral-7B-Instruct-v0.3"},
+            "no GPU.*Change runtime type.*base_model = 'embedded'",
+        ),
     ],
 )
 def test_a_mistake_ends_in_its_own_words_and_nothing_is_trained(tmp_path, change, words):
     settings = {k.upper(): v for k, v in (small_settings(tmp_path) | change).items()}
-    command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), *(f"{k}={v}" for k, v in settings.items())]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "run_notebook.py"),
+        *(f"{k}={v}" for k, v in settings.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 1
     assert re.search(words, done.stderr, re.S), done.stderr[-2000:]

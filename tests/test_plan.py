@@ -1,4 +1,6 @@
-"""Sections 8, 10 and 11: every way of computing a step is the same training, in real NF4 on the CPU."""
+"""Sections 8, 10 and 11: every way of computing a step is the same training, in real NF4 on the
+CPU.
+"""
 
 import dataclasses
 import itertools
@@ -19,7 +21,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def tiny(dropout=0.0, layers=3, **lora):
-    """A model of Mistral's architecture with random weights, in real NF4 and fp32 compute, with LoRA."""
+    """A model of Mistral's architecture with random weights, in real NF4 and fp32 compute, with
+    LoRA.
+    """
     torch.manual_seed(0)
     config = transformers.MistralConfig(
         vocab_size=512,
@@ -44,7 +48,13 @@ def tiny(dropout=0.0, layers=3, **lora):
         folder, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
     )
     qlora.mend_cpu_gradients(model)
-    recipe = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": TARGETS}
+    recipe = {
+        "task_type": "CAUSAL_LM",
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": dropout,
+        "target_modules": TARGETS,
+    }
     config = peft.LoraConfig(**recipe | lora)
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
@@ -69,12 +79,17 @@ def gradients(model, batch, **kwargs):
     model.train()
     loss = model(**batch, num_items_in_batch=50, **kwargs).loss
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def close(one, other, tolerance):
     norm = sum((a - other[n]).norm() ** 2 for n, a in one.items()) ** 0.5
-    assert one.keys() == other.keys() and norm <= tolerance * sum(a.norm() ** 2 for a in one.values()) ** 0.5
+    assert (
+        one.keys() == other.keys()
+        and norm <= tolerance * sum(a.norm() ** 2 for a in one.values()) ** 0.5
+    )
 
 
 PADDED, FLAT = qlora.Cut(4, False, "sdpa"), qlora.Cut(4, True, "sdpa")
@@ -94,9 +109,14 @@ def test_fused_lora_and_loss_equal_pefts_and_transformers_own():
 def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
     torch.manual_seed(0)
     weight, bias, targets = torch.randn(50, 8), torch.randn(50), torch.randint(50, (10,))
-    found, expected = (torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
+    found, expected = (
+        torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        for _ in "ab"
+    )
     loss = qlora.FrozenHeadLoss.apply(found, weight, bias, targets, logits)
-    wanted = torch.nn.functional.cross_entropy(expected @ weight.t() + bias, targets, reduction="sum")
+    wanted = torch.nn.functional.cross_entropy(
+        expected @ weight.t() + bias, targets, reduction="sum"
+    )
     (2 * loss).backward()
     (2 * wanted).backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -113,7 +133,9 @@ def test_the_frozen_heads_loss_keeps_its_types_in_the_trainers_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         loss = qlora.FrozenHeadLoss.apply(found, weight, None, targets)
     loss.backward()
-    wanted = torch.nn.functional.cross_entropy(expected @ weight.float().t(), targets, reduction="sum")
+    wanted = torch.nn.functional.cross_entropy(
+        expected @ weight.float().t(), targets, reduction="sum"
+    )
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
     assert (found.grad - expected.grad).norm() < 0.01 * expected.grad.norm()
@@ -147,7 +169,10 @@ def test_answers_and_a_switched_off_adapter_use_the_original_code():
         assert torch.equal(model(ids).logits, on) and not torch.equal(on, off)
         with model.disable_adapter():
             assert torch.equal(model.train()(ids).logits, off)
-        assert model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
+        assert model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (
+            1,
+            6,
+        )
 
 
 def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
@@ -167,13 +192,15 @@ def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
 def test_layouts_and_recomputed_layers_give_the_same_gradients(cut, layers):
     model, data = tiny(), list(rows(4))
     qlora.use_fast_kernels(model)
-    one_by_one = [gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row])) for row in data]
+    one_by_one = [
+        gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row])) for row in data
+    ]
     expected = {n: sum(g[n] for _, g in one_by_one) for n in one_by_one[0][1]}
     model.set_attn_implementation(cut.attention)
     qlora.recompute_layers(model, layers)
-    assert [layer.gradient_checkpointing for layer in qlora.checkpointable(model)] == [True] * layers + [False] * (
-        3 - layers
-    )
+    assert [layer.gradient_checkpointing for layer in qlora.checkpointable(model)] == [
+        True
+    ] * layers + [False] * (3 - layers)
     loss, found = gradients(model, qlora.Collator(cut, 2)(data))
     assert loss == pytest.approx(sum(part.item() for part, _ in one_by_one), rel=1e-5)
     close(found, expected, 1e-4)
@@ -183,8 +210,13 @@ def test_rows_end_to_end_do_not_see_each_other_where_the_model_computes_its_loss
     model, data = tiny(), list(rows(4))
     model.config.final_logit_softcapping = 30.0
     assert "trained tokens" not in qlora.use_fast_kernels(model)
-    one_by_one = [gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row]))[0].item() for row in data]
-    assert gradients(model, qlora.Collator(FLAT, 2)(data))[0] == pytest.approx(sum(one_by_one), rel=1e-5)
+    one_by_one = [
+        gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row]))[0].item()
+        for row in data
+    ]
+    assert gradients(model, qlora.Collator(FLAT, 2)(data))[0] == pytest.approx(
+        sum(one_by_one), rel=1e-5
+    )
 
 
 SIZE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -201,8 +233,12 @@ OTHERS = {
 def test_only_models_that_keep_rows_apart_get_them_end_to_end(planning, name):
     torch.manual_seed(0)
     settings, apart = OTHERS[name]
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "query_key_value"]))
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**settings)
+    )
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "query_key_value"])
+    )
     qlora.use_fast_kernels(model)
     plan = qlora.make_plan(planning(), model, rows(40))
     assert any(row["layout"].startswith("end to end") for row in plan.table) == apart
@@ -217,8 +253,12 @@ def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
     assert gradients(model, leaking)[0] != pytest.approx(loss.item(), rel=1e-4)
 
 
-def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """torch's kernel as its page describes it, row by row: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"""
+def varlen_by_hand(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
+):
+    """torch's kernel as its page describes it, row by row:
+    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
+    """
     assert enable_gqa and cu_seq_q is cu_seq_k and max_q == max_k == max(cu_seq_q.diff())
     parts, (back, ahead) = [], window_size
     for start, end in itertools.pairwise(cu_seq_q.tolist()):
@@ -227,7 +267,9 @@ def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale
         at = torch.arange(end - start)
         seen = at[None] - at[:, None] <= ahead
         seen &= (at[:, None] - at[None] <= back) | (back < 0)
-        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale))
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        )
     return torch.cat(parts, 1).transpose(0, 1)
 
 
@@ -241,7 +283,9 @@ def test_the_varlen_kernel_is_asked_for_what_the_model_computes(monkeypatch, win
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     qlora.varlen_options.cache_clear()
     model.set_attn_implementation("varlen")
-    found_loss, found = gradients(model, qlora.Collator(dataclasses.replace(FLAT, attention="varlen"), 2)(data))
+    found_loss, found = gradients(
+        model, qlora.Collator(dataclasses.replace(FLAT, attention="varlen"), 2)(data)
+    )
     assert found_loss == pytest.approx(loss.item(), rel=1e-6)
     close(found, expected, 1e-5)
 
@@ -254,7 +298,9 @@ def test_a_model_whose_attention_the_varlen_kernel_does_not_have_keeps_sdpa(monk
     assert qlora.flat_attention(model) == "sdpa"
 
 
-@pytest.mark.parametrize("cut", [PADDED, FLAT, qlora.Cut(16, True, "sdpa"), qlora.Cut(1, False, "sdpa")])
+@pytest.mark.parametrize(
+    "cut", [PADDED, FLAT, qlora.Cut(16, True, "sdpa"), qlora.Cut(1, False, "sdpa")]
+)
 @pytest.mark.parametrize("n", [37, 32, 5])
 def test_every_cut_holds_the_same_rows_in_each_step(cut, n):
     lengths = [len(row["input_ids"]) for row in rows(n)]
@@ -319,9 +365,15 @@ def train(model, settings, plan, data, folder, **changes):
         use_cpu=True,
         seed=settings.seed,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained("content/model_cache/SmolLM2-135M-Instruct")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        "content/model_cache/SmolLM2-135M-Instruct"
+    )
     trainer = trl.SFTTrainer(
-        model, args, train_dataset=data, data_collator=qlora.Collator(plan.cut, 2), processing_class=tokenizer
+        model,
+        args,
+        train_dataset=data,
+        data_collator=qlora.Collator(plan.cut, 2),
+        processing_class=tokenizer,
     )
     qlora.follow_plan(trainer, plan, settings)
     for name, value in changes.items():
@@ -335,7 +387,9 @@ def plan_for(settings, model, data, cut=None):
     plan = qlora.make_plan(settings, model, data)
     if cut is None:
         return plan
-    return dataclasses.replace(plan, cut=cut, accumulation=settings.effective_batch // cut.micro_batch)
+    return dataclasses.replace(
+        plan, cut=cut, accumulation=settings.effective_batch // cut.micro_batch
+    )
 
 
 CUTS = [
@@ -360,27 +414,41 @@ def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
         close(weights, adapter, 1e-4)
 
 
-def test_steps_without_the_walks_over_all_modules_train_the_same(planning, smollm_path, tmp_path, monkeypatch):
+def test_steps_without_the_walks_over_all_modules_train_the_same(
+    planning, smollm_path, tmp_path, monkeypatch
+):
     cfg, data, results = planning(max_steps=4, lora_dropout=0.1), rows(40), []
     clipped = []
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: clipped.append(clip(*a, **k)) or clipped[-1])
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda *a, **k: clipped.append(clip(*a, **k)) or clipped[-1],
+    )
     for trimmed in (True, False):
         if not trimmed:
             monkeypatch.setattr(qlora, "trim_steps", lambda trainer: None)
         model = tiny(dropout=0.1)
         qlora.use_fast_kernels(model)
         low = {"args": lambda trainer: setattr(trainer.args, "max_grad_norm", 0.2) or trainer.args}
-        results.append(train(model, cfg, plan_for(cfg, model, data, CUTS[1]), data, tmp_path, **low))
-    assert len(clipped) == 8 and min(clipped) > 0.2  # both ways clip, and there is something to clip
+        results.append(
+            train(model, cfg, plan_for(cfg, model, data, CUTS[1]), data, tmp_path, **low)
+        )
+    assert (
+        len(clipped) == 8 and min(clipped) > 0.2
+    )  # both ways clip, and there is something to clip
     assert results[0][0] == results[1][0]
     assert all((results[0][1][name] == weight).all() for name, weight in results[1][1].items())
 
 
 def test_a_step_after_an_evaluation_trains_with_dropout_again():
     inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))
-    wrapped = torch.nn.Sequential(inner)  # as DDP wraps it; the Trainer evaluates the inner model alone
-    trainer = types.SimpleNamespace(model=inner, training_step=lambda model: model.train(), is_fsdp_enabled=True)
+    wrapped = torch.nn.Sequential(
+        inner
+    )  # as DDP wraps it; the Trainer evaluates the inner model alone
+    trainer = types.SimpleNamespace(
+        model=inner, training_step=lambda model: model.train(), is_fsdp_enabled=True
+    )
     qlora.trim_steps(trainer)
     for _ in range(2):
         trainer.training_step(wrapped)
@@ -416,16 +484,22 @@ def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
     assert (plan.steps_per_epoch, plan.steps) == (4, 8)
     assert sum(row["chosen"] for row in plan.table) == 1 and len(plan.table) >= 2
     best = min((r for r in plan.table if r["tokens/s"]), key=lambda r: r["minutes an epoch"])
-    assert best["minutes an epoch"] == next(r for r in plan.table if r["chosen"])["minutes an epoch"]
+    assert (
+        best["minutes an epoch"] == next(r for r in plan.table if r["chosen"])["minutes an epoch"]
+    )
     assert "← chosen" in plan._repr_html_() and str(plan) in plan._repr_html_()
 
 
-def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(planning, capsys, monkeypatch):
+def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
+    planning, capsys, monkeypatch
+):
     model, data, measured, choose = tiny(), rows(40), [], qlora.Trials.choose
     monkeypatch.setattr(qlora.Trials, "choose", lambda self: measured.append(1) or choose(self))
     qlora.use_fast_kernels(model)
     first = qlora.make_plan(planning(), model, data)
-    assert qlora.make_plan(planning(epochs=2), model, data).table == first.table and len(measured) == 1
+    assert (
+        qlora.make_plan(planning(epochs=2), model, data).table == first.table and len(measured) == 1
+    )
     assert "As planned before" in capsys.readouterr().out
     monkeypatch.setattr(qlora, "versions", lambda: {"torch": "9"})
     qlora.make_plan(planning(batch_size=2), model, data)
@@ -436,7 +510,9 @@ def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(plannin
 
 
 @pytest.mark.parametrize("cut", [qlora.Cut(8, False, "sdpa"), qlora.Cut(8, True, "sdpa")])
-def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(planning, smollm_path, tmp_path, capsys, cut):
+def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(
+    planning, smollm_path, tmp_path, capsys, cut
+):
     cfg, data, results = planning(max_steps=4), rows(64), []
 
     def failing(trainer):
@@ -445,7 +521,11 @@ def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(planni
 
         def step(model, inputs, count=None):
             loss = inner(model, inputs, count)
-            many = inputs.get("position_ids", torch.zeros(1, 0)).eq(0).sum() if cut.flat else len(inputs["input_ids"])
+            many = (
+                inputs.get("position_ids", torch.zeros(1, 0)).eq(0).sum()
+                if cut.flat
+                else len(inputs["input_ids"])
+            )
             if many > 2:
                 raise torch.OutOfMemoryError("planted")
             return loss
@@ -457,11 +537,15 @@ def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(planni
     for changes in ({}, {"training_step": failing}):
         model = tiny()
         qlora.use_fast_kernels(model)
-        results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path, **changes))
+        results.append(
+            train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path, **changes)
+        )
     (losses, adapter), (losses_after, adapter_after) = results
     assert losses_after == pytest.approx(losses, abs=1e-5)
     close(adapter_after, adapter, 1e-4)
-    assert capsys.readouterr().out.count("Memory ran out") == 2  # 8 rows to 4, 4 to 2, and never again
+    assert (
+        capsys.readouterr().out.count("Memory ran out") == 2
+    )  # 8 rows to 4, 4 to 2, and never again
 
 
 def test_a_single_row_that_does_not_fit_is_a_clear_error():

@@ -1,4 +1,6 @@
-"""Sections 11 to 14: a run made to overfit, its curves and best epoch; the report; what differs between two runs."""
+"""Sections 11 to 14: a run made to overfit, its curves and best epoch; the report; what differs
+between two runs.
+"""
 
 import json
 import random
@@ -29,7 +31,8 @@ def row(number, words, count):
     return {"prompt": f"Word {number}", "completion": " ".join(dice.choices(words, k=count))}
 
 
-# What is learned first is that an answer has six words; then, wrongly, that three of the words never come.
+# What is learned first is that an answer has six words; then, wrongly, that three of the words
+# never come.
 ROWS = [row(i, WORDS[:3], 6) for i in range(16)] + [row(i, WORDS[3:], 6) for i in range(16, 24)]
 
 
@@ -39,8 +42,13 @@ def teach(base, tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     pad, padding = torch.nn.utils.rnn.pad_sequence, {"input_ids": 0, "labels": -100}
     for _ in range(30):
-        examples = qlora.encode_rows([row(dice.randrange(99), WORDS, 2) for _ in range(16)], tokenizer)
-        ids, labels = (pad([torch.tensor(e[key]) for e in examples], True, fill) for key, fill in padding.items())
+        examples = qlora.encode_rows(
+            [row(dice.randrange(99), WORDS, 2) for _ in range(16)], tokenizer
+        )
+        ids, labels = (
+            pad([torch.tensor(e[key]) for e in examples], True, fill)
+            for key, fill in padding.items()
+        )
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -48,7 +56,9 @@ def teach(base, tokenizer):
 
 
 def train(folder, base, tokenizer, **changes):
-    """An adapter that learns 16 rows by heart: eight epochs at a high rate, validated on eight others."""
+    """An adapter that learns 16 rows by heart: eight epochs at a high rate, validated on eight
+    others.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     torch.manual_seed(0)
@@ -76,9 +86,13 @@ def train(folder, base, tokenizer, **changes):
     }
     data = {"train_dataset": rows[:16], "eval_dataset": rows[16:]}
     data = {name: datasets.Dataset.from_list(part) for name, part in data.items()}
-    trainer = trl.SFTTrainer(model, trl.SFTConfig(**options | changes), processing_class=tokenizer, **data)
+    trainer = trl.SFTTrainer(
+        model, trl.SFTConfig(**options | changes), processing_class=tokenizer, **data
+    )
     qlora.adapter_to_fp32(model)
-    sampler = qlora.StepSampler([len(row["input_ids"]) for row in rows[:16]], 4, 0, qlora.Cut(4, False, "sdpa"))
+    sampler = qlora.StepSampler(
+        [len(row["input_ids"]) for row in rows[:16]], 4, 0, qlora.Cut(4, False, "sdpa")
+    )
     trainer._get_train_sampler = lambda *_: sampler
     qlora.log_speed(trainer)
     return model, trainer, rows
@@ -101,7 +115,9 @@ def test_keep_best_keeps_the_epoch_with_the_lowest_validation_loss(overfitted):
     assert 0 < best < 7 and losses[-1] > 1.03 * losses[best]  # it did learn, and it did overfit
     assert qlora.validation_loss(model, rows[16:]) == pytest.approx(losses[best], rel=0.02)
     said = qlora.what_it_learned(trainer.state.log_history, True)
-    assert said.startswith(f"Overfitting: validation loss rose after epoch {best + 1}, from {losses[best]:.3f} to ")
+    assert said.startswith(
+        f"Overfitting: validation loss rose after epoch {best + 1}, from {losses[best]:.3f} to "
+    )
     assert said.endswith(f"; epoch {best + 1} is kept.")
 
 
@@ -116,20 +132,34 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(overfitted, tmp_path, mi
 
 
 def log_of(*losses):
-    return [{"step": epoch, "epoch": float(epoch), "eval_loss": loss} for epoch, loss in enumerate(losses)]
+    return [
+        {"step": epoch, "epoch": float(epoch), "eval_loss": loss}
+        for epoch, loss in enumerate(losses)
+    ]
 
 
 @pytest.mark.parametrize(
     ("losses", "keep_best", "said"),
     [
-        ((6, 2, 1.5), True, "Validation loss was lowest at the end: 1.500 after epoch 2, which is kept."),
+        (
+            (6, 2, 1.5),
+            True,
+            "Validation loss was lowest at the end: 1.500 after epoch 2, which is kept.",
+        ),
         (
             (6, 2, 1.5, 3),
             True,
-            "Overfitting: validation loss rose after epoch 2, from 1.500 to 3.000; epoch 2 is kept.",
+            (
+                "Overfitting: validation loss rose after epoch 2, from 1.500 to 3.000; epoch 2 is "
+                "kept."
+            ),
         ),
         ((6, 2, 3), False, "Overfitting: .*; epoch 2 is kept, because keep_best is off."),
-        ((2, 6, 7), True, "Nothing was learned: validation loss never fell below 2.000. Lower learning_rate."),
+        (
+            (2, 6, 7),
+            True,
+            "Nothing was learned: validation loss never fell below 2.000. Lower learning_rate.",
+        ),
         ((), True, "No validation loss was measured."),
     ],
 )
@@ -143,13 +173,24 @@ def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
     for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
         steps, values = qlora.history(trainer.state.log_history, name)
         assert steps == list(range(1, 33)) and all(value >= 0 for value in values)
-        assert [event.value for event in board.Scalars(f"train/{name}")] == pytest.approx(values, rel=1e-3)
+        assert [event.value for event in board.Scalars(f"train/{name}")] == pytest.approx(
+            values, rel=1e-3
+        )
     assert len(board.Scalars("eval/loss")) == 9
     # Each step's own tokens over its speed are its seconds; the steps take less than the whole run.
-    tokens = [sum(len(rows[n]["input_ids"]) for n in step) for e in range(8) for step in sampler_of(trainer).steps(e)]
+    tokens = [
+        sum(len(rows[n]["input_ids"]) for n in step)
+        for e in range(8)
+        for step in sampler_of(trainer).steps(e)
+    ]
     speeds = qlora.history(trainer.state.log_history, "tokens_per_second")[1]
     seconds = sum(many / speed for many, speed in zip(tokens, speeds, strict=True))
-    assert 0.1 < seconds / next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e) < 1.01
+    assert (
+        0.1
+        < seconds
+        / next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e)
+        < 1.01
+    )
 
 
 def sampler_of(trainer):
@@ -157,23 +198,36 @@ def sampler_of(trainer):
 
 
 def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epochs(monkeypatch):
-    sampler, clock = qlora.StepSampler([10, 20, 30, 40, 50], 2, 0, PLAN.cut), iter(range(0, 1000, 2))
-    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[]), _get_train_sampler=lambda *_: sampler)
+    sampler, clock = (
+        qlora.StepSampler([10, 20, 30, 40, 50], 2, 0, PLAN.cut),
+        iter(range(0, 1000, 2)),
+    )
+    trainer = SimpleNamespace(
+        callback_handler=SimpleNamespace(callbacks=[]), _get_train_sampler=lambda *_: sampler
+    )
     monkeypatch.setattr(qlora, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     qlora.log_speed(trainer)
     (speed,), found = trainer.callback_handler.callbacks, []
     for epoch in range(2):
         speed.on_epoch_begin()
         for step in range(1, 4):
-            state, logs = SimpleNamespace(global_step=3 * epoch + step, log_history=[{}]), {"loss": 1.0}
+            state, logs = (
+                SimpleNamespace(global_step=3 * epoch + step, log_history=[{}]),
+                {"loss": 1.0},
+            )
             speed.on_step_end(None, state)
             speed.on_log(None, state, None, logs=logs)
             found.append(logs["tokens_per_second"])
         speed.on_epoch_end()
         list(zip(range(9), clock, strict=False))  # an evaluation
-    tokens = [sum(sampler.lengths[row] for row in rows) for epoch in range(2) for rows in sampler.steps(epoch)]
+    tokens = [
+        sum(sampler.lengths[row] for row in rows)
+        for epoch in range(2)
+        for rows in sampler.steps(epoch)
+    ]
     assert tokens[2] in sampler.lengths  # the last step of an epoch has one row
-    # Two seconds a step; the first of an epoch also has the two between the last log and the epoch's end.
+    # Two seconds a step; the first of an epoch also has the two between the last log and the
+    # epoch's end.
     assert found == [n / seconds for n, seconds in zip(tokens, [2, 2, 2, 4, 2, 2], strict=True)]
 
 
@@ -194,7 +248,9 @@ def reported(overfitted, settings, tmp_path):
         (cfg.final_model / "adapter_model.safetensors").write_bytes(b"adapter")
         log = trainer.state.log_history
         rows = [{"prompt": EVIL, "completion": EVIL}, ROWS[0]]
-        table = qlora.compare(rows, [qlora.Answer(EVIL, False)] * 2, [qlora.Answer(answer, True)] * 2)
+        table = qlora.compare(
+            rows, [qlora.Answer(EVIL, False)] * 2, [qlora.Answer(answer, True)] * 2
+        )
         run = qlora.manifest(cfg, trainer, PLAN, qlora.scores(table, {"before": 9.0, "after": 1.5}))
         qlora.plot_curves(log, cfg.run_dir / "curves.png", cfg.run_name)
         page = qlora.write_report(cfg, run, table, log, {"train": 16, "validation": 8})
@@ -205,7 +261,9 @@ def reported(overfitted, settings, tmp_path):
 def test_run_json_holds_all_that_made_the_run(reported):
     run = reported[1][2]
     assert (
-        run["settings"]["lora_r"] == 16 and run["plan"]["steps"] == 18 and run["data"] == {"train": 16, "validation": 8}
+        run["settings"]["lora_r"] == 16
+        and run["plan"]["steps"] == 18
+        and run["data"] == {"train": 16, "validation": 8}
     )
     assert run["results"]["after"] == {
         "exact_match": 0.5,
@@ -214,7 +272,9 @@ def test_run_json_holds_all_that_made_the_run(reported):
         "validation_loss": 1.5,
         "perplexity": pytest.approx(4.4817, abs=1e-4),
     }
-    assert run["versions"]["torch"] == torch.__version__ and run["device"] and "base_revision" in run
+    assert (
+        run["versions"]["torch"] == torch.__version__ and run["device"] and "base_revision" in run
+    )
     assert run["sha256"]["adapter_model.safetensors"] == sha256(b"adapter").hexdigest()
     assert len(run["sha256"]["rows.jsonl"]) == 64 and len(run["answers"]) == 2
     assert len([entry for entry in run["log"] if "eval_loss" in entry]) == 9
@@ -246,7 +306,11 @@ def test_the_report_is_one_page_that_asks_for_nothing_else(reported):
         assert f"<h2>{title}</h2>" in page
     found = Tags()
     found.feed(page)
-    loads = [value for tag, name, value in found.attributes if name in ("src", "href", "srcset", "data", "action")]
+    loads = [
+        value
+        for tag, name, value in found.attributes
+        if name in ("src", "href", "srcset", "data", "action")
+    ]
     assert [value[:22] for value in loads] == ["data:image/png;base64,"]
     assert "script" not in found.names and "link" not in found.names
     assert not re.search(r"url\(|@import", page)
@@ -256,10 +320,20 @@ def test_the_report_is_one_page_that_asks_for_nothing_else(reported):
 
 @pytest.mark.skipif(not which("chromium"), reason="needs Chromium")
 def test_a_browser_draws_the_report_without_the_network(reported, tmp_path):
-    script = "<script>onload = () => document.body.append(`drawn ${document.images[0].naturalWidth} ${document.title}`)"
+    script = (
+        "<script>onload = () => document.body.append(`drawn "
+        "${document.images[0].naturalWidth} ${document.title}`)"
+    )
     page = tmp_path / "page.html"
     page.write_text(reported[1][1].read_text() + script + "</script>")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--host-rules=MAP * ~NOTFOUND"]
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        "--host-rules=MAP * ~NOTFOUND",
+    ]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
     assert re.search(r"drawn 15\d\d rank-16", done.stdout), done.stderr[-1000:]
 
@@ -268,5 +342,10 @@ def test_two_runs_are_compared_by_what_differs(reported):
     (one, *_), (other, *_) = reported
     table = qlora.compare_runs(one.run_dir, other.run_dir)
     assert list(table.columns) == ["rank-8", "rank-16"]
-    assert set(table.index) == {"settings.run_name", "settings.lora_r", "results.after.exact_match", "results.after.f1"}
+    assert set(table.index) == {
+        "settings.run_name",
+        "settings.lora_r",
+        "results.after.exact_match",
+        "results.after.f1",
+    }
     assert list(table.loc["settings.lora_r"]) == [8, 16] and isinstance(table, pandas.DataFrame)

@@ -1,4 +1,6 @@
-"""Sections 4 and 14: asked early, saved here first, then pushed to a real HTTP server that stands in for the Hub."""
+"""Sections 4 and 14: asked early, saved here first, then pushed to a real HTTP server that stands
+in for the Hub.
+"""
 
 import dataclasses
 import json
@@ -19,29 +21,38 @@ import qlora_helpers as qlora
 
 TOKEN = "hf_" + "s3cret" * 5
 RESULT = {"rows": 2} | {
-    when: {"exact_match": 0.0, "stopped": 1.0, "validation_loss": 2.0} for when in ("before", "after")
+    when: {"exact_match": 0.0, "stopped": 1.0, "validation_loss": 2.0}
+    for when in ("before", "after")
 }
 PLAN = qlora.Plan(qlora.Cut(2, False, "sdpa"), 1, 1, 5, 1, 1, 100.0, 9.0, 1.0, "as set", [])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, settings, smollm_path, smollm_tokenizer):
-    """A trained adapter (its weights set by hand) saved the notebook's way: settings, model, backup."""
+    """A trained adapter (its weights set by hand) saved the notebook's way: settings, model,
+    backup.
+    """
     import peft
     import transformers
 
     root = tmp_path_factory.mktemp("outputs")
     cfg = settings(base_model="embedded", run_name="save-test", output_dir=str(root))
     base = transformers.AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32)
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     data = datasets.Dataset.from_list([qlora.encode_example(smollm_tokenizer, "Hello", "Hi")])
-    trainer = types.SimpleNamespace(model=model, train_dataset=data, state=transformers.TrainerState(global_step=5))
+    trainer = types.SimpleNamespace(
+        model=model, train_dataset=data, state=transformers.TrainerState(global_step=5)
+    )
     run = qlora.manifest(cfg, trainer, PLAN, RESULT)
-    backup = qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, qlora.model_card(cfg, run), run)
+    backup = qlora.save_adapter(
+        model, smollm_tokenizer, cfg.final_model, qlora.model_card(cfg, run), run
+    )
     return cfg, model, backup
 
 
@@ -58,7 +69,9 @@ def test_what_is_saved_answers_as_what_was_trained(saved, smollm_path, smollm_to
     chat = [{"role": "user", "content": "Hello"}]
     tokenizer = AutoTokenizer.from_pretrained(cfg.final_model)
     assert (
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         == ids[0].tolist()
     )
 
@@ -83,7 +96,9 @@ def test_a_save_that_dies_leaves_the_earlier_adapter_whole(saved, smollm_tokeniz
     cfg, model, _ = saved
     before = load_file(cfg.final_model / "adapter_model.safetensors")
     monkeypatch.setattr(
-        type(smollm_tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        type(smollm_tokenizer),
+        "save_pretrained",
+        lambda *_: (_ for _ in ()).throw(OSError("disk full")),
     )
     with pytest.raises(OSError, match="disk full"):
         qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, "", {})
@@ -92,31 +107,48 @@ def test_a_save_that_dies_leaves_the_earlier_adapter_whole(saved, smollm_tokeniz
 
 
 def in_fresh_process(code: str, hub: Hub, **environment: str) -> str:
-    """Output of `code` in a new Python whose Hub is the stand-in (the address is read at import)."""
+    """Output of `code` in a new Python whose Hub is the stand-in (read at import)."""
     environment = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | environment
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    environment |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
 def call(function: str, cfg: qlora.Settings) -> str:
-    return f"import qlora_helpers as q\nprint(q.{function}(q.Settings(**{cfg.model_dump()!r}), {TOKEN!r}))"
+    return (
+        f"import qlora_helpers as q\nprint(q.{function}(q.Settings(**{cfg.model_dump()!r}), "
+        f"{TOKEN!r}))"
+    )
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(saved, smollm_tokenizer):
     cfg, model, _ = saved
-    weight, before = next(p for p in model.parameters() if p.requires_grad), qlora.checksums(cfg.final_model)
+    weight, before = (
+        next(p for p in model.parameters() if p.requires_grad),
+        qlora.checksums(cfg.final_model),
+    )
     kept = weight.data[0, 0].clone()
     weight.data[0, 0] = float("inf")
-    with pytest.raises(qlora.UserError, match="The adapter is not saved: 1 of its matrices hold NaN or infinity"):
+    with pytest.raises(
+        qlora.UserError, match="The adapter is not saved: 1 of its matrices hold NaN or infinity"
+    ):
         qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, "", {})
     weight.data[0, 0] = kept
     assert qlora.checksums(cfg.final_model) == before
 
 
 FINE = {"role": "fineGrained", "fineGrained": {"scoped": []}}
-SCOPED = {"entity": {"type": "user", "name": "ada"}, "permissions": ["repo.content.read", "repo.write"]}
+SCOPED = {
+    "entity": {"type": "user", "name": "ada"},
+    "permissions": ["repo.content.read", "repo.write"],
+}
 WRITES = {"role": "fineGrained", "fineGrained": {"scoped": [SCOPED]}}
 
 
@@ -124,16 +156,41 @@ WRITES = {"role": "fineGrained", "fineGrained": {"scoped": [SCOPED]}}
     ("user", "target", "refuse", "line"),
     [
         ({}, "", {}, "('✓', 'will push to ada/mistral-qlora, a new repository (private)')"),
-        ({}, "ada/mine", {}, "('!', 'will push to ada/mine, which exists (private): its files are replaced')"),
+        (
+            {},
+            "ada/mine",
+            {},
+            "('!', 'will push to ada/mine, which exists (private): its files are replaced')",
+        ),
         ({}, "ada/open", {}, "('✗', 'ada/open exists and is PUBLIC: choose another hub_repo"),
         ({}, "lab/x", {}, "('✗', \"hub_repo = 'lab/x': ada may not write to lab"),
-        ({"orgs": [{"name": "lab", "roleInOrg": "read"}]}, "lab/x", {}, "('✗', \"hub_repo = 'lab/x': ada may not"),
-        ({"orgs": [{"name": "lab", "roleInOrg": "write"}]}, "lab/x", {}, "('✓', 'will push to lab/x, a new"),
+        (
+            {"orgs": [{"name": "lab", "roleInOrg": "read"}]},
+            "lab/x",
+            {},
+            "('✗', \"hub_repo = 'lab/x': ada may not",
+        ),
+        (
+            {"orgs": [{"name": "lab", "roleInOrg": "write"}]},
+            "lab/x",
+            {},
+            "('✓', 'will push to lab/x, a new",
+        ),
         ({"auth": {"accessToken": {"role": "read"}}}, "", {}, "('✗', 'this token can only read"),
-        ({"auth": {"accessToken": FINE}}, "", {}, "('!', \"this fine-grained token does not list write access to ada"),
+        (
+            {"auth": {"accessToken": FINE}},
+            "",
+            {},
+            "('!', \"this fine-grained token does not list write access to ada",
+        ),
         ({"auth": {"accessToken": WRITES}}, "", {}, "('✓', 'will push to ada/mistral-qlora"),
         ({}, "", {"whoami": (401,)}, "('✗', 'the Hub refuses this token"),
-        ({}, "", {"whoami": (503,)}, "('?', 'the Hub answered 503: pushing will be tried after training"),
+        (
+            {},
+            "",
+            {"whoami": (503,)},
+            "('?', 'the Hub answered 503: pushing will be tried after training",
+        ),
     ],
 )
 def test_token_and_target_are_tried_before_training(settings, user, target, refuse, line):
@@ -166,7 +223,9 @@ def test_preflight_tells_every_failure_at_once(settings, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "! a run named mistral-qlora is finished already" in shown
     assert "✗ push_to_hub is on but there is no token" in shown
-    assert "✗ backup_to = 'drive', but there is no " in shown and "backup_to = 'drive'" in str(error.value)
+    assert "✗ backup_to = 'drive', but there is no " in shown and "backup_to = 'drive'" in str(
+        error.value
+    )
     assert "✓ base model" in shown
 
 
@@ -184,12 +243,22 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
 
 
 def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings, tmp_path):
-    files = {"model-1.safetensors": b"x" * 2**20, "consolidated.safetensors": b"x" * 2**21, "config.json": b"{}"}
+    files = {
+        "model-1.safetensors": b"x" * 2**20,
+        "consolidated.safetensors": b"x" * 2**21,
+        "config.json": b"{}",
+    }
     cfg = settings(model_cache=str(tmp_path))
     with Hub() as hub:
         hub.repos[cfg.base_model], hub.files[cfg.base_model] = {"private": False}, files
-        (blobs := tmp_path / "models--mistralai--Mistral-7B-Instruct-v0.3" / "blobs").mkdir(parents=True)
+        (blobs := tmp_path / "models--mistralai--Mistral-7B-Instruct-v0.3" / "blobs").mkdir(
+            parents=True
+        )
         (blobs / "half").write_bytes(b"x" * 2**19)
-        assert in_fresh_process(call("base_model_gb", cfg), hub).strip() == str((2**-10, 2**-11, "as the Hub says"))
+        assert in_fresh_process(call("base_model_gb", cfg), hub).strip() == str(
+            (2**-10, 2**-11, "as the Hub says")
+        )
         hub.refuse["/api/models/"] = (500,)
-        assert "(14.5, 14.49951171875, 'taking it for a 7B model" in in_fresh_process(call("base_model_gb", cfg), hub)
+        assert "(14.5, 14.49951171875, 'taking it for a 7B model" in in_fresh_process(
+            call("base_model_gb", cfg), hub
+        )

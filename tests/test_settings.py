@@ -35,7 +35,25 @@ def test_every_setting_of_the_cell_is_checked_and_none_is_unknown(defaults):
 
 
 @pytest.mark.parametrize(
-    "name", ["../up", "..", ".", "", "a/b", "/etc", "a\\b", "a..b", "-a", "a-", ".a", "a b", "a\n", "é", "a" * 97, "~"]
+    "name",
+    [
+        "../up",
+        "..",
+        ".",
+        "",
+        "a/b",
+        "/etc",
+        "a\\b",
+        "a..b",
+        "-a",
+        "a-",
+        ".a",
+        "a b",
+        "a\n",
+        "é",
+        "a" * 97,
+        "~",
+    ],
 )
 def test_a_run_name_cannot_leave_the_outputs_folder(settings, name):
     with pytest.raises(qlora.UserError, match="run_name = "):
@@ -50,7 +68,13 @@ def test_ordinary_run_names_are_folders_of_the_outputs_folder(settings, name):
 
 
 def test_all_mistakes_are_told_at_once_and_without_a_traceback(settings):
-    wrong = {"lora_r": 0, "learning_rate": "1e-4", "bf16": "yes", "epochs": float("nan"), "batch_size": True}
+    wrong = {
+        "lora_r": 0,
+        "learning_rate": "1e-4",
+        "bf16": "yes",
+        "epochs": float("nan"),
+        "batch_size": True,
+    }
     with pytest.raises(qlora.UserError) as caught:
         settings(**wrong, hub_repo="a/b/c")
     shown = "\n".join(caught.value._render_traceback_())
@@ -84,9 +108,16 @@ def test_content_moves_beside_the_notebook_outside_colab(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("capability", "setting", "precision"),
-    [((7, 5), "auto", "fp16"), ((8, 0), "auto", "bf16"), ((9, 0), True, "bf16"), ((9, 0), False, "fp16")],
+    [
+        ((7, 5), "auto", "fp16"),
+        ((8, 0), "auto", "bf16"),
+        ((9, 0), True, "bf16"),
+        ((9, 0), False, "fp16"),
+    ],
 )
-def test_a_t4_computes_in_fp16_though_torch_says_it_has_bf16(monkeypatch, capability, setting, precision):
+def test_a_t4_computes_in_fp16_though_torch_says_it_has_bf16(
+    monkeypatch, capability, setting, precision
+):
     card(monkeypatch, capability)
     assert qlora.resolve_precision(setting)[0] == precision
 

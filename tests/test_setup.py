@@ -19,8 +19,12 @@ def wheel(folder, name, version, requires=()):
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
         archive.writestr(f"{name}/__init__.py", "")
         needs = "".join(f"Requires-Dist: {need}\n" for need in requires)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
 
 
@@ -33,7 +37,17 @@ def shelf(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     yield tmp_path
-    pip = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "qlora_probe", "torchao", *GPU]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "uninstall",
+        "--quiet",
+        "--yes",
+        "qlora_probe",
+        "torchao",
+        *GPU,
+    ]
     subprocess.run(pip, check=True, capture_output=True)
 
 
@@ -56,9 +70,9 @@ def test_nothing_is_installed_when_nothing_is_missing(monkeypatch):
 
 def test_only_what_is_missing_is_installed(shelf):
     wheel(shelf, "qlora_probe", "1.5")
-    assert qlora.install_missing(ask(shelf, "numpy>=1  # a comment", "", "qlora_probe>=1.2,<2")) == [
-        "qlora_probe>=1.2,<2"
-    ]
+    assert qlora.install_missing(
+        ask(shelf, "numpy>=1  # a comment", "", "qlora_probe>=1.2,<2")
+    ) == ["qlora_probe>=1.2,<2"]
     assert installed("qlora_probe") == "1.5"
     assert qlora.install_missing(ask(shelf, "qlora_probe>=1.2,<2")) == []
 
@@ -75,7 +89,10 @@ def test_a_machine_with_a_gpu_gets_its_kernels_too(shelf, monkeypatch):
 
 def test_the_processes_of_a_launch_install_one_after_the_other(shelf):
     wheel(shelf, "qlora_probe", "1.5")
-    code = f"import qlora_helpers as q; print(len(q.install_missing({str(ask(shelf, 'qlora_probe'))!r})))"
+    code = (
+        "import qlora_helpers as q; "
+        f"print(len(q.install_missing({str(ask(shelf, 'qlora_probe'))!r})))"
+    )
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -95,7 +112,8 @@ def test_without_torch_at_first_the_module_is_whole_after_the_install(shelf):
         "import sys; sys.modules['torch'] = None\n"
         "import qlora_helpers as qlora\n"
         "assert not hasattr(qlora.LoraMatmul, 'apply'); del sys.modules['torch']\n"
-        f"qlora.install_missing({str(ask(shelf, 'qlora_probe'))!r}); qlora.LoraMatmul.apply, qlora.FrozenHeadLoss.apply"
+        f"qlora.install_missing({str(ask(shelf, 'qlora_probe'))!r}); qlora.LoraMatmul.apply, "
+        "qlora.FrozenHeadLoss.apply"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=qlora.Path(qlora.__file__).parent)
 
@@ -106,7 +124,9 @@ def test_a_package_that_the_kernel_has_loaded_is_never_replaced(shelf):
     before = installed("numpy")
     wheel(shelf, "numpy", "99.0")
     wheel(shelf, "qlora_probe", "1.5", requires=["numpy>=99"])
-    with pytest.raises(qlora.UserError, match=r"(?s)pip install .*numpy.*restart the kernel, Run all"):
+    with pytest.raises(
+        qlora.UserError, match=r"(?s)pip install .*numpy.*restart the kernel, Run all"
+    ):
         qlora.install_missing(ask(shelf, "qlora_probe"))
     assert installed("numpy") == before and installed("qlora_probe") is None
 
@@ -141,6 +161,10 @@ def test_the_torchao_that_breaks_merging_is_removed(shelf):
 )
 def test_one_process_sees_one_gpu(before, after):
     code = "import os, qlora_helpers; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
-    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK")} | before
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK")
+    } | before
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == str(after)

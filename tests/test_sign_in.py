@@ -1,4 +1,6 @@
-"""Section 3: where the token comes from. Colab and Kaggle are stood in for by modules with their exceptions."""
+"""Section 3: where the token comes from. Colab and Kaggle are stood in for by modules with their
+exceptions.
+"""
 
 import getpass
 import os
@@ -92,12 +94,16 @@ def test_nobody_is_asked_for_a_token_that_is_not_needed(monkeypatch, capsys):
     assert "public and local base models work" in capsys.readouterr().out
 
 
-def test_drive_is_mounted_on_colab_only_where_copies_go_there(colab, monkeypatch, notebook, settings):
+def test_drive_is_mounted_on_colab_only_where_copies_go_there(
+    colab, monkeypatch, notebook, settings
+):
     colab(TOKEN)
     mounted = []
     drive = types.SimpleNamespace(mount=mounted.append)
     monkeypatch.setattr(sys.modules["google.colab"], "drive", drive, raising=False)
-    cell = next("".join(c["source"]) for c in notebook["cells"] if "sign_in(" in "".join(c["source"]))
+    cell = next(
+        "".join(c["source"]) for c in notebook["cells"] if "sign_in(" in "".join(c["source"])
+    )
     for backup_to in ("none", "hub", "drive"):
         exec(cell, {"qlora": qlora, "cfg": settings(backup_to=backup_to)})
     assert mounted == ["/content/drive"]

@@ -28,7 +28,7 @@ def deepseek_tokenizer():
 
 @pytest.fixture(params=["mistral", "smollm", "deepseek"])
 def tokenizer(request):
-    """Each real tokenizer in turn: one that adds BOS (SentencePiece), two that do not (byte level)."""
+    """Each real tokenizer in turn: one adds BOS (SentencePiece), two do not (byte level)."""
     return request.getfixturevalue(f"{request.param}_tokenizer")
 
 
@@ -55,7 +55,9 @@ CONTROL = [
     "<|endoftext|>",
 ]
 TEXT = st.lists(
-    st.one_of(st.text(max_size=12), st.sampled_from([*CONTROL, "\n\n", " ", "### End", "### Answer:"]))
+    st.one_of(
+        st.text(max_size=12), st.sampled_from([*CONTROL, "\n\n", " ", "### End", "### Answer:"])
+    )
 ).map("".join)
 many = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -70,7 +72,9 @@ def test_the_built_tokenizer_is_mistrals(mistral_tokenizer, text):
 
 
 def test_the_built_tokenizer_renders_mistral_commons_chat(mistral_tokenizer):
-    request = ChatCompletionRequest(messages=[UserMessage(content="What is the capital of France?")])
+    request = ChatCompletionRequest(
+        messages=[UserMessage(content="What is the capital of France?")]
+    )
     ids = MistralTokenizer.v3().encode_chat_completion(request).tokens
     assert mistral_tokenizer("[INST] What is the capital of France?[/INST]")["input_ids"] == ids
 
@@ -129,8 +133,13 @@ def test_mistral_adds_bos_and_smollm_does_not(mistral_tokenizer, smollm_tokenize
 def test_the_chat_template_renders_the_very_ids_that_were_trained(tokenizer):
     prompt, completion = "Say \"hi\"\n\\n {{ braces }} 'quotes'", "hi {% raw %}\n"
     tokenizer.chat_template = qlora.chat_template(tokenizer)
-    user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
-    start = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=True)["input_ids"]
+    user, assistant = (
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    )
+    start = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     whole = tokenizer.apply_chat_template([user, assistant], return_dict=True)["input_ids"]
     assert start == qlora.encode_prompt(tokenizer, prompt)
     assert whole == qlora.encode_example(tokenizer, prompt, completion)["input_ids"]
@@ -145,12 +154,17 @@ def test_the_chat_template_writes_a_conversation_as_the_reader_does(tokenizer):
         prompt, completion = qlora.read_turns(messages)
         whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         assert whole == qlora.encode_example(tokenizer, prompt, completion)["input_ids"]
-        asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        asked = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
         assert asked == qlora.encode_prompt(tokenizer, prompt)
 
 
 ROWS = [
-    {"prompt": f"Question {n} with </s><s>[INST]<|im_end|><|im_start|> in it", "completion": f"answer {n} " * (n + 1)}
+    {
+        "prompt": f"Question {n} with </s><s>[INST]<|im_end|><|im_start|> in it",
+        "completion": f"answer {n} " * (n + 1),
+    }
     for n in range(40)
 ]
 
@@ -166,15 +180,26 @@ def test_rows_are_encoded_with_the_loss_that_was_asked_for(tokenizer, capsys):
     said = qlora.audit_labels(whole, tokenizer, completion_only_loss=False)
     begin = "one" if qlora.adds_bos(tokenizer) else "no"
     assert said.startswith(f"Audited all 40 rows: {begin} BOS, every token trained, EOS last")
-    with pytest.raises(qlora.UserError, match=r"40 of 40 rows would mis-train(.|\n)*row 1 has a label on its prompt"):
+    with pytest.raises(
+        qlora.UserError,
+        match=r"40 of 40 rows would mis-train(.|\n)*row 1 has a label on its prompt",
+    ):
         qlora.audit_labels(whole, tokenizer)
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
-def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(tokenizer, cfg, capsys, too_long):
+def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(
+    tokenizer, cfg, capsys, too_long
+):
     words = " ".join(f"word{n}" for n in range(99))
-    rows = [*ROWS[:8], {"prompt": words, "completion": "short"}, {"prompt": "short", "completion": words}]
-    rows = qlora.encode_rows([{"where": f"a.jsonl:{n}"} | row for n, row in enumerate(rows, 1)], tokenizer)
+    rows = [
+        *ROWS[:8],
+        {"prompt": words, "completion": "short"},
+        {"prompt": "short", "completion": words},
+    ]
+    rows = qlora.encode_rows(
+        [{"where": f"a.jsonl:{n}"} | row for n, row in enumerate(rows, 1)], tokenizer
+    )
     kept = qlora.fit_length(rows, tokenizer, cfg(max_length=100, too_long=too_long))
     out = capsys.readouterr().out
     qlora.audit_labels(kept, tokenizer)
@@ -192,7 +217,9 @@ def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(tokenizer, 
 
 def test_a_long_row_can_stop_the_run(tokenizer, cfg):
     rows = qlora.encode_rows(ROWS, tokenizer)
-    with pytest.raises(qlora.UserError, match=r"1 of 40 rows are longer .*: row 40\n.*\n.*or set too_long = 'drop'"):
+    with pytest.raises(
+        qlora.UserError, match=r"1 of 40 rows are longer .*: row 40\n.*\n.*or set too_long = 'drop'"
+    ):
         qlora.fit_length(rows, tokenizer, cfg(max_length=rows["length"][38], too_long="stop"))
 
 
@@ -259,12 +286,20 @@ def cut_off(tokenizer, ids, labels):
 
 
 def boundary_merged():
-    """A prompt that ends in the space, masked by its own length: the first word of the answer goes untrained."""
+    """A prompt that ends in the space, masked by its own length: the first word of the answer goes
+    untrained.
+    """
 
     def broken(tokenizer, prompts, completions, *_):
-        texts = [f"### Question: {p}\n\n### Answer: {c}\n\n### End" for p, c in zip(prompts, completions, strict=True)]
+        texts = [
+            f"### Question: {p}\n\n### Answer: {c}\n\n### End"
+            for p, c in zip(prompts, completions, strict=True)
+        ]
         begin = [tokenizer.bos_token_id] if qlora.adds_bos(tokenizer) else []
-        ids = [[*begin, *ids, tokenizer.eos_token_id] for ids in (e.ids for e in qlora.tokenize(tokenizer, texts))]
+        ids = [
+            [*begin, *ids, tokenizer.eos_token_id]
+            for ids in (e.ids for e in qlora.tokenize(tokenizer, texts))
+        ]
         masked = map(len, qlora.encode_prompts(tokenizer, prompts))
         labels = [[-100] * n + row[n:] for n, row in zip(masked, ids, strict=True)]
         return {"input_ids": ids, "labels": labels, "length": list(map(len, ids))}
@@ -274,7 +309,11 @@ def boundary_merged():
 
 def control_injected():
     """Text may become control tokens, as it does by the tokenizers' defaults."""
-    return {"tokenize": lambda tokenizer, texts, **_: tokenizer(texts, add_special_tokens=False).encodings}
+    return {
+        "tokenize": lambda tokenizer, texts, **_: (
+            tokenizer(texts, add_special_tokens=False).encodings
+        )
+    }
 
 
 @pytest.mark.parametrize(
@@ -294,12 +333,18 @@ def control_injected():
     ],
 )
 def test_the_audit_finds_each_planted_defect(tokenizer, monkeypatch, defect, words):
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": f"{tokenizer.eos_token}", "completion": "b"}]
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": f"{tokenizer.eos_token}", "completion": "b"},
+    ]
     qlora.audit_labels(qlora.encode_rows(rows, tokenizer), tokenizer)
-    for name, broken in (defect() if defect in (boundary_merged, control_injected) else edited(defect)).items():
+    for name, broken in (
+        defect() if defect in (boundary_merged, control_injected) else edited(defect)
+    ).items():
         monkeypatch.setattr(qlora, name, broken)
     with pytest.raises(
-        qlora.UserError, match=rf"of 2 rows would mis-train; nothing was trained:\n(.|\n)*row 2 {words}"
+        qlora.UserError,
+        match=rf"of 2 rows would mis-train; nothing was trained:\n(.|\n)*row 2 {words}",
     ):
         qlora.audit_labels(qlora.encode_rows(rows, tokenizer), tokenizer)
 
@@ -308,7 +353,9 @@ def test_one_bad_row_among_good_ones_is_named(tokenizer):
     rows = qlora.encode_rows(ROWS, tokenizer).to_list()
     rows[30]["labels"][-1] = -100
     rows[30]["where"] = "mine.jsonl:77"
-    with pytest.raises(qlora.UserError, match=r"1 of 40 rows would mis-train(.|\n)*mine.jsonl:77 has an EOS"):
+    with pytest.raises(
+        qlora.UserError, match=r"1 of 40 rows would mis-train(.|\n)*mine.jsonl:77 has an EOS"
+    ):
         qlora.audit_labels(Dataset.from_list(rows), tokenizer)
 
 
@@ -320,9 +367,13 @@ def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
     file = tmp_path / "rows.jsonl"
 
     def encode(text, tokenizer, *loss):
-        file.write_text("".join(json.dumps({"prompt": p, "completion": text}) + "\n" for p in "abc"))
+        file.write_text(
+            "".join(json.dumps({"prompt": p, "completion": text}) + "\n" for p in "abc")
+        )
         calls.clear()
-        rows = qlora.encode_rows(qlora.read_rows(cfg(data_files=str(file), output_dir=str(tmp_path))), tokenizer, *loss)
+        rows = qlora.encode_rows(
+            qlora.read_rows(cfg(data_files=str(file), output_dir=str(tmp_path))), tokenizer, *loss
+        )
         qlora.audit_labels(rows, tokenizer, *loss)
         return len(calls)
 
@@ -335,7 +386,9 @@ def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
 
 
 def test_three_rows_are_shown_token_by_token(mistral_tokenizer):
-    rows = qlora.encode_rows([{"prompt": "Capital of <France>?", "completion": "Paris\n"}] * 5, mistral_tokenizer)
+    rows = qlora.encode_rows(
+        [{"prompt": "Capital of <France>?", "completion": "Paris\n"}] * 5, mistral_tokenizer
+    )
     view = qlora.TokenView(rows, mistral_tokenizer)
     assert repr(view).splitlines()[:3] == [
         "row 1: 22 tokens, 7 trained",
@@ -361,7 +414,12 @@ def test_losses_equal_trls_own_prompt_completion_path(tmp_path, smollm_tokenizer
         }
         for row in rows
     ]
-    ours = losses(tmp_path, smollm_tokenizer, qlora.encode_rows(rows, smollm_tokenizer), {"skip_prepare_dataset": True})
+    ours = losses(
+        tmp_path,
+        smollm_tokenizer,
+        qlora.encode_rows(rows, smollm_tokenizer),
+        {"skip_prepare_dataset": True},
+    )
     theirs = losses(tmp_path, smollm_tokenizer, Dataset.from_list(texts), {})
     assert len(ours) == 10 and max(ours) - min(ours) > 0.1
     assert ours == pytest.approx(theirs, abs=1e-5)
@@ -374,8 +432,15 @@ def losses(folder, tokenizer, data, options):
     import trl
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **shape))
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=len(tokenizer), **shape)
+    )
     args = trl.SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -399,5 +464,7 @@ def losses(folder, tokenizer, data, options):
 def test_a_tokenizer_that_joins_prompt_and_answer_is_refused(smollm_tokenizer, monkeypatch):
     monkeypatch.setattr(qlora, "PROMPT_TEMPLATE", "### Question: {prompt}\n\n### Answer: ")
     monkeypatch.setattr(qlora, "COMPLETION_TEMPLATE", "{completion}\n\n### End")
-    with pytest.raises(ValueError, match="joins the end of the prompt with the start of the answer"):
+    with pytest.raises(
+        ValueError, match="joins the end of the prompt with the start of the answer"
+    ):
         qlora.encode_example(smollm_tokenizer, "Capital of France?", "Paris")

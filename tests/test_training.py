@@ -1,4 +1,6 @@
-"""Sections 10 and 11: a few real steps of the embedded model in NF4, through TRL as the notebook calls it."""
+"""Sections 10 and 11: a few real steps of the embedded model in NF4, through TRL as the notebook
+calls it.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import qlora_helpers as qlora
 
-ROWS = [{"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(22)]
+ROWS = [
+    {"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(22)
+]
 
 
 def train(model, tokenizer, cfg, folder):
@@ -36,7 +40,9 @@ def train(model, tokenizer, cfg, folder):
         use_cpu=True,
     )
     collator = qlora.Collator(plan.cut, tokenizer.eos_token_id)
-    trainer = trl.SFTTrainer(model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer)
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer
+    )
     qlora.follow_plan(trainer, plan, cfg)
     trainer.train()
     return trainer, plan
@@ -44,7 +50,9 @@ def train(model, tokenizer, cfg, folder):
 
 @pytest.fixture(scope="module")
 def run(request, tmp_path_factory, settings, smollm_path, smollm_tokenizer):
-    """Two epochs of 22 rows, 2 × 4 a step: model, trainer, plan, folder, and the base weights' sum before."""
+    """Two epochs of 22 rows, 2 × 4 a step: model, trainer, plan, folder, and the base weights' sum
+    before.
+    """
     import peft
     import transformers
 
@@ -61,7 +69,9 @@ def run(request, tmp_path_factory, settings, smollm_path, smollm_tokenizer):
     before = fingerprint(model)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     torch.manual_seed(0)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets)
+    )
     folder = tmp_path_factory.mktemp("run")
     cfg = settings(batch_size=2, gradient_accumulation=4, epochs=2, output_dir=str(folder))
     return (model, *train(model, smollm_tokenizer, cfg, folder), folder, before)

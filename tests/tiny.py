@@ -1,4 +1,6 @@
-"""A tiny model of Mistral's real architecture, in real NF4, with an adapter that changes what it says; other stacks."""
+"""A tiny model of Mistral's real architecture, in real NF4, with an adapter that changes what it
+says; other stacks.
+"""
 
 import importlib.metadata
 import sys
@@ -20,9 +22,21 @@ def one_thread():
 
 
 def tiny_base(folder: Path, tokenizer, seed: int = 0, **changes) -> str:
-    """Save a 2-layer Mistral (hidden 64) and the tokenizer; its random weights are large enough to say something."""
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "initializer_range": 0.2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e6, "sliding_window": None}
+    """Save a 2-layer Mistral (hidden 64) and the tokenizer; its random weights are large enough to
+    say something.
+    """
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+    }
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+    }
     config = transformers.MistralConfig(vocab_size=len(tokenizer), **shape | heads | changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -48,7 +62,9 @@ def tiny_tuned(base: str, seed: int = 0, **lora):
     import qlora_helpers as qlora
 
     targets = lora.pop("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj"])
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, **lora)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, **lora
+    )
     model = peft.get_peft_model(tiny_nf4(base), config)
     qlora.mend_cpu_gradients(model)
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +76,15 @@ def tiny_tuned(base: str, seed: int = 0, **lora):
 
 
 def pythons() -> list[str]:
-    """This stack's Python, and one of the other major version of transformers where it is installed."""
+    """This stack's Python, and one of the other major version of transformers where it is
+    installed.
+    """
     major = importlib.metadata.version("transformers")[0]
-    other = Path(__file__).parents[1] / ".venv" / ("newest" if major == "4" else "transformers4") / "bin" / "python"
+    other = (
+        Path(__file__).parents[1]
+        / ".venv"
+        / ("newest" if major == "4" else "transformers4")
+        / "bin"
+        / "python"
+    )
     return [sys.executable] + [str(other)] * other.exists()

@@ -1,10 +1,12 @@
-"""How fast rows are read, checked, encoded and audited, against the tokenizer alone, and in how much memory.
+"""How fast rows are read, checked, encoded and audited, against the tokenizer alone, and in how
+much memory.
 
     python tests/bench/data.py --rows 1000000
 
-Makes a JSONL file of --rows rows of about 1 kB (words drawn from a vocabulary by Zipf's law), and takes it through
-section 6 of the notebook. The yardstick is the tokenizer called on batches of the same texts, with nothing around it.
-Memory is what the process itself holds: pages of mapped files, which the system can take back, are told apart.
+Makes a JSONL file of --rows rows of about 1 kB (words drawn from a vocabulary by Zipf's law), and
+takes it through section 6 of the notebook. The yardstick is the tokenizer called on batches of the
+same texts, with nothing around it. Memory is what the process itself holds: pages of mapped files,
+which the system can take back, are told apart.
 """
 
 import argparse
@@ -77,7 +79,9 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         while True:
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+            )
             own, whole = (int(status[key].split()[0]) / 1024 for key in ("RssAnon", "VmRSS"))
             self.own, self.all = max(self.own, own), max(self.all, whole)
             time.sleep(0.05)
@@ -87,8 +91,13 @@ def tokenizer_alone(file: Path, tokenizer) -> float:
     """Seconds a row of the tokenizer on the first 10,000 joint texts, in batches of 256."""
     with file.open() as stream:
         pairs = [json.loads(line) for line, _ in zip(stream, range(10_000), strict=False)]
-    texts = [qlora.PROMPT_TEMPLATE.format(**row) + qlora.COMPLETION_TEMPLATE.format(**row) for row in pairs]
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # its own threads, whatever the passes before it wanted
+    texts = [
+        qlora.PROMPT_TEMPLATE.format(**row) + qlora.COMPLETION_TEMPLATE.format(**row)
+        for row in pairs
+    ]
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "true"  # its own threads, whatever the passes before it wanted
+    )
     start = time.perf_counter()
     for place in range(0, len(texts), 256):
         tokenizer(texts[place : place + 256])
@@ -96,13 +105,17 @@ def tokenizer_alone(file: Path, tokenizer) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokenizer", help="a folder; without it Mistral v0.3's")
     parser.add_argument("--folder", help="where file and cache go; without it a temporary folder")
     options = parser.parse_args()
     tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else mistral_tokenizer()
+        transformers.AutoTokenizer.from_pretrained(options.tokenizer)
+        if options.tokenizer
+        else mistral_tokenizer()
     )
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -113,7 +126,9 @@ def main() -> None:
 
 
 def measure(file: Path, folder: str, tokenizer, count: int) -> None:
-    """The notebook's section 6 over `file`, step by step, with the yardstick before, between and after."""
+    """The notebook's section 6 over `file`, step by step, with the yardstick before, between and
+    after.
+    """
     values = defaults(load_notebook_node(str(NOTEBOOK)))
     cfg = qlora.Settings.from_cell(values | {"data_files": str(file), "output_dir": folder})
     alone, spent = [tokenizer_alone(file, tokenizer)], []
@@ -125,7 +140,10 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
         nonlocal start
         spent.append(time.perf_counter() - start)
         alone.append(tokenizer_alone(file, tokenizer))
-        print(f"  {step:6} {spent[-1]:8.1f} s; tokenizer alone {1 / alone[-1]:,.0f} rows/s", flush=True)
+        print(
+            f"  {step:6} {spent[-1]:8.1f} s; tokenizer alone {1 / alone[-1]:,.0f} rows/s",
+            flush=True,
+        )
         start = time.perf_counter()
 
     rows = qlora.read_rows(cfg)

@@ -1,11 +1,13 @@
-"""Is the learning real? The notebook itself, over seeds and with one thing changed, in one Markdown table.
+"""Is the learning real? The notebook itself, over seeds and with one thing changed, in one Markdown
+table.
 
     python tests/bench/learning.py --seeds 1 2 3
     python tests/bench/learning.py --seeds 1 --variants 'bf16 adapter' 'whole text'
 
-Runs the notebook as `make run` does: as it is (`recipe`), with the adapter left in bf16 (`bf16 adapter`), and with the
-loss over the whole text (`whole text`). Each run takes about ten minutes on two idle cores. Validation loss is over the
-answers' tokens in every row of the table. A run that is finished is not run again.
+Runs the notebook as `make run` does: as it is (`recipe`), with the adapter left in bf16 (`bf16
+adapter`), and with the loss over the whole text (`whole text`). Each run takes about ten minutes on
+two idle cores. Validation loss is over the answers' tokens in every row of the table. A run that is
+finished is not run again.
 """
 
 import argparse
@@ -22,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import run_notebook  # noqa: E402
 
-# What each variant replaces in the notebook's cells; the text must be there, so that a table cannot be of nothing.
+# What each variant replaces in the notebook's cells; the text must be there, so that a table cannot
+# be of nothing.
 VARIANTS = {
     "recipe": {},
     "bf16 adapter": {
@@ -31,7 +34,9 @@ VARIANTS = {
         "    weight.data = weight.data.bfloat16()"
     },
     "whole text": {
-        "train_dataset=train_data,": 'train_dataset=train_data.map(lambda row: {"labels": row["input_ids"]}),'
+        "train_dataset=train_data,": (
+            'train_dataset=train_data.map(lambda row: {"labels": row["input_ids"]}),'
+        )
     },
 }
 
@@ -49,7 +54,9 @@ def run(variant: str, seed: int, out: Path, settings: dict) -> dict:
         nbformat.write(nbformat.reads(notebook, as_version=4), changed)
         run_notebook.NOTEBOOK, kept = changed, run_notebook.NOTEBOOK
         try:
-            run_notebook.execute(settings | {"output_dir": str(out), "run_name": name, "seed": seed})
+            run_notebook.execute(
+                settings | {"output_dir": str(out), "run_name": name, "seed": seed}
+            )
         finally:
             run_notebook.NOTEBOOK = kept
     return json.loads(done.read_text())["results"]["after"]
@@ -59,11 +66,15 @@ def make_run_settings() -> dict:
     """What `make run` sets."""
     words = re.search(r"RUN_DEFAULTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text())[1]
     arguments = words.replace("\\\n", " ").replace("'", "").split()
-    return run_notebook.parse(arguments, run_notebook.defaults(nbformat.read(run_notebook.NOTEBOOK, 4)))
+    return run_notebook.parse(
+        arguments, run_notebook.defaults(nbformat.read(run_notebook.NOTEBOOK, 4))
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("content/bench"))
@@ -74,7 +85,9 @@ def main() -> None:
     for variant in options.variants:
         after = [run(variant, seed, out, make_run_settings()) for seed in options.seeds]
         exact = ", ".join(f"{each['exact_match']:.0%}" for each in after)
-        f1, stopped, loss = (mean(each[key] for each in after) for key in ("f1", "stopped", "validation_loss"))
+        f1, stopped, loss = (
+            mean(each[key] for each in after) for key in ("f1", "stopped", "validation_loss")
+        )
         seeds = ", ".join(map(str, options.seeds))
         lines.append(f"| {variant} | {seeds} | {exact} | {f1:.0%} | {stopped:.0%} | {loss:.3f} |")
     print("\n".join(lines))

@@ -1,10 +1,11 @@
 """Which base to merge into, and what a merge of Mistral-7B's shape takes.
 
-    python tests/bench/merge.py loss content/model_outputs/triage/final_model   # of the embedded model
-    python tests/bench/merge.py memory [--layers 32]                            # weights in Mistral-7B's shape
+    python tests/bench/merge.py loss content/model_outputs/triage/final_model
+    python tests/bench/merge.py memory [--layers 32]  # Mistral-7B's shape
 
-`loss` prints the validation loss over `data_examples` of the adapter on NF4, merged into the dequantised NF4 weights,
-and merged into the 16-bit weights. `memory` writes a merged model and prints the process's peak memory and the disk.
+`loss` prints the validation loss over `data_examples` of the adapter on NF4, merged into the
+dequantised NF4 weights, and merged into the 16-bit weights. `memory` writes a merged model and
+prints the process's peak memory and the disk.
 """
 
 import argparse
@@ -27,7 +28,11 @@ from run_notebook import NOTEBOOK, defaults, qlora  # noqa: E402
 
 def nf4(base: str, dtype: torch.dtype):
     """The base in NF4 as the notebook loads it."""
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    options = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
     quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         base, quantization_config=quantization, dtype=dtype, device_map={"": qlora.device()}
@@ -53,8 +58,13 @@ def losses(adapter: Path, work: Path) -> None:
         qlora.write_shards(qlora.merged_weights(model), work, dtype, 2 * 2**30)
         qlora.write_config(model, work, dtype)
         merged = load(work, dtype=torch.float32)
-        print(f"merged into NF4      {qlora.validation_loss(merged, examples):.4f} ({dtype})", flush=True)
-    whole = peft.PeftModel.from_pretrained(load(base, dtype=torch.float32), adapter).merge_and_unload()
+        print(
+            f"merged into NF4      {qlora.validation_loss(merged, examples):.4f} ({dtype})",
+            flush=True,
+        )
+    whole = peft.PeftModel.from_pretrained(
+        load(base, dtype=torch.float32), adapter
+    ).merge_and_unload()
     print(f"merged into 16 bits  {qlora.validation_loss(whole, examples):.4f}", flush=True)
 
 
@@ -69,27 +79,45 @@ def memory(layers: int, work: Path) -> None:
     quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+    model = replace_with_bnb_linear(
+        model, modules_to_not_convert=["lm_head"], quantization_config=quantization
+    )
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            weight = torch.full(parameter.shape, 0.02, dtype=torch.bfloat16)  # the values do not matter here
+            weight = torch.full(
+                parameter.shape, 0.02, dtype=torch.bfloat16
+            )  # the values do not matter here
             if isinstance(module, Linear4bit):
-                new = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                new = Params4bit(
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
                 setattr(module, name, new.to(qlora.device()))
             else:
-                setattr(module, name, torch.nn.Parameter(weight.to(qlora.device()), requires_grad=False))
+                setattr(
+                    module, name, torch.nn.Parameter(weight.to(qlora.device()), requires_grad=False)
+                )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=targets))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=targets)
+    )
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.time()
     qlora.write_shards(qlora.merged_weights(model), work, torch.bfloat16, 2 * 2**30)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = sum(file.stat().st_size for file in work.iterdir())
-    print(f"{layers} layers on {qlora.device()}: main memory {before:.1f} GiB before, {peak:.1f} GiB at the peak;")
-    print(f"{size / 1e9:.1f} GB in {len(list(work.glob('*.safetensors')))} files, {time.time() - start:.0f} s")
+    print(
+        f"{layers} layers on {qlora.device()}: main memory {before:.1f} GiB before, {peak:.1f} "
+        "GiB at the peak;"
+    )
+    print(
+        f"{size / 1e9:.1f} GB in {len(list(work.glob('*.safetensors')))} files, "
+        f"{time.time() - start:.0f} s"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["loss", "memory"])
     parser.add_argument("adapter", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, default=32)

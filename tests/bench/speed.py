@@ -1,14 +1,15 @@
-"""How fast one card trains Mistral-7B by QLoRA: plain recipe, TRL as it comes, Unsloth if installed, this project.
+"""How fast one card trains Mistral-7B by QLoRA: plain recipe, TRL as it comes, Unsloth if
+installed, this project.
 
-    python tests/bench/speed.py                            # makes a model of Mistral-7B's shape with random weights
+    python tests/bench/speed.py      # makes a model of Mistral-7B's shape with random weights
     python tests/bench/speed.py --memory-limit-gb 22 --data long --only plain ours
-    python tests/bench/speed.py --only ours --gpus 1 2     # how it grows with the GPUs; `--only fsdp`: spread over them
+    python tests/bench/speed.py --only ours --gpus 1 2  # growth with GPUs; `--only fsdp`: spread
 
-Every way trains the same rows on the same card in one run, each in a process of its own, with the recipe's LoRA and
-16 examples a step: two epochs to warm up, one timed. Rows are 4096 tokens long, or short (lognormal lengths,
-median 180, sigma 0.9, clipped to 24…4096), or as --data says (`KINDS`). Prints real tokens a second, seconds a step,
-the peak memory, the loss, and the share of what the card's arithmetic allows, with what our plan had said; writes JSON
-and a Markdown table.
+Every way trains the same rows on the same card in one run, each in a process of its own, with the
+recipe's LoRA and 16 examples a step: two epochs to warm up, one timed. Rows are 4096 tokens long,
+or short (lognormal lengths, median 180, sigma 0.9, clipped to 24…4096), or as --data says
+(`KINDS`). Prints real tokens a second, seconds a step, the peak memory, the loss, and the share of
+what the card's arithmetic allows, with what our plan had said; writes JSON and a Markdown table.
 """
 
 import argparse
@@ -23,7 +24,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-VISIBLE = {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}  # before our module narrows it
+VISIBLE = {
+    k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"
+}  # before our module narrows it
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
 WAYS = {
@@ -97,7 +100,9 @@ def base_model(path: str):
 
 
 def clock():
-    """A Trainer callback that keeps the time at each epoch's beginning and end, and the logged losses."""
+    """A Trainer callback that keeps the time at each epoch's beginning and end, and the logged
+    losses.
+    """
     import torch
     import transformers
 
@@ -148,7 +153,9 @@ def lora(model):
     """The recipe's adapter."""
     import peft
 
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -163,7 +170,9 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
             base_model(path), gradient_checkpointing_kwargs={"use_reentrant": True}
         )
         args = recipe(
-            optim="paged_adamw_8bit", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+            optim="paged_adamw_8bit",
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
         )
         return trl.SFTTrainer(lora(model), args, **common), {}
     if way == "trl":
@@ -172,14 +181,20 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
         return unsloth_trainer(way, path, common)
     import qlora_helpers as qlora
 
-    qlora.StepSampler.set_epoch = lambda self, epoch: None  # what the timed epoch needs was recorded in the first
+    qlora.StepSampler.set_epoch = lambda self, epoch: (
+        None
+    )  # what the timed epoch needs was recorded in the first
     cfg = qlora.Settings(**settings(path, limit))
     model = lora(base_model(path))
     used = qlora.use_fast_kernels(model)
     start = time.perf_counter()
     plan = qlora.make_plan(cfg, model, data)
     planned = time.perf_counter() - start
-    print(plan, f"\nplanned in {planned:.0f} s; {used}\n" + json.dumps(plan.table, indent=None), file=sys.stderr)
+    print(
+        plan,
+        f"\nplanned in {planned:.0f} s; {used}\n" + json.dumps(plan.table, indent=None),
+        file=sys.stderr,
+    )
     args = recipe(
         per_device_train_batch_size=plan.cut.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
@@ -206,20 +221,28 @@ def settings(path: str, limit: float) -> dict:
 
 
 def unsloth_trainer(way: str, path: str, common: dict):
-    """Unsloth's model and trainer; its best is a batch of 16 and recomputation only where memory asks for it."""
+    """Unsloth's model and trainer; its best is a batch of 16 and recomputation only where memory
+    asks for it.
+    """
     import unsloth
 
     import trl  # isort: skip
 
-    common["train_dataset"]._unsloth_truncated_to = 4096  # so that it keeps its padding-free batches
-    model, _ = unsloth.FastLanguageModel.from_pretrained(path, max_seq_length=4096, load_in_4bit=True)
+    common[
+        "train_dataset"
+    ]._unsloth_truncated_to = 4096  # so that it keeps its padding-free batches
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        path, max_seq_length=4096, load_in_4bit=True
+    )
     best = way == "unsloth-best"
     skip = {"checkpoint_skip_layers": "auto"} if best else {}
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS, **skip
     )
     batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1} if best else {}
-    return trl.SFTTrainer(model, recipe(optim="adamw_8bit", **batch), **common), {"unsloth": unsloth.__version__}
+    return trl.SFTTrainer(model, recipe(optim="adamw_8bit", **batch), **common), {
+        "unsloth": unsloth.__version__
+    }
 
 
 def measure(way: str, kind: str, path: str, limit: float) -> dict:
@@ -230,7 +253,9 @@ def measure(way: str, kind: str, path: str, limit: float) -> dict:
     import torch
     import transformers
 
-    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = (
+        int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     torch.cuda.set_device(rank)
     if ranks > 1:
         accelerate.PartialState()
@@ -264,7 +289,9 @@ def measure(way: str, kind: str, path: str, limit: float) -> dict:
 
 
 def rates() -> tuple[float, float]:
-    """This card's bf16 matrix rate (FLOP/s) and copy bandwidth (bytes/s, read and written), measured."""
+    """This card's bf16 matrix rate (FLOP/s) and copy bandwidth (bytes/s, read and written),
+    measured.
+    """
     import torch
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -283,10 +310,11 @@ def rates() -> tuple[float, float]:
 
 
 def ceiling(kind: str, rate: float, bandwidth: float) -> float:
-    """Tokens/s that the arithmetic allows without recomputation: matrix products, and dequantising twice a step.
+    """Tokens/s that the arithmetic allows without recomputation: matrix products, and dequantising
+    twice a step.
 
-    Per token `4 N + 6 N_lora + 3.5 A + 6 head` FLOP, with N = 6.979e9, N_lora = 27.3e6, head = 134e6 and
-    `A = 2 layers hidden (Σl² / Σl)`; 2.52 bytes × N for each dequantising pass.
+    Per token `4 N + 6 N_lora + 3.5 A + 6 head` FLOP, with N = 6.979e9, N_lora = 27.3e6, head =
+    134e6 and `A = 2 layers hidden (Σl² / Σl)`; 2.52 bytes × N for each dequantising pass.
     """
     sizes = lengths(kind)
     attention = 2 * 32 * 4096 * sum(n * n for n in sizes) / sum(sizes)
@@ -297,7 +325,10 @@ def ceiling(kind: str, rate: float, bandwidth: float) -> float:
 
 def table(results: list[dict], ceilings: dict[str, float]) -> str:
     """Markdown."""
-    lines = ["| rows | way | tokens/s | s a step | peak GB | of the ceiling | loss |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| rows | way | tokens/s | s a step | peak GB | of the ceiling | loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in results:
         limit = f", {r['limit_gb']:g} GB" if r["limit_gb"] else ""
         limit += f", {r['gpus']} GPUs" if r["gpus"] > 1 else ""
@@ -307,9 +338,13 @@ def table(results: list[dict], ceilings: dict[str, float]) -> str:
             continue
         share = r["tokens_per_second"] / ceilings[r["data"]] / r["gpus"]
         if r.get("plan_peak"):
-            head += f"(planned {r['plan_tokens_per_second']:,.0f} tokens/s, {r['plan_peak']:.1f} GB) "
+            head += (
+                f"(planned {r['plan_tokens_per_second']:,.0f} tokens/s, {r['plan_peak']:.1f} GB) "
+            )
         lines.append(
-            head + f"| {r['tokens_per_second']:,.0f} | {r['step_seconds']:.2f} | {r['peak_gb']:.1f} | {share:.2f} "
+            head
+            + f"| {r['tokens_per_second']:,.0f} | {r['step_seconds']:.2f} | {r['peak_gb']:.1f} | "
+            f"{share:.2f} "
             f"| {r['loss']:.4f} |"
         )
     return "\n".join(lines)
@@ -319,17 +354,31 @@ def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
     """`measure` in processes of their own, one a GPU; their failure is a result too."""
     command = [sys.executable]
     if gpus > 1:
-        config = ["--config_file", str(ROOT / "tests" / "fsdp.yaml")] if way == "fsdp" else ["--multi_gpu"]
-        command += ["-m", "accelerate.commands.launch", *config, f"--num_processes={gpus}", "--num_machines=1"]
+        config = (
+            ["--config_file", str(ROOT / "tests" / "fsdp.yaml")]
+            if way == "fsdp"
+            else ["--multi_gpu"]
+        )
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            *config,
+            f"--num_processes={gpus}",
+            "--num_machines=1",
+        ]
         command += ["--mixed_precision=no", "--dynamo_backend=no"]
     command += [__file__, "--one", way, kind, "--model", options.model]
     command += ["--memory-limit-gb", str(options.memory_limit_gb)]
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | VISIBLE
     if gpus == 1:
-        environment["CUDA_VISIBLE_DEVICES"] = VISIBLE.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        environment["CUDA_VISIBLE_DEVICES"] = VISIBLE.get("CUDA_VISIBLE_DEVICES", "0").partition(
+            ","
+        )[0]
     if way.startswith("unsloth") and options.unsloth_path:
         environment["PYTHONPATH"] = options.unsloth_path
-    threads = str(max(1, len(os.sched_getaffinity(0)) // gpus))  # a launcher would set one: 4-bit takes long so
+    threads = str(
+        max(1, len(os.sched_getaffinity(0)) // gpus)
+    )  # a launcher would set one: 4-bit takes long so
     environment |= {
         "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
@@ -341,23 +390,39 @@ def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
     if lines:
         return json.loads(lines[-1])
     reason = (
-        "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["failed"])[-1][:80]
+        "out of memory"
+        if "OutOfMemory" in done.stderr
+        else (done.stderr.strip().splitlines() or ["failed"])[-1][:80]
     )
-    return {"way": way, "data": kind, "limit_gb": options.memory_limit_gb, "gpus": gpus, "error": reason}
+    return {
+        "way": way,
+        "data": kind,
+        "limit_gb": options.memory_limit_gb,
+        "gpus": gpus,
+        "error": reason,
+    }
 
 
 def main() -> None:
     """Measure what was asked for, print the table, write `content/bench/speed.json`."""
     import qlora_helpers as qlora
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="content/model_cache/mistral-7b-random", help="a folder; made if missing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="content/model_cache/mistral-7b-random", help="a folder; made if missing"
+    )
     parser.add_argument("--memory-limit-gb", type=float, default=0)
     parser.add_argument("--data", nargs="+", choices=list(KINDS), default=["long", "short"])
-    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=[way for way in WAYS if way != "fsdp"])
+    parser.add_argument(
+        "--only", nargs="+", choices=list(WAYS), default=[way for way in WAYS if way != "fsdp"]
+    )
     parser.add_argument("--out", type=Path, default=Path("content/bench/speed.json"))
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
-    parser.add_argument("--unsloth-path", help="a folder of packages for Unsloth alone, which wants other versions")
+    parser.add_argument(
+        "--unsloth-path", help="a folder of packages for Unsloth alone, which wants other versions"
+    )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -1,7 +1,8 @@
 """The notebook's own cells, run in a process that a test can kill, stop or starve.
 
-A fork server imports the libraries once; each run is then a fresh process of two or three seconds. The model is a tiny
-one of a real architecture with random weights, in real NF4, with SmolLM2's real tokenizer.
+A fork server imports the libraries once; each run is then a fresh process of two or three seconds.
+The model is a tiny one of a real architecture with random weights, in real NF4, with SmolLM2's real
+tokenizer.
 """
 
 import contextlib
@@ -28,7 +29,12 @@ def make_model(folder: Path) -> None:
     settings = {"base_model": "embedded", "model_cache": str(ROOT / "content" / "model_cache")}
     smollm = qlora.base_model_path(qlora.Settings(**defaults() | settings))
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -55,14 +61,18 @@ def defaults() -> dict:
 
 
 def run_all(settings: dict, again: str = "") -> dict:
-    """Run the cells from settings to push; a cell under the heading `again` is run once more after a `UserError`."""
+    """Run the cells from settings to push; a cell under the heading `again` is run once more after
+    a `UserError`.
+    """
     import datasets
     import peft
     import transformers
     import trl
     from IPython.display import display
 
-    transformers.set_seed(1)  # a new notebook kernel has no such luck; the Trainer sets its own seed for training
+    transformers.set_seed(
+        1
+    )  # a new notebook kernel has no such luck; the Trainer sets its own seed for training
     names = {
         "display": display,
         "qlora": qlora,
@@ -94,7 +104,9 @@ def kill() -> None:
 
 
 def in_step(step: int, act) -> None:
-    """Call `act(model)` in the given step, counted from 1: after the backward pass of its first micro-batch."""
+    """Call `act(model)` in the given step, counted from 1: after the backward pass of its first
+    micro-batch.
+    """
     from transformers import Trainer
 
     original, seen = Trainer.training_step, set()
@@ -129,7 +141,9 @@ def nan_at(step: int) -> None:
 
 
 def kill_in_save(step: int, files: int) -> None:
-    """SIGKILL as soon as the checkpoint of `step` has so many files, whole or not; 0: when its folder is made."""
+    """SIGKILL as soon as the checkpoint of `step` has so many files, whole or not; 0: when its
+    folder is made.
+    """
     from transformers import Trainer
 
     original = Trainer._save_checkpoint
@@ -170,7 +184,10 @@ def full_at_the_end(disk: str, leave: int) -> None:
     qlora.save_adapter = save_adapter
 
 
-FAULTS = {fault.__name__: fault for fault in (kill_at, kill_in_save, stop_at, nan_at, full_at, full_at_the_end)}
+FAULTS = {
+    fault.__name__: fault
+    for fault in (kill_at, kill_in_save, stop_at, nan_at, full_at, full_at_the_end)
+}
 
 
 def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) -> None:
@@ -187,7 +204,9 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
         constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
     torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
-    qlora.Trials.best = lambda self: self.fitting()[0]  # time decides on the cut, and the cut on the last digits
+    qlora.Trials.best = lambda self: self.fitting()[
+        0
+    ]  # time decides on the cut, and the cut on the last digits
     if fault:
         FAULTS[fault[0]](*fault[1:])
     code = 0
@@ -205,10 +224,14 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
     os._exit(code)
 
 
-def run(settings: dict, log: Path, fault: tuple = (), environment: dict | None = None, again: str = "") -> tuple:
+def run(
+    settings: dict, log: Path, fault: tuple = (), environment: dict | None = None, again: str = ""
+) -> tuple:
     """One process from start to end: its exit code (-9 if killed) and what it printed."""
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=main, args=(settings, str(log), fault, environment or {}, again))
+    process = context.Process(
+        target=main, args=(settings, str(log), fault, environment or {}, again)
+    )
     process.start()
     process.join(300)
     return process.exitcode, log.read_text(errors="replace")

@@ -15,14 +15,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import child
 
-ROWS = [json.dumps({"prompt": f"{n} and {n}", "completion": f"{2 * n}"}) for n in range(13)]  # 8 of them to train on
+ROWS = [
+    json.dumps({"prompt": f"{n} and {n}", "completion": f"{2 * n}"}) for n in range(13)
+]  # 8 of them to train on
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Makes settings of a run of 3 epochs and 6 steps that takes a few seconds, in a folder of its own."""
+    """Makes settings of a run of 3 epochs and 6 steps that takes a few seconds, in a folder of its
+    own.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["child", "trl", "peft", "transformers", "bitsandbytes", "datasets", "torch"])
+    context.set_forkserver_preload(
+        ["child", "trl", "peft", "transformers", "bitsandbytes", "datasets", "torch"]
+    )
     shared = tmp_path_factory.mktemp("tiny")
     (shared / "rows.jsonl").write_text("\n".join(ROWS))
     maker = context.Process(target=child.make_model, args=(shared / "model",))
@@ -54,9 +60,12 @@ def result_of(folder: Path) -> SimpleNamespace:
     """What must be equal: the adapter's bytes, and every logged loss by step."""
     final = folder / "outputs" / "faults" / "final_model"
     log = json.loads((final / "run.json").read_text())["trainer_state"]["log_history"]
-    losses = [(e["step"], k, e[k]) for e in log for k in ("loss", "eval_loss", "grad_norm") if k in e]
+    losses = [
+        (e["step"], k, e[k]) for e in log for k in ("loss", "eval_loss", "grad_norm") if k in e
+    ]
     return SimpleNamespace(
-        adapter=hashlib.sha256((final / "adapter_model.safetensors").read_bytes()).hexdigest(), losses=losses
+        adapter=hashlib.sha256((final / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        losses=losses,
     )
 
 

@@ -1,4 +1,6 @@
-"""Bad nights at the Hub: every call refused, hung, cut or flaky, against a real HTTP server and the real client."""
+"""Bad nights at the Hub: every call refused, hung, cut or flaky, against a real HTTP server and the
+real client.
+"""
 
 import shutil
 import time
@@ -11,7 +13,14 @@ from hub import Hub
 import qlora_helpers as qlora
 
 TOKEN = "hf_" + "s3cret" * 5
-CALLS = ["/api/whoami", "/api/repos/create", "/api/models/ada/nights/preupload", "/objects/batch", "/lfs/", "/commit/"]
+CALLS = [
+    "/api/whoami",
+    "/api/repos/create",
+    "/api/models/ada/nights/preupload",
+    "/objects/batch",
+    "/lfs/",
+    "/commit/",
+]
 
 
 @pytest.fixture
@@ -22,7 +31,9 @@ def hub(monkeypatch):
         monkeypatch.setattr(qlora, "RETRY_WAITS", (0, 0))
         monkeypatch.setattr(qlora, "REQUEST_SECONDS", 0.3)
         hasty = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
-        monkeypatch.setattr("huggingface_hub.utils._http.time", hasty)  # its own waits between its own tries
+        monkeypatch.setattr(
+            "huggingface_hub.utils._http.time", hasty
+        )  # its own waits between its own tries
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
@@ -46,21 +57,33 @@ def test_the_push_is_private_and_sends_the_allowed_files_alone(hub, saved, capsy
     assert address == f"{hub.url}/ada/nights"
     assert hub.private("ada/nights")
     sent = hub.files["ada/nights"]
-    assert set(sent) - {".gitattributes"} == {path.name for path in saved.final_model.iterdir()} - {"training_args.bin"}
-    assert sent["adapter_model.safetensors"] == (saved.final_model / "adapter_model.safetensors").read_bytes()
+    assert set(sent) - {".gitattributes"} == {path.name for path in saved.final_model.iterdir()} - {
+        "training_args.bin"
+    }
+    assert (
+        sent["adapter_model.safetensors"]
+        == (saved.final_model / "adapter_model.safetensors").read_bytes()
+    )
     assert TOKEN.encode() not in hub.sent() and TOKEN not in shown
 
 
 def assert_nothing_lost(cfg, hub, shown, before, owner="ada"):
     assert qlora.checksums(cfg.final_model) == before
-    assert "Not pushed: " in shown and f"Nothing is lost: the adapter is in {cfg.final_model}. To push" in shown
-    assert f"\n  hf upload {owner}/nights {cfg.final_model} . --private --exclude '*.bin'\n" in shown
+    assert (
+        "Not pushed: " in shown
+        and f"Nothing is lost: the adapter is in {cfg.final_model}. To push" in shown
+    )
+    assert (
+        f"\n  hf upload {owner}/nights {cfg.final_model} . --private --exclude '*.bin'\n" in shown
+    )
     assert TOKEN not in shown
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 429, 500])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_refusal_of_any_call_costs_nothing_and_is_retried_as_it_deserves(hub, saved, capsys, call, status):
+def test_a_refusal_of_any_call_costs_nothing_and_is_retried_as_it_deserves(
+    hub, saved, capsys, call, status
+):
     before = qlora.checksums(saved.final_model)
     hub.refuse[call] = (status,)
     address, shown = push(saved, capsys)
@@ -68,7 +91,10 @@ def test_a_refusal_of_any_call_costs_nothing_and_is_retried_as_it_deserves(hub, 
     assert_nothing_lost(saved, hub, shown, before, "you" if call == "/api/whoami" else "ada")
     ours = shown.count("Trying again in 0 s.")
     tries = hub.asked(call)
-    if (call, status) == ("/api/repos/create", 409):  # "it is there already" is no failure, until it is not there
+    if (call, status) == (
+        "/api/repos/create",
+        409,
+    ):  # "it is there already" is no failure, until it is not there
         assert ours == 0 and "RepositoryNotFound" in shown
     elif status in (429, 500):
         assert ours == 2 and 3 <= tries <= 3 * 6 * (3 if call == "/lfs/" else 1)
@@ -110,12 +136,16 @@ def test_a_damaged_adapter_is_not_pushed(hub, saved, capsys):
     assert not hub.requests
 
 
-def test_copies_go_to_a_private_repository_of_their_own_and_the_newest_two_stay(hub, saved, undisturbed, capsys):
+def test_copies_go_to_a_private_repository_of_their_own_and_the_newest_two_stay(
+    hub, saved, undisturbed, capsys
+):
     cfg = saved.model_copy(update={"backup_to": "hub", "hub_private": False})
     source = qlora.checkpoints(undisturbed[1] / "outputs" / "faults")[0]
     for step in (2, 4, 6):
         shutil.copytree(source, cfg.run_dir / f"checkpoint-{step}")
-        shutil.rmtree(cfg.run_dir / f"checkpoint-{step - 4}", ignore_errors=True)  # as the Trainer keeps two
+        shutil.rmtree(
+            cfg.run_dir / f"checkpoint-{step - 4}", ignore_errors=True
+        )  # as the Trainer keeps two
         qlora.back_up(cfg, cfg.run_dir / f"checkpoint-{step}")
     assert list(hub.repos) == ["ada/nights-checkpoints"] and hub.private("ada/nights-checkpoints")
     there = {name.split("/")[0] for name in hub.files["ada/nights-checkpoints"]}

@@ -1,7 +1,8 @@
-"""Killed, damaged, stopped, starved or moved to another machine: the run goes on and ends as if nothing had happened.
+"""Killed, damaged, stopped, starved or moved to another machine: the run goes on and ends as if
+nothing had happened.
 
-Each run is the notebook's own cells in a process of its own (`child.py`); what must be equal are the adapter's bytes
-and every logged loss.
+Each run is the notebook's own cells in a process of its own (`child.py`); what must be equal are
+the adapter's bytes and every logged loss.
 """
 
 import json
@@ -47,7 +48,11 @@ def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, step):
         shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     code, shown = run(tiny, tmp_path)
     assert code == 0, shown
-    begun = "Starting at step 0: there is no checkpoint." if step == 1 else "Continuing from checkpoint-2."
+    begun = (
+        "Starting at step 0: there is no checkpoint."
+        if step == 1
+        else "Continuing from checkpoint-2."
+    )
     assert begun in shown
     assert result_of(tmp_path) == undisturbed[0]
 
@@ -73,7 +78,9 @@ def test_killed_at_each_file_of_a_save(tiny, tmp_path, undisturbed, half):
     with ThreadPoolExecutor(2) as pool:
         seen = list(pool.map(kill_and_continue, range(len(files) + 1)))
     assert seen[0] == set() and [len(left) for left in seen] == sorted(len(left) for left in seen)
-    assert {*files} - set.union(*seen) == {"checksums.json"}  # once that is there, the checkpoint is whole
+    assert {*files} - set.union(*seen) == {
+        "checksums.json"
+    }  # once that is there, the checkpoint is whole
     assert "checksums.json.writing" in seen[-1]
 
 
@@ -102,8 +109,21 @@ def garbage(file: Path):
     file.write_bytes(os.urandom(file.stat().st_size))
 
 
-FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
-FILES += ["trainer_state.json", "run.json", "checksums.json", "README.md", "tokenizer.json", "tokenizer_config.json"]
+FILES = [
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+]
+FILES += [
+    "trainer_state.json",
+    "run.json",
+    "checksums.json",
+    "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
 @pytest.mark.parametrize("damage", [missing, truncated, zeroed_tail, garbage])
@@ -141,7 +161,9 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path, undisturbed, kept):
             shutil.rmtree(path)
     code, shown = run(tiny, tmp_path, "kill_at", 1)
     assert code == 0, shown
-    assert f"its adapter is loaded from {outputs(tmp_path) / kept}: nothing is trained again" in shown
+    assert (
+        f"its adapter is loaded from {outputs(tmp_path) / kept}: nothing is trained again" in shown
+    )
     assert result_of(tmp_path) == undisturbed[0]
     assert (outputs(tmp_path) / "curves.png").exists()
 
@@ -153,7 +175,11 @@ def test_changed_settings_stop_with_a_choice_and_anyway_goes_on(tiny, tmp_path, 
     assert code == 2
     assert "unfinished run with other data or settings:" in shown
     assert "learning_rate was 0.003, is 0.001" in shown and "lora_dropout was 0.05, is 0.0" in shown
-    assert "Either choose a new run_name" in shown and "resume = 'anyway'" in shown and "Traceback" not in shown
+    assert (
+        "Either choose a new run_name" in shown
+        and "resume = 'anyway'" in shown
+        and "Traceback" not in shown
+    )
     assert qlora.checksums(outputs(tmp_path) / "checkpoint-2") == before
     code, shown = run(tiny, tmp_path, learning_rate=1e-3, resume="anyway")
     assert code == 0 and "Continuing from checkpoint-2 with changed data or settings." in shown
@@ -176,13 +202,19 @@ def test_changed_rows_stop_and_a_finished_run_gives_way(tiny, tmp_path, undistur
 def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_path):
     code, shown = run(tiny, tmp_path, "nan_at", 2)
     assert code == 2
-    assert "Training stopped at step 2: the gradient is not finite. The last good checkpoint: none" in shown
-    assert not list(outputs(tmp_path).glob("checkpoint-*")) and not (outputs(tmp_path) / "final_model").exists()
-    code, shown = run(tiny, tmp_path, "nan_at", 4)
     assert (
-        f"Training stopped at step 4: the gradient is not finite. The last good checkpoint: {outputs(tmp_path)}"
+        "Training stopped at step 2: the gradient is not finite. The last good checkpoint: none"
         in shown
     )
+    assert (
+        not list(outputs(tmp_path).glob("checkpoint-*"))
+        and not (outputs(tmp_path) / "final_model").exists()
+    )
+    code, shown = run(tiny, tmp_path, "nan_at", 4)
+    assert (
+        "Training stopped at step 4: the gradient is not finite. The last good checkpoint: "
+        f"{outputs(tmp_path)}"
+    ) in shown
     assert "checkpoint-2" in shown and "resume = 'anyway'" in shown
 
 
@@ -190,7 +222,10 @@ def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_pat
 def test_the_stop_button_keeps_the_work_and_the_cell_continues(tiny, tmp_path, undisturbed, step):
     code, shown = run(tiny, tmp_path, "stop_at", step, again="## 11.")
     assert code == 0, shown
-    assert f"UserError: Stopped at step {step} of 6, and saved. Run this cell again to continue." in shown
+    assert (
+        f"UserError: Stopped at step {step} of 6, and saved. Run this cell again to continue."
+        in shown
+    )
     assert f"Continuing from checkpoint-{step}." in shown
     assert result_of(tmp_path) == undisturbed[0]
 
@@ -200,7 +235,9 @@ def small_disk(tmp_path):
     """A real file system with room for little, and how to fill it up."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200m", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("this system does not let us mount a tmpfs")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -210,9 +247,14 @@ def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
     shutil.copytree(half / "outputs", small_disk / "outputs")
     before = qlora.checksums(outputs(small_disk) / "checkpoint-2")
     # A checkpoint's tokenizer alone has 3.5 MB.
-    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at", 4, str(small_disk), 1_000_000))
+    code, shown = child.run(
+        tiny(small_disk), tmp_path / "log", ("full_at", 4, str(small_disk), 1_000_000)
+    )
     assert code == 2, shown
-    assert f"The disk is full: {outputs(small_disk)} could not be written to. Saved before: checkpoint-2." in shown
+    assert (
+        f"The disk is full: {outputs(small_disk)} could not be written to. Saved before: "
+        "checkpoint-2."
+    ) in shown
     assert qlora.checksums(outputs(small_disk) / "checkpoint-2") == before
     assert [path.name for path in qlora.checkpoints(outputs(small_disk))] == ["checkpoint-2"]
     (small_disk / "ballast").unlink()
@@ -230,16 +272,25 @@ def test_disk_full_at_the_end(tiny, small_disk, tmp_path, undisturbed, where):
     if where == "the zip":
         shutil.rmtree(final)
     leave = 1_000_000 if where == "final_model" else size + 300_000
-    code, shown = child.run(tiny(small_disk), tmp_path / "log", ("full_at_the_end", str(small_disk), leave))
+    code, shown = child.run(
+        tiny(small_disk), tmp_path / "log", ("full_at_the_end", str(small_disk), leave)
+    )
     if where == "final_model":
         assert code == 2, shown
-        assert f"The disk is full: {final} could not be written. Nothing that was there is harmed" in shown
+        assert (
+            f"The disk is full: {final} could not be written. Nothing that was there is harmed"
+            in shown
+        )
         assert qlora.checksums(final) == before
     else:
         assert code == 0, shown
         assert "No zip backup (OSError: [Errno 28] No space left on device" in shown
     assert not qlora.why_unusable(final)
-    assert {path.name for path in final.parent.iterdir() if "writing" in path.name or "zipping" in path.name} == set()
+    assert {
+        path.name
+        for path in final.parent.iterdir()
+        if "writing" in path.name or "zipping" in path.name
+    } == set()
     (small_disk / "ballast").unlink()
     code, shown = child.run(tiny(small_disk), tmp_path / "log")
     assert code == 0, shown
@@ -255,7 +306,10 @@ def test_disk_full_at_the_copy(settings, small_disk, tmp_path, undisturbed, monk
     before = qlora.checksums(qlora.drive_folder(cfg) / first.name)
     child.fill_up(small_disk, 1_000_000)
     qlora.back_up(cfg, second)
-    assert f"{second.name} is NOT copied to drive (" in (shown := capsys.readouterr().out) and "No space left" in shown
+    assert (
+        f"{second.name} is NOT copied to drive (" in (shown := capsys.readouterr().out)
+        and "No space left" in shown
+    )
     assert qlora.checksums(qlora.drive_folder(cfg) / first.name) == before
     assert [path.name for path in qlora.checkpoints(qlora.drive_folder(cfg))] == [first.name]
     (small_disk / "ballast").unlink()
@@ -265,7 +319,9 @@ def test_disk_full_at_the_copy(settings, small_disk, tmp_path, undisturbed, monk
 
 @pytest.mark.slow
 def test_the_machine_replaced_continues_from_drive(tiny, tmp_path, undisturbed):
-    home = tmp_path / "content" / "drive" / "MyDrive"  # outside Colab /content is a folder of the working directory
+    home = (
+        tmp_path / "content" / "drive" / "MyDrive"
+    )  # outside Colab /content is a folder of the working directory
     home.mkdir(parents=True)
     settings = tiny(tmp_path, backup_to="drive")
     code, shown = child.run(settings, tmp_path / "log", ("kill_at", 6))
@@ -277,7 +333,11 @@ def test_the_machine_replaced_continues_from_drive(tiny, tmp_path, undisturbed):
     assert code == 0, shown
     assert "Continuing from checkpoint-4." in shown
     assert result_of(tmp_path) == undisturbed[0]
-    assert {path.name for path in copies.iterdir()} == {"checkpoint-4", "checkpoint-6", "final_model"}
+    assert {path.name for path in copies.iterdir()} == {
+        "checkpoint-4",
+        "checkpoint-6",
+        "final_model",
+    }
     shutil.rmtree(tmp_path / "outputs")
     code, shown = child.run(settings, tmp_path / "log", ("kill_at", 1))
     assert code == 0 and "nothing is trained again" in shown

@@ -1,4 +1,6 @@
-"""A planted token is found nowhere: the notebook pushes and copies to a stand-in Hub, and every byte is read."""
+"""A planted token is found nowhere: the notebook pushes and copies to a stand-in Hub, and every
+byte is read.
+"""
 
 import base64
 import json
@@ -22,7 +24,9 @@ TOKEN = "hf_" + "canary" * 6
 
 @pytest.fixture(scope="module")
 def told(tiny, tmp_path_factory):
-    """The whole notebook, run by Jupyter with the token in its environment: its folder, the Hub, what it printed."""
+    """The whole notebook, run by Jupyter with the token in its environment: its folder, the Hub,
+    what it printed.
+    """
     folder = tmp_path_factory.mktemp("canary")
     (folder / "home").mkdir()
     settings = tiny(folder, push_to_hub=True, backup_to="hub", epochs=1)
@@ -32,14 +36,19 @@ def told(tiny, tmp_path_factory):
         environment = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HOME": str(folder / "home")}
         environment |= {"JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
         done = subprocess.run(
-            command, env=os.environ | environment, cwd=child.ROOT, capture_output=True, text=True, timeout=300
+            command,
+            env=os.environ | environment,
+            cwd=child.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, hub, done.stdout + done.stderr
 
 
 def forms(token: str) -> list[bytes]:
-    """The token as it might be written: plain, backwards, and in base64 at each of three offsets."""
+    """The token as it might be written: plain, backwards, in base64 at each of three offsets."""
     coded = [base64.b64encode(b"x" * shift + token.encode())[4:-4] for shift in range(3)]
     return [token.encode(), token[3:].encode(), token[::-1].encode(), *coded]
 
@@ -48,11 +57,20 @@ def test_the_token_is_in_no_file(told):
     folder, _, shown = told
     files = [path for path in folder.rglob("*") if path.is_file()]
     kinds = {path.name for path in files}
-    assert {"notebook.ipynb", "notebook.html", "checksums.json", "optimizer.pt", "run.json", "curves.png"} <= kinds
+    assert {
+        "notebook.ipynb",
+        "notebook.html",
+        "checksums.json",
+        "optimizer.pt",
+        "run.json",
+        "curves.png",
+    } <= kinds
     assert any("tfevents" in name for name in kinds)
     found = [path for path in files for form in forms(TOKEN) if form in path.read_bytes()]
     assert not found and TOKEN not in shown
-    config = subprocess.run(["git", "config", "--list"], capture_output=True, text=True, cwd=child.ROOT).stdout
+    config = subprocess.run(
+        ["git", "config", "--list"], capture_output=True, text=True, cwd=child.ROOT
+    ).stdout
     assert TOKEN not in config
 
 
@@ -62,20 +80,43 @@ def test_the_token_is_in_nothing_that_was_sent(told):
     bodies = hub.sent() + b"".join(d for files in hub.files.values() for d in files.values())
     assert not any(form in bodies for form in forms(TOKEN))
     assert not any(TOKEN in path for _, path, *_ in hub.requests)
-    asked = [headers for *_, headers, _ in hub.requests if "Authorization" in headers or "authorization" in headers]
+    asked = [
+        headers
+        for *_, headers, _ in hub.requests
+        if "Authorization" in headers or "authorization" in headers
+    ]
     assert asked  # the header is the one place where it belongs
 
 
 def test_only_allowed_files_go_to_the_models_own_repository(told):
     _, hub, _ = told
     names = set(hub.files["ada/faults"])
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "run.json"} <= names
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "README.md",
+        "run.json",
+    } <= names
     assert not {name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))}
     assert hub.private("ada/faults") and hub.private("ada/faults-checkpoints")
     copies = set(hub.files["ada/faults-checkpoints"])
-    assert "checkpoint-2/optimizer.pt" in copies and not any("training_args" in name for name in copies)
-    run, card = json.loads(hub.files["ada/faults"]["run.json"]), hub.files["ada/faults"]["README.md"].decode()
-    assert {"fingerprint", "settings", "versions", "device", "results", "base_revision", "plan"} <= set(run)
+    assert "checkpoint-2/optimizer.pt" in copies and not any(
+        "training_args" in name for name in copies
+    )
+    run, card = (
+        json.loads(hub.files["ada/faults"]["run.json"]),
+        hub.files["ada/faults"]["README.md"].decode(),
+    )
+    assert {
+        "fingerprint",
+        "settings",
+        "versions",
+        "device",
+        "results",
+        "base_revision",
+        "plan",
+    } <= set(run)
     assert run["fingerprint"]["training rows"] in card and "transformers" in card
 
 

@@ -1,10 +1,12 @@
-"""Killed in its second epoch and continued on a GPU, in NF4 and bf16: the same losses as without the kill.
+"""Killed in its second epoch and continued on a GPU, in NF4 and bf16: the same losses as without
+the kill.
 
-    python tests/gpu/resume.py                                                    # two random layers, seconds
-    python tests/gpu/resume.py --model content/model_cache/mistral-7b-random      # made by tests/gpu/mistral_7b.py
+    python tests/gpu/resume.py     # two random layers, seconds
+    python tests/gpu/resume.py --model content/model_cache/mistral-7b-random  # by mistral_7b.py
 
-Three runs of the notebook's own cells on 40 rows of the examples: undisturbed, killed, continued. Prints the largest
-difference of a logged loss and of the adapter, and fails if a loss differs by more than 1e-3 of its value.
+Three runs of the notebook's own cells on 40 rows of the examples: undisturbed, killed, continued.
+Prints the largest difference of a logged loss and of the adapter, and fails if a loss differs by
+more than 1e-3 of its value.
 """
 
 import argparse
@@ -27,7 +29,9 @@ def result(folder: Path) -> tuple[dict, dict]:
 
     final = folder / "outputs" / "faults" / "final_model"
     log = json.loads((final / "run.json").read_text())["trainer_state"]["log_history"]
-    losses = {(e["step"], kind): e[kind] for e in log for kind in ("loss", "eval_loss") if kind in e}
+    losses = {
+        (e["step"], kind): e[kind] for e in log for kind in ("loss", "eval_loss") if kind in e
+    }
     return losses, load_file(final / "adapter_model.safetensors")
 
 
@@ -43,7 +47,11 @@ def main() -> None:
         child.make_model(model)
     rows = (ROOT / "data_examples" / "support_triage.jsonl").read_text().splitlines()[:40]
     (options.out / "rows.jsonl").write_text("\n".join(rows))
-    settings = {"base_model": str(model.absolute()), "data_files": str(options.out / "rows.jsonl"), "epochs": 2}
+    settings = {
+        "base_model": str(model.absolute()),
+        "data_files": str(options.out / "rows.jsonl"),
+        "epochs": 2,
+    }
     settings |= {"run_name": "faults", "push_to_hub": False, "sample_rows": 2, "max_new_tokens": 2}
     results = []
     for name in ("undisturbed", "killed"):
@@ -57,14 +65,19 @@ def main() -> None:
         assert code == 0, shown
         results.append(result(folder))
         print(*(line for line in shown.splitlines() if "Continuing from" in line), sep="\n")
-        print(qlora.Cut(**json.loads((folder / "outputs" / "faults" / "plan.json").read_text())["cut"]))
+        print(
+            qlora.Cut(
+                **json.loads((folder / "outputs" / "faults" / "plan.json").read_text())["cut"]
+            )
+        )
     (expected, adapter), (losses, continued) = results
     assert losses.keys() == expected.keys()
     worst = max(abs(losses[key] - expected[key]) / expected[key] for key in expected)
     apart = max(float((continued[n] - adapter[n]).norm() / adapter[n].norm()) for n in adapter)
     same = all((continued[n] == adapter[n]).all() for n in adapter)
     print(
-        f"{len(expected)} losses; largest relative difference of a loss {worst:.1e}, of an adapter matrix {apart:.1e}"
+        f"{len(expected)} losses; largest relative difference of a loss {worst:.1e}, of an "
+        f"adapter matrix {apart:.1e}"
     )
     print("The adapters are bit-identical." if same else "The adapters differ by rounding.")
     assert worst < 1e-3
