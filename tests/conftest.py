@@ -13,16 +13,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
 
-import qlora_helpers as qlora  # noqa: E402
+from finetune.base_model import base_model_path, mend_cpu_gradients  # noqa: E402
+from finetune.setup import quiet  # noqa: E402
+from qlora_helpers import Settings  # noqa: E402
 
-qlora.quiet()
+quiet()
 
 
 def pytest_sessionstart(session):
     """Prepare the embedded model before there are two processes that would."""
     if not hasattr(session.config, "workerinput"):
         values = notebook_defaults(json.loads((ROOT / "finetune_mistral.ipynb").read_text()))
-        smollm(lambda **changes: qlora.Settings.from_cell(values | changes))
+        smollm(lambda **changes: Settings.from_cell(values | changes))
 
 
 def notebook_defaults(notebook):
@@ -33,7 +35,7 @@ def notebook_defaults(notebook):
 
 
 def smollm(settings):
-    return qlora.base_model_path(
+    return base_model_path(
         settings(base_model="embedded", model_cache=str(ROOT / "content" / "model_cache"))
     )
 
@@ -53,7 +55,7 @@ def defaults(notebook):
 @pytest.fixture(scope="session")
 def settings(defaults):
     """Makes checked settings: the notebook's defaults with some changed."""
-    return lambda **changes: qlora.Settings.from_cell(defaults | changes)
+    return lambda **changes: Settings.from_cell(defaults | changes)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +107,7 @@ def nf4_model(smollm_path):
             device_map={"": "cpu"},
         )
         if mend:
-            qlora.mend_cpu_gradients(model)
+            mend_cpu_gradients(model)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         torch.manual_seed(0)
         return peft.get_peft_model(

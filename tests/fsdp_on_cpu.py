@@ -9,11 +9,16 @@ saving and loading.
 
 import os
 import sys
+from pathlib import Path
 
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from launch import NOTEBOOK, Path, defaults, load_notebook_node, parse, run_cells
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from finetune import launch
+from finetune.headless import defaults, parse
 
 initialise = AcceleratorState.__init__
 
@@ -25,7 +30,7 @@ def with_fsdp(self, *args, fsdp_plugin=None, **kwargs) -> None:
 
 
 AcceleratorState.__init__ = with_fsdp
-settings = yaml.safe_load(Path(__file__).with_name("fsdp.yaml").read_text())["fsdp_config"]
+settings = yaml.safe_load(Path(launch.__file__).with_name("fsdp.yaml").read_text())["fsdp_config"]
 os.environ |= {name.upper(): str(value) for name, value in settings.items()}
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}
-run_cells(parse(sys.argv[1:], defaults(load_notebook_node(str(NOTEBOOK)))))
+launch.run_cells(parse(sys.argv[1:], defaults()))

@@ -1,11 +1,12 @@
 """Write the parts of README.md that come from code and runs: `make readme`. `test_readme.py` checks
-the settings table.
+the settings table and the tree.
 
     python tests/readme.py [content/model_outputs/triage]
 
-Without a run's folder only the settings table is written anew.
+Without a run's folder only the settings table and the tree are written anew.
 """
 
+import ast
 import json
 import re
 import subprocess
@@ -13,7 +14,19 @@ import sys
 from pathlib import Path
 
 from papermill.iorw import load_notebook_node
-from run_notebook import NOTEBOOK, ROOT, defaults, qlora
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from finetune.answers import score_lines  # noqa: E402
+from finetune.headless import NOTEBOOK, defaults  # noqa: E402
+
+OTHERS = {
+    "requirements.txt": "what the notebook needs, with the bounds that were tested",
+    "data_examples/": "360 rows that a small model can visibly learn from",
+    "tests/": "tests and measurements; stacks/ has the three sets of versions they run on",
+    "Makefile": "make run, launch, test, lint",
+}
 
 
 def settings_table() -> str:
@@ -33,8 +46,7 @@ def results_table(run: dict) -> str:
     settings, versions = run["settings"], run["versions"]
     lines = [f"| {run['results']['rows']} held-out rows | before | after |", "|---|---|---|"]
     lines += [
-        "| {score} | {before} | {after} |".format(**line)
-        for line in qlora.score_lines(run["results"])
+        "| {score} | {before} | {after} |".format(**line) for line in score_lines(run["results"])
     ]
     lines += [
         "",
@@ -44,6 +56,22 @@ def results_table(run: dict) -> str:
         f" transformers {versions['transformers']}, trl {versions['trl']}.",
     ]
     return "\n".join(lines)
+
+
+def tree() -> str:
+    """The files of the project with a line each; a room's is the first line of its docstring."""
+    package = ast.get_docstring(ast.parse((ROOT / "finetune" / "__init__.py").read_text()))
+    rooms = re.findall(r"\w+", package.split("\n\n")[-1])
+    lines = {"finetune_mistral.ipynb": "the product", "qlora_helpers.py": "", "finetune/": ""}
+    lines |= {f"  {room}.py": "" for room in rooms} | OTHERS
+    for name in lines:
+        path = ROOT / ("finetune" if name.startswith("  ") else "") / name.strip()
+        if path.suffix == ".py":
+            lines[name] = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+    width = max(map(len, lines)) + 2
+    return "\n".join(
+        ["```", *(f"{name:{width}}{line}".rstrip() for name, line in lines.items()), "```"]
+    )
 
 
 def replace(text: str, name: str, body: str) -> str:
@@ -57,6 +85,7 @@ def main() -> None:
     """Write README.md anew."""
     readme = ROOT / "README.md"
     text = replace(readme.read_text(), "settings", settings_table())
+    text = replace(text, "tree", tree())
     if len(sys.argv) > 1:
         run_dir = Path(sys.argv[1])
         run = json.loads((run_dir / "final_model" / "run.json").read_text())

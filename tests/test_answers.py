@@ -6,7 +6,22 @@ import pytest
 import torch
 from tiny import tiny_base, tiny_tuned
 
-import qlora_helpers as qlora
+from finetune.answers import (
+    Answer,
+    batches,
+    cache_tokens,
+    compare,
+    generate_answers,
+    read_answer,
+    scores,
+    show_comparison,
+    trained_logits,
+    validation_loss,
+    words_in_common,
+)
+from finetune.report import history, plot_curves
+from finetune.tokens import encode_rows
+from qlora_helpers import UserError
 
 
 def test_a_batch_answers_as_each_prompt_does_alone(nf4_model, smollm_tokenizer):
@@ -16,8 +31,8 @@ def test_a_batch_answers_as_each_prompt_does_alone(nf4_model, smollm_tokenizer):
         "Hi",
         "Name three colours of the rainbow, and one animal.",
     ]
-    together = qlora.generate_answers(model, smollm_tokenizer, prompts, 12)
-    alone = [qlora.generate_answers(model, smollm_tokenizer, [prompt], 12)[0] for prompt in prompts]
+    together = generate_answers(model, smollm_tokenizer, prompts, 12)
+    alone = [generate_answers(model, smollm_tokenizer, [prompt], 12)[0] for prompt in prompts]
     assert together == alone
     assert len({answer.text for answer in together}) == 3
 
@@ -26,39 +41,39 @@ def test_generating_leaves_the_model_in_its_mode(nf4_model, smollm_tokenizer):
     model = nf4_model()
     for mode in (True, False):
         model.train(mode)
-        qlora.generate_answers(model, smollm_tokenizer, ["Hi"], 2)
+        generate_answers(model, smollm_tokenizer, ["Hi"], 2)
         assert model.training is mode
 
 
 @pytest.mark.parametrize(
     ("generated", "answer"),
     [
-        (" Paris\n\n### End</s>", qlora.Answer("Paris", True)),
-        (" Paris\n\n### End</s></s></s>", qlora.Answer("Paris", True)),
-        (" Paris\n\n### End", qlora.Answer("Paris", False)),
-        (" ### End of the road</s>", qlora.Answer("### End of the road", True)),
-        ("</s>", qlora.Answer("", True)),
+        (" Paris\n\n### End</s>", Answer("Paris", True)),
+        (" Paris\n\n### End</s></s></s>", Answer("Paris", True)),
+        (" Paris\n\n### End", Answer("Paris", False)),
+        (" ### End of the road</s>", Answer("### End of the road", True)),
+        ("</s>", Answer("", True)),
     ],
 )
 def test_an_answer_ends_at_eos_and_loses_only_its_own_marker(mistral_tokenizer, generated, answer):
     ids = mistral_tokenizer(generated, add_special_tokens=False)["input_ids"]
-    assert qlora.read_answer(mistral_tokenizer, ids) == answer
+    assert read_answer(mistral_tokenizer, ids) == answer
 
 
 ROWS = [{"prompt": f"p{i}", "completion": f" c{i} "} for i in range(4)]
-BEFORE = [qlora.Answer("no", False)] * 4
+BEFORE = [Answer("no", False)] * 4
 AFTER = [
-    qlora.Answer("c0", True),
-    qlora.Answer("c1", True),
-    qlora.Answer("C2", True),
-    qlora.Answer("c3", False),
+    Answer("c0", True),
+    Answer("c1", True),
+    Answer("C2", True),
+    Answer("c3", False),
 ]
 LOG = [{"step": 0, "eval_loss": 6.0}, {"step": 5, "loss": 3.0}, {"step": 5, "eval_loss": 1.25}]
 LOSSES = {"before": 6.0, "after": 1.25}
 
 
 def test_scores_count_exact_answers_and_those_that_stopped():
-    result = qlora.scores(qlora.compare(ROWS, BEFORE, AFTER), LOSSES)
+    result = scores(compare(ROWS, BEFORE, AFTER), LOSSES)
     assert result["rows"] == 4
     before = {"exact_match": 0.0, "f1": 0.0, "stopped": 0.0, "validation_loss": 6.0}
     after = {"exact_match": 0.75, "f1": 0.75, "stopped": 0.75, "validation_loss": 1.25}
@@ -78,16 +93,16 @@ def test_scores_count_exact_answers_and_those_that_stopped():
     ],
 )
 def test_words_in_common_are_counted_as_squad_does(answer, reference, f1):
-    assert qlora.words_in_common(answer, reference) == pytest.approx(f1)
+    assert words_in_common(answer, reference) == pytest.approx(f1)
 
 
 def test_the_table_shows_the_scores_and_keeps_html_out():
-    table = qlora.compare(
+    table = compare(
         [{"prompt": "<b>x</b>", "completion": "y"}],
-        [qlora.Answer("a", False)],
-        [qlora.Answer("y", True)],
+        [Answer("a", False)],
+        [Answer("y", True)],
     )
-    html = qlora.show_comparison(table, qlora.scores(table, LOSSES)).to_html()
+    html = show_comparison(table, scores(table, LOSSES)).to_html()
     assert (
         "1 held-out rows · exact answers 0% → 100%" in html
         and "6.000 → 1.250" in html
@@ -101,9 +116,7 @@ def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batche
 ):
     model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
     rows = [{"prompt": f"p{i}", "completion": "word " * (1 + 5 * i)} for i in range(4)]
-    examples = list(
-        qlora.encode_rows(rows, mistral_tokenizer).select_columns(["input_ids", "labels"])
-    )
+    examples = list(encode_rows(rows, mistral_tokenizer).select_columns(["input_ids", "labels"]))
     with torch.no_grad():  # transformers' own loss is a row's mean over its trained tokens
         alone = [
             (model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item(), row)
@@ -111,29 +124,30 @@ def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batche
         ]
     counts = [sum(label != -100 for label in row["labels"]) for row in examples]
     mean = sum(loss * n for (loss, _), n in zip(alone, counts, strict=True)) / sum(counts)
-    assert qlora.validation_loss(model, examples) == pytest.approx(mean, rel=1e-5)
-    one_by_one = [ids.tolist() for _, ids in qlora.trained_logits(model, examples, tokens=1)]
+    assert validation_loss(model, examples) == pytest.approx(mean, rel=1e-5)
+    one_by_one = [ids.tolist() for _, ids in trained_logits(model, examples, tokens=1)]
     assert one_by_one == [[i for i in row["labels"] if i != -100] for row in examples]
     with model.disable_adapter():
-        assert abs(qlora.validation_loss(model, examples) - mean) > 0.1
+        assert abs(validation_loss(model, examples) - mean) > 0.1
     assert not model.training
 
 
 def test_batches_hold_rows_of_like_length_and_no_more_tokens_than_asked_for():
-    assert qlora.batches([5, 1, 4, 2, 9], 8) == [[1, 3], [2], [0], [4]]
-    assert qlora.batches([3, 3], 6) == [[0, 1]] and qlora.batches([3, 3], 5) == [[0], [1]]
+    assert batches([5, 1, 4, 2, 9], 8) == [[1, 3], [2], [0], [4]]
+    assert batches([3, 3], 6) == [[0, 1]] and batches([3, 3], 5) == [[0], [1]]
 
 
 def test_answers_are_batched_by_the_memory_that_is_free(tmp_path, mistral_tokenizer, monkeypatch):
     model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
     token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, fp32
-    monkeypatch.setattr(qlora, "free_memory_size", lambda: 3 * 1000 * token / 2**30)
-    assert qlora.cache_tokens(model) in (999, 1000)
+    monkeypatch.setattr("finetune.answers.free_memory_size", lambda: 3 * 1000 * token / 2**30)
+    assert cache_tokens(model) in (999, 1000)
     seen = []
     monkeypatch.setattr(
-        qlora, "_generate", lambda m, t, batch, new: seen.append(len(batch)) or [[2]] * len(batch)
+        "finetune.answers._generate",
+        lambda m, t, batch, new: seen.append(len(batch)) or [[2]] * len(batch),
     )
-    qlora.generate_answers(model, mistral_tokenizer, ["Hi"] * 25, 90)  # 10 + 90 tokens each
+    generate_answers(model, mistral_tokenizer, ["Hi"] * 25, 90)  # 10 + 90 tokens each
     assert sum(seen) == 25 and max(seen) in (9, 10)
 
 
@@ -146,7 +160,7 @@ def test_answers_are_batched_by_the_memory_that_is_free(tmp_path, mistral_tokeni
     ],
 )
 def test_a_mistaken_option_is_told_early(settings, change, words):
-    with pytest.raises(qlora.UserError, match=re.compile(words, re.S)):
+    with pytest.raises(UserError, match=re.compile(words, re.S)):
         settings(**change)
 
 
@@ -164,6 +178,6 @@ def test_the_options_are_off_by_default(settings):
 
 
 def test_curves_are_a_picture_of_the_log(tmp_path):
-    image = qlora.plot_curves(LOG, tmp_path / "curves.png", "run")
+    image = plot_curves(LOG, tmp_path / "curves.png", "run")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG" == image.data[:4]
-    assert qlora.history(LOG, "eval_loss") == ([0, 5], [6.0, 1.25])
+    assert history(LOG, "eval_loss") == ([0, 5], [6.0, 1.25])

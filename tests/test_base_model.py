@@ -1,15 +1,20 @@
 """Section 7: the real embedded model in real NF4, on the CPU."""
 
+import json
+from pathlib import Path
+
 import bitsandbytes as bnb
 import pytest
 import torch
 
-import qlora_helpers as qlora
+from finetune.answers import generate_answers
+from finetune.base_model import base_model_path
+from finetune.tokens import encode_example
 
 
 @pytest.fixture(scope="module")
 def batch(smollm_tokenizer):
-    encoded = qlora.encode_example(smollm_tokenizer, "Capital of France?", "Paris")
+    encoded = encode_example(smollm_tokenizer, "Capital of France?", "Paris")
     return {name: torch.tensor([ids]) for name, ids in encoded.items()}
 
 
@@ -37,7 +42,7 @@ def test_gradients_are_the_same_after_a_forward_pass_without_them(
 ):
     model = nf4_model()
     first = gradients(model, batch)
-    qlora.generate_answers(model, smollm_tokenizer, ["Hello"], 4)
+    generate_answers(model, smollm_tokenizer, ["Hello"], 4)
     second = gradients(model, batch)
     assert len(first) == len(second) == 240
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -53,7 +58,7 @@ def test_the_prepared_model_knows_the_capital_of_france(smollm_path):
 
 
 def test_both_spellings_of_the_rope_base_are_kept(smollm_path):
-    config = qlora.json.loads((qlora.Path(smollm_path) / "config.json").read_text())
+    config = json.loads((Path(smollm_path) / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000
 
 
@@ -61,16 +66,16 @@ def test_an_interrupted_preparation_leaves_nothing_half_made(tmp_path, monkeypat
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qlora, "convert_gguf", stop)
+    monkeypatch.setattr("finetune.base_model.convert_gguf", stop)
     cfg = settings(base_model="embedded", model_cache=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        qlora.base_model_path(cfg)
+        base_model_path(cfg)
     assert not (tmp_path / "SmolLM2-135M-Instruct").exists()
 
 
 def test_a_folder_is_a_base_model_and_a_hub_id_stays_one(tmp_path, settings):
-    assert qlora.base_model_path(settings(base_model=str(tmp_path))) == str(tmp_path)
+    assert base_model_path(settings(base_model=str(tmp_path))) == str(tmp_path)
     assert (
-        qlora.base_model_path(settings(base_model="mistralai/Mistral-7B-v0.3"))
+        base_model_path(settings(base_model="mistralai/Mistral-7B-v0.3"))
         == "mistralai/Mistral-7B-v0.3"
     )

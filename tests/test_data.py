@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import qlora_helpers as qlora
+from finetune.data import RowReader, read_rows, split_rows
+from qlora_helpers import UserError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
 many = hypothesis_settings(
@@ -22,7 +23,7 @@ many = hypothesis_settings(
 def read(settings, tmp_path_factory):
     """Reads some files as the notebook does; settings can be changed."""
     out = str(tmp_path_factory.mktemp("out"))
-    return lambda files, **changes: qlora.read_rows(
+    return lambda files, **changes: read_rows(
         settings(data_files=str(files), output_dir=out, **changes)
     )
 
@@ -70,7 +71,7 @@ MISTAKES = [
 )
 def test_a_bad_line_is_told_with_file_line_and_reason(tmp_path, read, line, reason):
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
-    with pytest.raises(qlora.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path / "*.jsonl")
     assert f"rows.jsonl:3: {reason}" in str(caught.value)
     assert line[:20].decode("utf-8", "replace") in str(caught.value)
@@ -80,8 +81,8 @@ def test_ten_different_mistakes_appear_in_one_run_of_the_cell(tmp_path, settings
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([GOOD, *(line for line, _ in MISTAKES)]))
     cfg = settings(data_files=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path))
     cell = next(text for c in notebook["cells"] if "read_rows" in (text := "".join(c["source"])))
-    with pytest.raises(qlora.UserError) as caught:
-        exec(cell, {"qlora": qlora, "cfg": cfg})
+    with pytest.raises(UserError) as caught:
+        exec(cell, {"cfg": cfg})
     for number, (_, reason) in enumerate(MISTAKES, start=2):
         assert f"rows.jsonl:{number}: {reason}" in str(caught.value)
 
@@ -89,7 +90,7 @@ def test_ten_different_mistakes_appear_in_one_run_of_the_cell(tmp_path, settings
 def test_bad_lines_are_counted_by_kind_and_all_are_written_down(tmp_path, read):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, *[b"{"] * 12]))
     (tmp_path / "b.jsonl").write_bytes(b"nonsense\n5")
-    with pytest.raises(qlora.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path / "*.jsonl")
     text = str(caught.value)
     assert text.startswith("14 line(s) cannot be used (13 × broken JSON; 1 × not an object)")
@@ -149,7 +150,7 @@ def test_other_formats_are_recognised_by_their_keys_and_said_aloud(
 def test_a_mix_of_formats_is_never_trained(tmp_path, read, on_bad_rows):
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b'\n{"question": "a", "answer": "b"}')
     with pytest.raises(
-        qlora.UserError,
+        UserError,
         match=r"rows.jsonl:2: formats are mixed: this row is question/answer, those",
     ):
         read(tmp_path / "rows.jsonl", on_bad_rows=on_bad_rows)
@@ -190,7 +191,7 @@ MESSY = st.one_of(
 def test_any_bytes_give_rows_or_located_errors(read, tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     file.write_bytes(content)
-    reader = qlora.RowReader([file], file.with_name("fuzz.rejected.jsonl"))
+    reader = RowReader([file], file.with_name("fuzz.rejected.jsonl"))
     rows = list(reader)
     lines = [
         n
@@ -203,7 +204,7 @@ def test_any_bytes_give_rows_or_located_errors(read, tmp_path_factory, content):
     assert all(row["prompt"].strip() and row["completion"].strip() for row in rows)
     try:
         assert len(read(file)) <= len(rows)
-    except qlora.UserError as error:
+    except UserError as error:
         assert "fuzz.jsonl:" in str(error) if reader.kinds else not rows
     else:
         assert rows and not reader.kinds
@@ -247,15 +248,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path, read):
 
 
 def test_no_file_says_where_to_put_one(tmp_path, read):
-    with pytest.raises(
-        qlora.UserError, match=r"No file matches data_files = .*\n.*Put your JSONL there"
-    ):
+    with pytest.raises(UserError, match=r"No file matches data_files = .*\n.*Put your JSONL there"):
         read(tmp_path / "*.jsonl")
 
 
 def test_an_empty_file_is_told(tmp_path, read):
     (tmp_path / "rows.jsonl").write_bytes(b"\n")
-    with pytest.raises(qlora.UserError, match=r"The files hold no rows: rows\.jsonl"):
+    with pytest.raises(UserError, match=r"The files hold no rows: rows\.jsonl"):
         read(tmp_path / "*.jsonl")
 
 
@@ -333,8 +332,8 @@ def make_rows(n):
 
 def test_adding_rows_moves_none_across_and_no_prompt_is_on_both_sides():
     more = make_rows(1000) + [{"prompt": f"new {i}", "completion": "x"} for i in range(500)]
-    train, held = map(texts, qlora.split_rows(as_dataset(make_rows(1000)), 0.1))
-    train_more, held_more = map(texts, qlora.split_rows(as_dataset(more), 0.1))
+    train, held = map(texts, split_rows(as_dataset(make_rows(1000)), 0.1))
+    train_more, held_more = map(texts, split_rows(as_dataset(more), 0.1))
     assert all(row in train_more for row in train) and all(row in held_more for row in held)
     assert not {row["prompt"] for row in train_more} & {row["prompt"] for row in held_more}
     assert 0.07 < len(held) / 1000 < 0.13
@@ -345,9 +344,9 @@ def test_adding_rows_moves_none_across_and_no_prompt_is_on_both_sides():
 @pytest.mark.parametrize("n", [2, 3, 10])
 def test_small_data_always_has_something_on_both_sides(n, fraction):
     rows = [{"prompt": str(i), "completion": "x"} for i in range(n)]
-    assert all(map(len, qlora.split_rows(as_dataset(rows), fraction)))
+    assert all(map(len, split_rows(as_dataset(rows), fraction)))
 
 
 def test_one_prompt_alone_cannot_be_split():
-    with pytest.raises(qlora.UserError, match="at least two rows with different prompts"):
-        qlora.split_rows(as_dataset([{"prompt": "a", "completion": "b"}] * 5), 0.1)
+    with pytest.raises(UserError, match="at least two rows with different prompts"):
+        split_rows(as_dataset([{"prompt": "a", "completion": "b"}] * 5), 0.1)

@@ -58,7 +58,7 @@ def test_run_all_cells_by_the_menu(tmp_path, mistral_tokenizer):
         parameterize_notebook(load_notebook_node(str(ROOT / "finetune_mistral.ipynb")), settings),
         file,
     )
-    for name in ("qlora_helpers.py", "requirements.txt", "data_examples"):
+    for name in ("finetune", "qlora_helpers.py", "requirements.txt", "data_examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     with jupyterlab(tmp_path) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(

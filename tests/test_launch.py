@@ -28,7 +28,7 @@ def model(tmp_path_factory, smollm_path):
     return folder
 
 
-def launch(folder, gpus, name, command=("tests/launch.py",), **environment):
+def launch(folder, gpus, name, command=("-m", "finetune.launch"), **environment):
     """Start 20 steps of 16 rows, the last of each epoch of 4; without dropout, which each process
     draws for itself.
     """
@@ -128,12 +128,14 @@ def test_fsdp_trains_as_one_process_does_and_the_process_that_follows_has_its_ad
 def test_more_processes_than_a_step_has_rows_for_say_how_many_work(
     settings, smollm_tokenizer, monkeypatch
 ):
-    import qlora_helpers as qlora
+    from finetune.plan import make_plan
+    from finetune.tokens import encode_rows
+    from qlora_helpers import UserError
 
     monkeypatch.setenv("WORLD_SIZE", "3")
-    rows = qlora.encode_rows([{"prompt": "a", "completion": "b"}] * 4, smollm_tokenizer)
+    rows = encode_rows([{"prompt": "a", "completion": "b"}] * 4, smollm_tokenizer)
     with pytest.raises(
-        qlora.UserError,
+        UserError,
         match=r"3 processes cannot share the 16 rows of a step evenly\. Launch 2, or",
     ):
-        qlora.make_plan(settings(), None, rows)
+        make_plan(settings(), None, rows)

@@ -11,7 +11,12 @@ import transformers
 from safetensors import safe_open
 from tiny import one_thread, pythons, tiny_base, tiny_tuned  # noqa: F401  `one_thread` works by being here
 
-import qlora_helpers as qlora
+from finetune.answers import trained_logits
+from finetune.base_model import write_config
+from finetune.merge import merge_adapter, merged_weights, write_shards
+from finetune.save import write_for_others
+from finetune.tokens import encode_prompt, encode_rows
+from qlora_helpers import UserError
 
 ROWS = [
     {"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(4)
@@ -38,8 +43,8 @@ def cfg(settings, base, tmp_path):
 
 
 def logits(model, tokenizer):
-    examples = qlora.encode_rows(ROWS, tokenizer, 512)
-    return torch.cat([each for each, _ in qlora.trained_logits(model, examples)])
+    examples = encode_rows(ROWS, tokenizer, 512)
+    return torch.cat([each for each, _ in trained_logits(model, examples)])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +61,7 @@ def test_the_merge_is_the_adapter_on_the_4_bit_base(
 ):
     where = tiny_base(tmp_path / "tied", mistral_tokenizer, **model) if model else base
     tuned = tiny_tuned(where, **lora)
-    folder = qlora.merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
+    folder = merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
     assert folder == tmp_path / "merged" and "same answer 4 of 4" in capsys.readouterr().out
     merged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert torch.allclose(
@@ -69,7 +74,6 @@ def test_the_merge_is_the_adapter_on_the_4_bit_base(
         "tokenizer.json",
         "README.md",
         "run.json",
-        "Modelfile",
     } <= names
     assert not [name for name in names if name.endswith((".bin", ".part", ".pt"))]
 
@@ -94,12 +98,12 @@ def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(
     cfg, base, tmp_path, mistral_tokenizer, wrong, monkeypatch
 ):
     other = tiny_base(tmp_path / "other", mistral_tokenizer, seed=1) if wrong == "base" else ""
-    source, merged_weights = WRONG[wrong](base, other), qlora.merged_weights
-    monkeypatch.setattr(qlora, "merged_weights", lambda _: merged_weights(source))
+    source = WRONG[wrong](base, other)
+    monkeypatch.setattr("finetune.merge.merged_weights", lambda _: merged_weights(source))
     earlier = tmp_path / "merged" / "earlier"
     earlier.mkdir(parents=True)
-    with pytest.raises(qlora.UserError, match="is not what was trained"):
-        qlora.merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
+    with pytest.raises(UserError, match="is not what was trained"):
+        merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
     assert [path.name for path in tmp_path.glob("merged*")] == ["merged"] and earlier.exists()
 
 
@@ -109,15 +113,15 @@ def test_a_merge_that_dies_leaves_nothing_half_made(
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(qlora, "write_config", full)
+    monkeypatch.setattr("finetune.merge.write_config", full)
     with pytest.raises(OSError, match="No space"):
-        qlora.merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
+        merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
     assert not list(tmp_path.glob("merged*"))
 
 
 def test_shards_hold_every_weight_once_in_files_of_the_size_asked_for(tmp_path):
     weights = {f"w{i}": torch.full((10, 10), float(i)) for i in range(7)}
-    qlora.write_shards(iter(weights.items()), tmp_path, torch.bfloat16, 400)
+    write_shards(iter(weights.items()), tmp_path, torch.bfloat16, 400)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 7 * 200
     assert [p.name for p in sorted(tmp_path.glob("*.safetensors"))] == sorted(
@@ -151,14 +155,14 @@ def test_both_transformers_majors_load_it_alike(base, tmp_path, mistral_tokenize
     }  # as Llama 3's, the scaling must survive beside theta
     five = transformers.__version__ >= "5"
     key = {"rope_parameters": scaling | {"rope_theta": 1e6}} if five else {"rope_scaling": scaling}
-    ids = qlora.encode_prompt(mistral_tokenizer, "Say the number 3")
+    ids = encode_prompt(mistral_tokenizer, "Say the number 3")
     folders, expected = [], []
     for where in (base, tiny_base(tmp_path / "scaled", mistral_tokenizer, **key)):
         tuned, folder = tiny_tuned(where), tmp_path / f"merged_{len(folders)}"
         folder.mkdir()
-        qlora.write_shards(qlora.merged_weights(tuned), folder, torch.float32, 2**30)
-        qlora.write_config(tuned, folder, torch.float32)
-        qlora.write_for_others(folder, mistral_tokenizer, None)
+        write_shards(merged_weights(tuned), folder, torch.float32, 2**30)
+        write_config(tuned, folder, torch.float32)
+        write_for_others(folder, mistral_tokenizer)
         config = json.loads((folder / "config.json").read_text())
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
         with torch.no_grad():

@@ -12,8 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from run_notebook import NOTEBOOK, defaults, parse
+from nbclient.exceptions import CellExecutionError
 from tiny import pythons
+
+from finetune.headless import NOTEBOOK, defaults, parse
 
 ROOT = Path(__file__).parents[1]
 HEADINGS = [
@@ -129,6 +131,29 @@ def printed(cell) -> str:
     return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
+AGAIN = ("LoRA", "What it answers now", "Plan", "Train", "Save, back up, push", "Merge (optional)")
+
+
+def again(client, notebook, name) -> str:
+    """What a section's cells print, or the `UserError` they end in, when it is run again alone."""
+    start = next(
+        i
+        for i, c in enumerate(notebook.cells)
+        if re.match(rf"## \d+\. {re.escape(name)}", c.source)
+    )
+    said = ""
+    for index, cell in enumerate(notebook.cells[start + 1 :], start + 1):
+        if cell.source.startswith("## "):
+            break
+        try:
+            if cell.cell_type == "code":
+                client.execute_cell(cell, index)
+                said += printed(cell) + json.dumps(cell.outputs)
+        except CellExecutionError as error:
+            return f"{error.ename}: {error.evalue}"
+    return said
+
+
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory, committed):
     """Run all, then one number changed and run all again, in one kernel: folder, and what each run
@@ -146,8 +171,9 @@ def twice(tmp_path_factory, committed):
             texts.append("\n".join(printed(c) for c in notebook.cells if c.cell_type == "code"))
             texts[-1] += json.dumps([o for c in notebook.cells for o in c.get("outputs", [])])
             if rank == 8:
+                alone = {name: again(client, notebook, name) for name in AGAIN}
                 shutil.copytree(root / "outputs" / "small", root / "first")
-    return root, notebook, texts
+    return root, notebook, texts, alone
 
 
 def test_run_all_ends_with_a_saved_adapter_a_backup_a_picture_and_a_merged_model(twice):
@@ -171,6 +197,20 @@ def test_the_changed_number_takes_effect_in_the_same_kernel(twice):
     assert "r 8, alpha" in twice[2][0] and "r 4, alpha" in twice[2][1]
 
 
+def test_a_section_run_again_alone_gives_the_same_or_says_what_to_run_first(twice):
+    """After the first run, which merged, and loaded the saved adapter in section 16."""
+    _, _, (first, _), alone = twice
+    assert alone["LoRA"] == (
+        "UserError: This model has its adapter already: run section 7 again before this one."
+    )
+    answer = r"Answered: .*"
+    assert re.search(answer, alone["What it answers now"])[0] == re.search(answer, first)[0]
+    assert "As planned before for this run" in alone["Plan"]
+    assert "nothing is trained again" in alone["Train"]
+    assert "Adapter: " in alone["Save, back up, push"] and "On the Hub: None" in first
+    assert re.search("same answer [1-9]", alone["Merge (optional)"])
+
+
 def test_memory_returns_to_where_the_first_run_began(twice):
     first, second = (
         float(re.search(r"in use by models: ([\d.]+) GB", text)[1]) for text in twice[2]
@@ -190,20 +230,25 @@ def test_a_fresh_process_answers_as_the_notebook_did(twice, committed):
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import peft, torch, transformers, qlora_helpers as q
+import peft, torch, transformers
+from finetune.answers import generate_answers
+from finetune.base_model import base_model_path, mend_cpu_gradients
+from finetune.machine import computing_type, device, resolve_precision
+from qlora_helpers import Settings
 folder = {str(root / "outputs" / "small")!r}
 run = json.load(open(folder + "/final_model/run.json"))
-cfg = q.Settings(**run["settings"])
+cfg = Settings(**run["settings"])
+dtype = computing_type(resolve_precision(cfg.bf16)[0])
 nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                       bnb_4bit_use_double_quant=True,
-                                      bnb_4bit_compute_dtype=cfg.dtype)
+                                      bnb_4bit_compute_dtype=dtype)
 base = transformers.AutoModelForCausalLM.from_pretrained(
-    q.base_model_path(cfg), quantization_config=nf4, dtype=cfg.dtype, device_map={{"": q.device()}})
-q.mend_cpu_gradients(base)
+    base_model_path(cfg), quantization_config=nf4, dtype=dtype, device_map={{"": device()}})
+mend_cpu_gradients(base)
 model = peft.PeftModel.from_pretrained(base, cfg.final_model)
 tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.final_model)
 rows = [json.loads(line) for line in open(folder + "/answers.jsonl")]
-now = q.generate_answers(model, tokenizer, [row["prompt"] for row in rows], cfg.max_new_tokens)
+now = generate_answers(model, tokenizer, [row["prompt"] for row in rows], cfg.max_new_tokens)
 assert len(rows) >= 2 and any(row["before"] != row["after"] for row in rows)
 assert [a.text for a in now] == [row["after"] for row in rows], (now, rows)
 """
@@ -236,7 +281,7 @@ def test_the_cards_own_lines_answer_as_the_notebook_did(twice, python, folder, a
     rows = [
         json.loads(line) for line in (twice[0] / "first" / "answers.jsonl").read_text().splitlines()
     ]
-    absent = json.dumps(["trl", "datasets", "pandas", "qlora_helpers", *absent])
+    absent = json.dumps(["trl", "datasets", "pandas", "qlora_helpers", "finetune", *absent])
     command = [python, "-c", CARD, absent, json.dumps([row["prompt"] for row in rows])]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=twice[0] / folder
@@ -293,7 +338,8 @@ def test_a_mistake_ends_in_its_own_words_and_nothing_is_trained(tmp_path, change
     settings = {k.upper(): v for k, v in (small_settings(tmp_path) | change).items()}
     command = [
         sys.executable,
-        str(ROOT / "tests" / "run_notebook.py"),
+        "-m",
+        "finetune.headless",
         *(f"{k}={v}" for k, v in settings.items()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import types
+from pathlib import Path
 
 import datasets
 import peft
@@ -15,7 +16,23 @@ import torch
 import transformers
 import trl
 
-import qlora_helpers as qlora
+from finetune.arithmetic import FrozenHeadLoss, varlen_attention, varlen_mask, varlen_options
+from finetune.base_model import mend_cpu_gradients
+from finetune.batches import Collator, Cut, StepSampler
+from finetune.plan import make_plan
+from finetune.report import history
+from finetune.speed import (
+    checkpointable,
+    flat_attention,
+    fuse_lora,
+    fuse_loss,
+    keep_dense,
+    recompute_layers,
+    use_fast_kernels,
+)
+from finetune.train import follow_plan, survive_out_of_memory, trim_steps
+from finetune.trials import Trials
+from qlora_helpers import UserError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -36,7 +53,7 @@ def tiny(dropout=0.0, layers=3, **lora):
         sliding_window=None,
     )
     plain = transformers.MistralForCausalLM(config)
-    folder = qlora.Path("content/tiny_mistral")
+    folder = Path("content/tiny_mistral")
     plain.save_pretrained(folder)
     nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -47,7 +64,7 @@ def tiny(dropout=0.0, layers=3, **lora):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
     )
-    qlora.mend_cpu_gradients(model)
+    mend_cpu_gradients(model)
     recipe = {
         "task_type": "CAUSAL_LM",
         "r": 8,
@@ -92,13 +109,13 @@ def close(one, other, tolerance):
     )
 
 
-PADDED, FLAT = qlora.Cut(4, False, "sdpa"), qlora.Cut(4, True, "sdpa")
+PADDED, FLAT = Cut(4, False, "sdpa"), Cut(4, True, "sdpa")
 
 
 def test_fused_lora_and_loss_equal_pefts_and_transformers_own():
-    model, batch = tiny(), qlora.Collator(PADDED, 2)(list(rows(4)))
+    model, batch = tiny(), Collator(PADDED, 2)(list(rows(4)))
     loss, expected = gradients(model, batch)
-    assert qlora.fuse_lora(model) == 12 and qlora.fuse_loss(model.get_base_model())
+    assert fuse_lora(model) == 12 and fuse_loss(model.get_base_model())
     fused_loss, found = gradients(model, batch)
     assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
     assert len(found) == 24
@@ -113,7 +130,7 @@ def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
         torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
         for _ in "ab"
     )
-    loss = qlora.FrozenHeadLoss.apply(found, weight, bias, targets, logits)
+    loss = FrozenHeadLoss.apply(found, weight, bias, targets, logits)
     wanted = torch.nn.functional.cross_entropy(
         expected @ weight.t() + bias, targets, reduction="sum"
     )
@@ -122,7 +139,7 @@ def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert torch.allclose(found.grad, expected.grad, atol=1e-5)
     with torch.no_grad():
-        assert qlora.FrozenHeadLoss.apply(found[:0], weight, bias, targets[:0]) == 0
+        assert FrozenHeadLoss.apply(found[:0], weight, bias, targets[:0]) == 0
 
 
 def test_the_frozen_heads_loss_keeps_its_types_in_the_trainers_bf16():
@@ -131,7 +148,7 @@ def test_the_frozen_heads_loss_keeps_its_types_in_the_trainers_bf16():
     found, expected = hidden.clone().requires_grad_(), hidden.float().requires_grad_()
     targets = torch.arange(10)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = qlora.FrozenHeadLoss.apply(found, weight, None, targets)
+        loss = FrozenHeadLoss.apply(found, weight, None, targets)
     loss.backward()
     wanted = torch.nn.functional.cross_entropy(
         expected @ weight.float().t(), targets, reduction="sum"
@@ -142,10 +159,10 @@ def test_the_frozen_heads_loss_keeps_its_types_in_the_trainers_bf16():
 
 
 def test_fused_dropout_is_pefts_to_the_bit():
-    model, batch = tiny(dropout=0.4), qlora.Collator(PADDED, 2)(list(rows(4)))
+    model, batch = tiny(dropout=0.4), Collator(PADDED, 2)(list(rows(4)))
     torch.manual_seed(5)
     loss, expected = gradients(model, batch)
-    qlora.fuse_lora(model)
+    fuse_lora(model)
     torch.manual_seed(5)
     fused_loss, found = gradients(model, batch)
     assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
@@ -156,7 +173,7 @@ def test_fused_dropout_is_pefts_to_the_bit():
 
 def test_a_variant_of_lora_keeps_pefts_own_code():
     model = tiny(use_dora=True)
-    assert qlora.fuse_lora(model) == 0
+    assert fuse_lora(model) == 0
 
 
 def test_answers_and_a_switched_off_adapter_use_the_original_code():
@@ -165,7 +182,7 @@ def test_answers_and_a_switched_off_adapter_use_the_original_code():
         on, (off, _) = model(ids).logits, (None, None)
         with model.disable_adapter():
             off = model(ids).logits
-        qlora.use_fast_kernels(model)
+        use_fast_kernels(model)
         assert torch.equal(model(ids).logits, on) and not torch.equal(on, off)
         with model.disable_adapter():
             assert torch.equal(model.train()(ids).logits, off)
@@ -176,14 +193,14 @@ def test_answers_and_a_switched_off_adapter_use_the_original_code():
 
 
 def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
-    model, batch = tiny(), qlora.Collator(PADDED, 2)(list(rows(4)))
-    qlora.use_fast_kernels(model)
+    model, batch = tiny(), Collator(PADDED, 2)(list(rows(4)))
+    use_fast_kernels(model)
     loss, expected = gradients(model, batch)
-    qlora.keep_dense(model, True)
+    keep_dense(model, True)
     assert sum(getattr(m, "dense", None) is not None for m in model.modules()) == 21
     dense_loss, found = gradients(model, batch)
     assert dense_loss == loss and all(torch.equal(found[n], g) for n, g in expected.items())
-    qlora.keep_dense(model, False)
+    keep_dense(model, False)
     assert not any(getattr(m, "dense", None) is not None for m in model.modules())
 
 
@@ -191,17 +208,15 @@ def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
 @pytest.mark.parametrize("layers", [0, 2, 3])
 def test_layouts_and_recomputed_layers_give_the_same_gradients(cut, layers):
     model, data = tiny(), list(rows(4))
-    qlora.use_fast_kernels(model)
-    one_by_one = [
-        gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row])) for row in data
-    ]
+    use_fast_kernels(model)
+    one_by_one = [gradients(model, Collator(Cut(1, False, "sdpa"), 2)([row])) for row in data]
     expected = {n: sum(g[n] for _, g in one_by_one) for n in one_by_one[0][1]}
     model.set_attn_implementation(cut.attention)
-    qlora.recompute_layers(model, layers)
-    assert [layer.gradient_checkpointing for layer in qlora.checkpointable(model)] == [
-        True
-    ] * layers + [False] * (3 - layers)
-    loss, found = gradients(model, qlora.Collator(cut, 2)(data))
+    recompute_layers(model, layers)
+    assert [layer.gradient_checkpointing for layer in checkpointable(model)] == [True] * layers + [
+        False
+    ] * (3 - layers)
+    loss, found = gradients(model, Collator(cut, 2)(data))
     assert loss == pytest.approx(sum(part.item() for part, _ in one_by_one), rel=1e-5)
     close(found, expected, 1e-4)
 
@@ -209,14 +224,11 @@ def test_layouts_and_recomputed_layers_give_the_same_gradients(cut, layers):
 def test_rows_end_to_end_do_not_see_each_other_where_the_model_computes_its_loss_itself():
     model, data = tiny(), list(rows(4))
     model.config.final_logit_softcapping = 30.0
-    assert "trained tokens" not in qlora.use_fast_kernels(model)
+    assert "trained tokens" not in use_fast_kernels(model)
     one_by_one = [
-        gradients(model, qlora.Collator(qlora.Cut(1, False, "sdpa"), 2)([row]))[0].item()
-        for row in data
+        gradients(model, Collator(Cut(1, False, "sdpa"), 2)([row]))[0].item() for row in data
     ]
-    assert gradients(model, qlora.Collator(FLAT, 2)(data))[0] == pytest.approx(
-        sum(one_by_one), rel=1e-5
-    )
+    assert gradients(model, Collator(FLAT, 2)(data))[0] == pytest.approx(sum(one_by_one), rel=1e-5)
 
 
 SIZE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -224,7 +236,7 @@ GQA = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
 OTHERS = {
     "Qwen3": (SIZE | GQA, True),
     "Gemma2": (SIZE | GQA, True),  # without sdpa, and with a cap on its logits
-    "Falcon": (SIZE, False),  # its masks know of no rows
+    "Bloom": (SIZE, False),  # it has distances in place of positions
     "Lfm2": (SIZE | GQA | {"layer_types": ["conv", "full_attention"]}, False),
 }
 
@@ -239,16 +251,16 @@ def test_only_models_that_keep_rows_apart_get_them_end_to_end(planning, name):
     model = peft.get_peft_model(
         model, peft.LoraConfig(target_modules=["q_proj", "query_key_value"])
     )
-    qlora.use_fast_kernels(model)
-    plan = qlora.make_plan(planning(), model, rows(40))
+    use_fast_kernels(model)
+    plan = make_plan(planning(), model, rows(40))
     assert any(row["layout"].startswith("end to end") for row in plan.table) == apart
 
 
 def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
     model, data = tiny(), list(rows(4))
-    qlora.use_fast_kernels(model)
-    loss, _ = gradients(model, qlora.Collator(FLAT, 2)(data))
-    leaking = qlora.Collator(FLAT, 2)(data)
+    use_fast_kernels(model)
+    loss, _ = gradients(model, Collator(FLAT, 2)(data))
+    leaking = Collator(FLAT, 2)(data)
     leaking["position_ids"] = torch.arange(leaking["input_ids"].shape[1])[None]
     assert gradients(model, leaking)[0] != pytest.approx(loss.item(), rel=1e-4)
 
@@ -277,14 +289,14 @@ def varlen_by_hand(
 def test_the_varlen_kernel_is_asked_for_what_the_model_computes(monkeypatch, window):
     model, data = tiny(), list(rows(4))
     model.config.sliding_window = window
-    loss, expected = gradients(model, qlora.Collator(FLAT, 2)(data), use_cache=False)
-    transformers.AttentionInterface.register("varlen", qlora.varlen_attention)
-    transformers.AttentionMaskInterface.register("varlen", qlora.varlen_mask)
+    loss, expected = gradients(model, Collator(FLAT, 2)(data), use_cache=False)
+    transformers.AttentionInterface.register("varlen", varlen_attention)
+    transformers.AttentionMaskInterface.register("varlen", varlen_mask)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
-    qlora.varlen_options.cache_clear()
+    varlen_options.cache_clear()
     model.set_attn_implementation("varlen")
     found_loss, found = gradients(
-        model, qlora.Collator(dataclasses.replace(FLAT, attention="varlen"), 2)(data)
+        model, Collator(dataclasses.replace(FLAT, attention="varlen"), 2)(data)
     )
     assert found_loss == pytest.approx(loss.item(), rel=1e-6)
     close(found, expected, 1e-5)
@@ -292,20 +304,18 @@ def test_the_varlen_kernel_is_asked_for_what_the_model_computes(monkeypatch, win
 
 def test_a_model_whose_attention_the_varlen_kernel_does_not_have_keeps_sdpa(monkeypatch):
     model = tiny()
-    monkeypatch.setattr(qlora, "has_varlen", lambda: True)
-    assert qlora.flat_attention(model) == "varlen"
+    monkeypatch.setattr("finetune.speed.has_varlen", lambda: True)
+    assert flat_attention(model) == "varlen"
     model.config.attn_logit_softcapping = 50.0
-    assert qlora.flat_attention(model) == "sdpa"
+    assert flat_attention(model) == "sdpa"
 
 
-@pytest.mark.parametrize(
-    "cut", [PADDED, FLAT, qlora.Cut(16, True, "sdpa"), qlora.Cut(1, False, "sdpa")]
-)
+@pytest.mark.parametrize("cut", [PADDED, FLAT, Cut(16, True, "sdpa"), Cut(1, False, "sdpa")])
 @pytest.mark.parametrize("n", [37, 32, 5])
 def test_every_cut_holds_the_same_rows_in_each_step(cut, n):
     lengths = [len(row["input_ids"]) for row in rows(n)]
-    sampler = qlora.StepSampler(lengths, 16, 7, cut)
-    reference = qlora.StepSampler(lengths, 16, 7, qlora.Cut(1, False, "sdpa"))
+    sampler = StepSampler(lengths, 16, 7, cut)
+    reference = StepSampler(lengths, 16, 7, Cut(1, False, "sdpa"))
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         reference.set_epoch(epoch)
@@ -322,7 +332,7 @@ def test_every_cut_holds_the_same_rows_in_each_step(cut, n):
 def test_the_micro_batches_of_a_step_end_to_end_have_as_many_tokens_each(size):
     chance = random.Random(3)
     lengths = [min(2000, round(180 * math.exp(0.9 * chance.gauss(0, 1)))) for _ in range(96)]
-    found = qlora.StepSampler(lengths, 16, 7, qlora.Cut(size, True, "sdpa")).micro_batches()
+    found = StepSampler(lengths, 16, 7, Cut(size, True, "sdpa")).micro_batches()
     for start in range(0, len(found), 16 // size):
         tokens = [sum(lengths[row] for row in rows) for rows in found[start : start + 16 // size]]
         longest = max(lengths[row] for rows in found[start : start + 16 // size] for row in rows)
@@ -330,7 +340,7 @@ def test_the_micro_batches_of_a_step_end_to_end_have_as_many_tokens_each(size):
 
 
 def test_the_epochs_order_differs_and_comes_back():
-    sampler = qlora.StepSampler(list(range(50)), 16, 7, PADDED)
+    sampler = StepSampler(list(range(50)), 16, 7, PADDED)
     first = list(sampler)
     sampler.set_epoch(1)
     assert list(sampler) != first
@@ -372,19 +382,19 @@ def train(model, settings, plan, data, folder, **changes):
         model,
         args,
         train_dataset=data,
-        data_collator=qlora.Collator(plan.cut, 2),
+        data_collator=Collator(plan.cut, 2),
         processing_class=tokenizer,
     )
-    qlora.follow_plan(trainer, plan, settings)
+    follow_plan(trainer, plan, settings)
     for name, value in changes.items():
         setattr(trainer, name, value(trainer))
     trainer.train()
     adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    return qlora.history(trainer.state.log_history, "loss")[1], adapter
+    return history(trainer.state.log_history, "loss")[1], adapter
 
 
 def plan_for(settings, model, data, cut=None):
-    plan = qlora.make_plan(settings, model, data)
+    plan = make_plan(settings, model, data)
     if cut is None:
         return plan
     return dataclasses.replace(
@@ -393,11 +403,11 @@ def plan_for(settings, model, data, cut=None):
 
 
 CUTS = [
-    qlora.Cut(4, False, "sdpa", recomputed_layers=3),
-    qlora.Cut(16, True, "sdpa"),
-    qlora.Cut(8, True, "sdpa", recomputed_layers=1),
-    qlora.Cut(2, False, "sdpa", dense=True),
-    qlora.Cut(8, True, "sdpa", dense=True),
+    Cut(4, False, "sdpa", recomputed_layers=3),
+    Cut(16, True, "sdpa"),
+    Cut(8, True, "sdpa", recomputed_layers=1),
+    Cut(2, False, "sdpa", dense=True),
+    Cut(8, True, "sdpa", dense=True),
 ]
 
 
@@ -405,7 +415,7 @@ def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
     cfg, data, results = planning(max_steps=20), rows(90), []
     for cut in CUTS:
         model = tiny()
-        qlora.use_fast_kernels(model)
+        use_fast_kernels(model)
         results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path))
     losses, adapter = results[0]
     assert len(losses) == 20 and losses[-1] < losses[0]
@@ -427,9 +437,9 @@ def test_steps_without_the_walks_over_all_modules_train_the_same(
     )
     for trimmed in (True, False):
         if not trimmed:
-            monkeypatch.setattr(qlora, "trim_steps", lambda trainer: None)
+            monkeypatch.setattr("finetune.train.trim_steps", lambda trainer: None)
         model = tiny(dropout=0.1)
-        qlora.use_fast_kernels(model)
+        use_fast_kernels(model)
         low = {"args": lambda trainer: setattr(trainer.args, "max_grad_norm", 0.2) or trainer.args}
         results.append(
             train(model, cfg, plan_for(cfg, model, data, CUTS[1]), data, tmp_path, **low)
@@ -449,7 +459,7 @@ def test_a_step_after_an_evaluation_trains_with_dropout_again():
     trainer = types.SimpleNamespace(
         model=inner, training_step=lambda model: model.train(), is_fsdp_enabled=True
     )
-    qlora.trim_steps(trainer)
+    trim_steps(trainer)
     for _ in range(2):
         trainer.training_step(wrapped)
         assert all(module.training for module in wrapped.modules())
@@ -462,12 +472,12 @@ def test_planning_leaves_everything_as_it_was_to_the_bit(planning, smollm_path, 
     cfg, data, results = planning(max_steps=3, lora_dropout=0.1, resume="never"), rows(40), []
     for planned in (False, True):
         model = tiny(dropout=0.1)
-        qlora.use_fast_kernels(model)
+        use_fast_kernels(model)
         model.eval()
-        fixed = plan_for(cfg, tiny(), data, qlora.Cut(4, False, "sdpa"))
+        fixed = plan_for(cfg, tiny(), data, Cut(4, False, "sdpa"))
         torch.manual_seed(3)
         if planned:
-            qlora.make_plan(cfg, model, data)
+            make_plan(cfg, model, data)
             assert model.training is False and all(p.grad is None for p in model.parameters())
         drawn = torch.rand(3)
         results.append((drawn, *train(model, cfg, fixed, data, tmp_path)))
@@ -478,8 +488,8 @@ def test_planning_leaves_everything_as_it_was_to_the_bit(planning, smollm_path, 
 
 def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
     model, data = tiny(), rows(50)
-    qlora.use_fast_kernels(model)
-    plan = qlora.make_plan(planning(batch_size=3, gradient_accumulation=5, epochs=2), model, data)
+    use_fast_kernels(model)
+    plan = make_plan(planning(batch_size=3, gradient_accumulation=5, epochs=2), model, data)
     assert plan.cut.micro_batch * plan.accumulation == 15
     assert (plan.steps_per_epoch, plan.steps) == (4, 8)
     assert sum(row["chosen"] for row in plan.table) == 1 and len(plan.table) >= 2
@@ -493,23 +503,21 @@ def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
 def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
     planning, capsys, monkeypatch
 ):
-    model, data, measured, choose = tiny(), rows(40), [], qlora.Trials.choose
-    monkeypatch.setattr(qlora.Trials, "choose", lambda self: measured.append(1) or choose(self))
-    qlora.use_fast_kernels(model)
-    first = qlora.make_plan(planning(), model, data)
-    assert (
-        qlora.make_plan(planning(epochs=2), model, data).table == first.table and len(measured) == 1
-    )
+    model, data, measured, choose = tiny(), rows(40), [], Trials.choose
+    monkeypatch.setattr(Trials, "choose", lambda self: measured.append(1) or choose(self))
+    use_fast_kernels(model)
+    first = make_plan(planning(), model, data)
+    assert make_plan(planning(epochs=2), model, data).table == first.table and len(measured) == 1
     assert "As planned before" in capsys.readouterr().out
-    monkeypatch.setattr(qlora, "versions", lambda: {"torch": "9"})
-    qlora.make_plan(planning(batch_size=2), model, data)
+    monkeypatch.setattr("finetune.plan.versions", lambda: {"torch": "9"})
+    make_plan(planning(batch_size=2), model, data)
     said = capsys.readouterr().out
     assert len(measured) == 2 and "batch_size: 4 then, 2 now" in said and "versions: " in said
-    qlora.make_plan(planning(batch_size=2, resume="never"), model, data)
+    make_plan(planning(batch_size=2, resume="never"), model, data)
     assert len(measured) == 3
 
 
-@pytest.mark.parametrize("cut", [qlora.Cut(8, False, "sdpa"), qlora.Cut(8, True, "sdpa")])
+@pytest.mark.parametrize("cut", [Cut(8, False, "sdpa"), Cut(8, True, "sdpa")])
 def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(
     planning, smollm_path, tmp_path, capsys, cut
 ):
@@ -531,12 +539,12 @@ def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(
             return loss
 
         trainer.training_step = step
-        qlora.survive_out_of_memory(trainer)
+        survive_out_of_memory(trainer)
         return trainer.training_step
 
     for changes in ({}, {"training_step": failing}):
         model = tiny()
-        qlora.use_fast_kernels(model)
+        use_fast_kernels(model)
         results.append(
             train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path, **changes)
         )
@@ -556,6 +564,6 @@ def test_a_single_row_that_does_not_fit_is_a_clear_error():
             raise torch.OutOfMemoryError
 
     trainer = Failing()
-    qlora.survive_out_of_memory(trainer)
-    with pytest.raises(qlora.UserError, match=r"single row\. Lower max_length"):
-        trainer.training_step(None, qlora.Collator(PADDED, 2)(list(rows(1))))
+    survive_out_of_memory(trainer)
+    with pytest.raises(UserError, match=r"single row\. Lower max_length"):
+        trainer.training_step(None, Collator(PADDED, 2)(list(rows(1))))

@@ -1,12 +1,16 @@
 """README.md says what the code and the checks say."""
 
-from readme import ROOT, replace, settings_table
+from readme import ROOT, replace, settings_table, tree
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_settings_table_is_the_notebooks():
     assert replace(README, "settings", settings_table()) == README, "run: make readme"
+
+
+def test_the_tree_has_every_room_and_its_own_words():
+    assert replace(README, "tree", tree()) == README, "run: make readme"
 
 
 def test_its_two_commands_are_the_ones_ci_runs():

@@ -21,7 +21,14 @@ import trl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by being here
 
-import qlora_helpers as qlora
+from finetune.answers import Answer, compare, scores, validation_loss
+from finetune.batches import Cut, StepSampler
+from finetune.callbacks import log_speed
+from finetune.plan import Plan
+from finetune.report import compare_runs, history, plot_curves, what_it_learned, write_report
+from finetune.save import manifest
+from finetune.speed import adapter_to_fp32
+from finetune.tokens import encode_rows
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird"]
 dice = random.Random(0)
@@ -42,9 +49,7 @@ def teach(base, tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     pad, padding = torch.nn.utils.rnn.pad_sequence, {"input_ids": 0, "labels": -100}
     for _ in range(30):
-        examples = qlora.encode_rows(
-            [row(dice.randrange(99), WORDS, 2) for _ in range(16)], tokenizer
-        )
+        examples = encode_rows([row(dice.randrange(99), WORDS, 2) for _ in range(16)], tokenizer)
         ids, labels = (
             pad([torch.tensor(e[key]) for e in examples], True, fill)
             for key, fill in padding.items()
@@ -63,7 +68,7 @@ def train(folder, base, tokenizer, **changes):
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     torch.manual_seed(0)
     model = peft.get_peft_model(model, lora)
-    rows = list(qlora.encode_rows(ROWS, tokenizer).select_columns(["input_ids", "labels"]))
+    rows = list(encode_rows(ROWS, tokenizer).select_columns(["input_ids", "labels"]))
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -89,12 +94,10 @@ def train(folder, base, tokenizer, **changes):
     trainer = trl.SFTTrainer(
         model, trl.SFTConfig(**options | changes), processing_class=tokenizer, **data
     )
-    qlora.adapter_to_fp32(model)
-    sampler = qlora.StepSampler(
-        [len(row["input_ids"]) for row in rows[:16]], 4, 0, qlora.Cut(4, False, "sdpa")
-    )
+    adapter_to_fp32(model)
+    sampler = StepSampler([len(row["input_ids"]) for row in rows[:16]], 4, 0, Cut(4, False, "sdpa"))
     trainer._get_train_sampler = lambda *_: sampler
-    qlora.log_speed(trainer)
+    log_speed(trainer)
     return model, trainer, rows
 
 
@@ -110,11 +113,11 @@ def overfitted(tmp_path_factory, mistral_tokenizer):
 
 def test_keep_best_keeps_the_epoch_with_the_lowest_validation_loss(overfitted):
     _, _, model, trainer, rows = overfitted
-    losses = qlora.history(trainer.state.log_history, "eval_loss")[1][1:]
+    losses = history(trainer.state.log_history, "eval_loss")[1][1:]
     best = losses.index(min(losses))
     assert 0 < best < 7 and losses[-1] > 1.03 * losses[best]  # it did learn, and it did overfit
-    assert qlora.validation_loss(model, rows[16:]) == pytest.approx(losses[best], rel=0.02)
-    said = qlora.what_it_learned(trainer.state.log_history, True)
+    assert validation_loss(model, rows[16:]) == pytest.approx(losses[best], rel=0.02)
+    said = what_it_learned(trainer.state.log_history, True)
     assert said.startswith(
         f"Overfitting: validation loss rose after epoch {best + 1}, from {losses[best]:.3f} to "
     )
@@ -126,9 +129,9 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(overfitted, tmp_path, mi
     model, trainer, rows = train(tmp_path, base, mistral_tokenizer)
     trainer.add_callback(transformers.EarlyStoppingCallback(1))
     trainer.train()
-    losses = qlora.history(trainer.state.log_history, "eval_loss")[1][1:]
+    losses = history(trainer.state.log_history, "eval_loss")[1][1:]
     assert len(losses) < 8 and losses[-1] > min(losses)
-    assert qlora.validation_loss(model, rows[16:]) == pytest.approx(min(losses), rel=0.02)
+    assert validation_loss(model, rows[16:]) == pytest.approx(min(losses), rel=0.02)
 
 
 def log_of(*losses):
@@ -164,14 +167,14 @@ def log_of(*losses):
     ],
 )
 def test_what_a_run_learned_is_said_in_a_sentence(losses, keep_best, said):
-    assert re.fullmatch(said, qlora.what_it_learned(log_of(*losses), keep_best))
+    assert re.fullmatch(said, what_it_learned(log_of(*losses), keep_best))
 
 
 def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
     folder, _, _, trainer, rows = overfitted
     board = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
     for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
-        steps, values = qlora.history(trainer.state.log_history, name)
+        steps, values = history(trainer.state.log_history, name)
         assert steps == list(range(1, 33)) and all(value >= 0 for value in values)
         assert [event.value for event in board.Scalars(f"train/{name}")] == pytest.approx(
             values, rel=1e-3
@@ -183,7 +186,7 @@ def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
         for e in range(8)
         for step in sampler_of(trainer).steps(e)
     ]
-    speeds = qlora.history(trainer.state.log_history, "tokens_per_second")[1]
+    speeds = history(trainer.state.log_history, "tokens_per_second")[1]
     seconds = sum(many / speed for many, speed in zip(tokens, speeds, strict=True))
     assert (
         0.1
@@ -199,14 +202,16 @@ def sampler_of(trainer):
 
 def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epochs(monkeypatch):
     sampler, clock = (
-        qlora.StepSampler([10, 20, 30, 40, 50], 2, 0, PLAN.cut),
+        StepSampler([10, 20, 30, 40, 50], 2, 0, PLAN.cut),
         iter(range(0, 1000, 2)),
     )
     trainer = SimpleNamespace(
         callback_handler=SimpleNamespace(callbacks=[]), _get_train_sampler=lambda *_: sampler
     )
-    monkeypatch.setattr(qlora, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    qlora.log_speed(trainer)
+    monkeypatch.setattr(
+        "finetune.callbacks.time", SimpleNamespace(perf_counter=lambda: next(clock))
+    )
+    log_speed(trainer)
     (speed,), found = trainer.callback_handler.callbacks, []
     for epoch in range(2):
         speed.on_epoch_begin()
@@ -231,7 +236,7 @@ def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epo
     assert found == [n / seconds for n, seconds in zip(tokens, [2, 2, 2, 4, 2, 2], strict=True)]
 
 
-PLAN = qlora.Plan(qlora.Cut(2, False, "sdpa"), 1, 2, 18, 2, 1, 100.0, 9.0, 1.0, "as set", [])
+PLAN = Plan(Cut(2, False, "sdpa"), 1, 2, 18, 2, 1, 100.0, 9.0, 1.0, "as set", [])
 EVIL = '<script>document.title = "stolen"</script><img src="http://example.com/x.png">'
 
 
@@ -248,12 +253,10 @@ def reported(overfitted, settings, tmp_path):
         (cfg.final_model / "adapter_model.safetensors").write_bytes(b"adapter")
         log = trainer.state.log_history
         rows = [{"prompt": EVIL, "completion": EVIL}, ROWS[0]]
-        table = qlora.compare(
-            rows, [qlora.Answer(EVIL, False)] * 2, [qlora.Answer(answer, True)] * 2
-        )
-        run = qlora.manifest(cfg, trainer, PLAN, qlora.scores(table, {"before": 9.0, "after": 1.5}))
-        qlora.plot_curves(log, cfg.run_dir / "curves.png", cfg.run_name)
-        page = qlora.write_report(cfg, run, table, log, {"train": 16, "validation": 8})
+        table = compare(rows, [Answer(EVIL, False)] * 2, [Answer(answer, True)] * 2)
+        run = manifest(cfg, trainer, PLAN, scores(table, {"before": 9.0, "after": 1.5}))
+        plot_curves(log, cfg.run_dir / "curves.png", cfg.run_name)
+        page = write_report(cfg, run, table, log, {"train": 16, "validation": 8})
         found.append((cfg, page, json.loads((cfg.run_dir / "run.json").read_text())))
     return found
 
@@ -340,7 +343,7 @@ def test_a_browser_draws_the_report_without_the_network(reported, tmp_path):
 
 def test_two_runs_are_compared_by_what_differs(reported):
     (one, *_), (other, *_) = reported
-    table = qlora.compare_runs(one.run_dir, other.run_dir)
+    table = compare_runs(one.run_dir, other.run_dir)
     assert list(table.columns) == ["rank-8", "rank-16"]
     assert set(table.index) == {
         "settings.run_name",

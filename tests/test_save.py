@@ -17,14 +17,21 @@ from hub import Hub
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import qlora_helpers as qlora
+from finetune.batches import Cut
+from finetune.card import model_card
+from finetune.files import checksums
+from finetune.plan import Plan
+from finetune.preflight import check_room, preflight
+from finetune.save import manifest, save_adapter
+from finetune.tokens import encode_example, encode_prompt
+from qlora_helpers import Settings, UserError
 
 TOKEN = "hf_" + "s3cret" * 5
 RESULT = {"rows": 2} | {
     when: {"exact_match": 0.0, "stopped": 1.0, "validation_loss": 2.0}
     for when in ("before", "after")
 }
-PLAN = qlora.Plan(qlora.Cut(2, False, "sdpa"), 1, 1, 5, 1, 1, 100.0, 9.0, 1.0, "as set", [])
+PLAN = Plan(Cut(2, False, "sdpa"), 1, 1, 5, 1, 1, 100.0, 9.0, 1.0, "as set", [])
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +52,12 @@ def saved(tmp_path_factory, settings, smollm_path, smollm_tokenizer):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-    data = datasets.Dataset.from_list([qlora.encode_example(smollm_tokenizer, "Hello", "Hi")])
+    data = datasets.Dataset.from_list([encode_example(smollm_tokenizer, "Hello", "Hi")])
     trainer = types.SimpleNamespace(
         model=model, train_dataset=data, state=transformers.TrainerState(global_step=5)
     )
-    run = qlora.manifest(cfg, trainer, PLAN, RESULT)
-    backup = qlora.save_adapter(
-        model, smollm_tokenizer, cfg.final_model, qlora.model_card(cfg, run), run
-    )
+    run = manifest(cfg, trainer, PLAN, RESULT)
+    backup = save_adapter(model, smollm_tokenizer, cfg.final_model, model_card(cfg, run), run)
     return cfg, model, backup
 
 
@@ -60,7 +65,7 @@ def test_what_is_saved_answers_as_what_was_trained(saved, smollm_path, smollm_to
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cfg, model, _ = saved
-    ids = torch.tensor([qlora.encode_prompt(smollm_tokenizer, "Hello")])
+    ids = torch.tensor([encode_prompt(smollm_tokenizer, "Hello")])
     base = AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32)
     with torch.no_grad():
         assert not torch.allclose(base(ids).logits, model(ids).logits, atol=1e-2)
@@ -101,7 +106,7 @@ def test_a_save_that_dies_leaves_the_earlier_adapter_whole(saved, smollm_tokeniz
         lambda *_: (_ for _ in ()).throw(OSError("disk full")),
     )
     with pytest.raises(OSError, match="disk full"):
-        qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, "", {})
+        save_adapter(model, smollm_tokenizer, cfg.final_model, "", {})
     after = load_file(cfg.final_model / "adapter_model.safetensors")
     assert before.keys() == after.keys() and (cfg.final_model / "run.json").exists()
 
@@ -121,10 +126,10 @@ def in_fresh_process(code: str, hub: Hub, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def call(function: str, cfg: qlora.Settings) -> str:
+def call(function: str, cfg: Settings) -> str:
     return (
-        f"import qlora_helpers as q\nprint(q.{function}(q.Settings(**{cfg.model_dump()!r}), "
-        f"{TOKEN!r}))"
+        f"from finetune.preflight import Settings, {function}\n"
+        f"print({function}(Settings(**{cfg.model_dump()!r}), {TOKEN!r}))"
     )
 
 
@@ -132,16 +137,16 @@ def test_a_weight_that_is_not_finite_is_not_saved(saved, smollm_tokenizer):
     cfg, model, _ = saved
     weight, before = (
         next(p for p in model.parameters() if p.requires_grad),
-        qlora.checksums(cfg.final_model),
+        checksums(cfg.final_model),
     )
     kept = weight.data[0, 0].clone()
     weight.data[0, 0] = float("inf")
     with pytest.raises(
-        qlora.UserError, match="The adapter is not saved: 1 of its matrices hold NaN or infinity"
+        UserError, match="The adapter is not saved: 1 of its matrices hold NaN or infinity"
     ):
-        qlora.save_adapter(model, smollm_tokenizer, cfg.final_model, "", {})
+        save_adapter(model, smollm_tokenizer, cfg.final_model, "", {})
     weight.data[0, 0] = kept
-    assert qlora.checksums(cfg.final_model) == before
+    assert checksums(cfg.final_model) == before
 
 
 FINE = {"role": "fineGrained", "fineGrained": {"scoped": []}}
@@ -218,8 +223,8 @@ def test_the_base_model_is_asked_for_before_it_is_downloaded(settings, refuse, l
 def test_preflight_tells_every_failure_at_once(settings, tmp_path, capsys):
     cfg = settings(base_model=str(tmp_path), output_dir=str(tmp_path), backup_to="drive")
     cfg.final_model.mkdir(parents=True)
-    with pytest.raises(qlora.UserError, match="there is no token") as error:
-        qlora.preflight(cfg, None)
+    with pytest.raises(UserError, match="there is no token") as error:
+        preflight(cfg, None)
     shown = capsys.readouterr().out
     assert "! a run named mistral-qlora is finished already" in shown
     assert "✗ push_to_hub is on but there is no token" in shown
@@ -234,11 +239,11 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
     weights.parent.mkdir()
     weights.touch()
     os.truncate(weights, 3 * 2**40)  # a sparse file: 3 TB, more than this machine has
-    lines = list(qlora.check_room(settings(base_model=str(weights.parent), merge=True), None))
+    lines = list(check_room(settings(base_model=str(weights.parent), merge=True), None))
     assert [mark for mark, _ in lines] == ["✗", "✗"]
     assert "merged model 3072.0; base model 3072.0, on disk)" in lines[0][1]
     assert "the merge holds about 3997.6 GB: set merge = False" in lines[1][1]
-    lines = list(qlora.check_room(settings(base_model="embedded"), None))
+    lines = list(check_room(settings(base_model="embedded"), None))
     assert [mark for mark, _ in lines] == ["✓"] and "download 0.3, checkpoints 0.2" in lines[0][1]
 
 

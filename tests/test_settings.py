@@ -1,9 +1,13 @@
 """Section 2: the hyperparameter cell becomes checked settings."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-import qlora_helpers as qlora
+from finetune.machine import resolve_precision
+from qlora_helpers import Settings, UserError, locate
 
 
 def test_the_defaults_are_the_recipe(defaults):
@@ -31,7 +35,7 @@ def test_the_defaults_are_the_recipe(defaults):
 
 
 def test_every_setting_of_the_cell_is_checked_and_none_is_unknown(defaults):
-    assert set(defaults) == set(qlora.Settings.model_fields)
+    assert set(defaults) == set(Settings.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +60,14 @@ def test_every_setting_of_the_cell_is_checked_and_none_is_unknown(defaults):
     ],
 )
 def test_a_run_name_cannot_leave_the_outputs_folder(settings, name):
-    with pytest.raises(qlora.UserError, match="run_name = "):
+    with pytest.raises(UserError, match="run_name = "):
         settings(run_name=name)
 
 
 @pytest.mark.parametrize("name", ["mistral-qlora", "a", "run_2", "v1.2", "A__b", "a" * 96])
 def test_ordinary_run_names_are_folders_of_the_outputs_folder(settings, name):
     cfg = settings(run_name=name)
-    assert cfg.run_dir.parent == qlora.locate(cfg.output_dir)
+    assert cfg.run_dir.parent == locate(cfg.output_dir)
     assert cfg.final_model == cfg.run_dir / "final_model"
 
 
@@ -75,7 +79,7 @@ def test_all_mistakes_are_told_at_once_and_without_a_traceback(settings):
         "epochs": float("nan"),
         "batch_size": True,
     }
-    with pytest.raises(qlora.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         settings(**wrong, hub_repo="a/b/c")
     shown = "\n".join(caught.value._render_traceback_())
     for line in [
@@ -92,18 +96,18 @@ def test_all_mistakes_are_told_at_once_and_without_a_traceback(settings):
 
 def test_a_deleted_line_of_the_cell_is_named(defaults):
     cell = {name: value for name, value in defaults.items() if name != "lora_alpha"}
-    with pytest.raises(qlora.UserError, match="lora_alpha: put its line back"):
-        qlora.Settings.from_cell(cell)
+    with pytest.raises(UserError, match="lora_alpha: put its line back"):
+        Settings.from_cell(cell)
 
 
 def test_content_moves_beside_the_notebook_outside_colab(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert qlora.locate("/content/data/*.jsonl") == tmp_path / "content" / "data" / "*.jsonl"
-    assert qlora.locate("/contents/x") == qlora.Path("/contents/x")
+    assert locate("/content/data/*.jsonl") == tmp_path / "content" / "data" / "*.jsonl"
+    assert locate("/contents/x") == Path("/contents/x")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    assert str(qlora.locate("/content/model_cache")) == "/kaggle/working/model_cache"
-    monkeypatch.setitem(qlora.sys.modules, "google.colab", object())
-    assert str(qlora.locate("/content/model_cache")) == "/content/model_cache"
+    assert str(locate("/content/model_cache")) == "/kaggle/working/model_cache"
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    assert str(locate("/content/model_cache")) == "/content/model_cache"
 
 
 @pytest.mark.parametrize(
@@ -119,13 +123,13 @@ def test_a_t4_computes_in_fp16_though_torch_says_it_has_bf16(
     monkeypatch, capability, setting, precision
 ):
     card(monkeypatch, capability)
-    assert qlora.resolve_precision(setting)[0] == precision
+    assert resolve_precision(setting)[0] == precision
 
 
 def test_bf16_forced_on_a_t4_is_refused_with_the_way_out(monkeypatch, settings):
     card(monkeypatch, (7, 5))
-    with pytest.raises(qlora.UserError, match="Set bf16 = 'auto'"):
-        settings(bf16=True)
+    with pytest.raises(UserError, match="Set bf16 = 'auto'"):
+        resolve_precision(settings(bf16=True).bf16)
 
 
 def card(monkeypatch, capability):
@@ -136,6 +140,6 @@ def card(monkeypatch, capability):
 
 
 def test_what_follows_from_the_cell_is_printed(settings):
-    text = str(settings(batch_size=2, gradient_accumulation=8, bf16=False))
-    assert "16 examples a step (2 × 8)" in text
-    assert "fp32: on a CPU" in text or "fp16: bf16 = False" in text
+    text = settings(batch_size=2, gradient_accumulation=8, lora_alpha=48).summary("fp16: a reason")
+    assert "16 examples a step (2 × 8)" in text and "(scale 1.5)" in text
+    assert "fp16: a reason" in text

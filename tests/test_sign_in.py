@@ -10,7 +10,7 @@ import types
 import huggingface_hub
 import pytest
 
-import qlora_helpers as qlora
+from finetune.hub import sign_in
 
 TOKEN = "hf_" + "x" * 30
 
@@ -49,13 +49,13 @@ def colab(monkeypatch):
 def test_the_environment_comes_first(monkeypatch, colab, capsys):
     monkeypatch.setenv("HF_TOKEN", f" {TOKEN}\n")
     colab("hf_other")
-    assert qlora.sign_in() == TOKEN
+    assert sign_in() == TOKEN
     assert "the environment" in capsys.readouterr().out
 
 
 def test_colab_secret_reaches_the_libraries_and_is_not_printed(colab, capsys):
     colab(TOKEN)
-    assert qlora.sign_in() == TOKEN
+    assert sign_in() == TOKEN
     assert os.environ["HF_TOKEN"] == TOKEN
     shown = capsys.readouterr()
     assert "Colab's secrets" in shown.out
@@ -72,7 +72,7 @@ def test_colab_secret_reaches_the_libraries_and_is_not_printed(colab, capsys):
 )
 def test_each_of_colabs_refusals_is_told_and_survived(colab, capsys, error, told):
     colab(error)
-    assert qlora.sign_in() is None
+    assert sign_in() is None
     assert told in capsys.readouterr().out
 
 
@@ -80,17 +80,17 @@ def test_kaggles_secret(monkeypatch):
     client = types.SimpleNamespace(get_secret=lambda name: TOKEN if name == "HF_TOKEN" else None)
     module = types.SimpleNamespace(UserSecretsClient=lambda: client)
     monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
-    assert qlora.sign_in() == TOKEN
+    assert sign_in() == TOKEN
 
 
 def test_a_hidden_prompt_is_the_last_resort(monkeypatch):
     monkeypatch.setattr(getpass, "getpass", lambda prompt: TOKEN)
-    assert qlora.sign_in() == TOKEN
+    assert sign_in() == TOKEN
 
 
 def test_nobody_is_asked_for_a_token_that_is_not_needed(monkeypatch, capsys):
     monkeypatch.setattr(getpass, "getpass", lambda prompt: pytest.fail("asked"))
-    assert qlora.sign_in(needed=False) is None
+    assert sign_in(needed=False) is None
     assert "public and local base models work" in capsys.readouterr().out
 
 
@@ -105,5 +105,5 @@ def test_drive_is_mounted_on_colab_only_where_copies_go_there(
         "".join(c["source"]) for c in notebook["cells"] if "sign_in(" in "".join(c["source"])
     )
     for backup_to in ("none", "hub", "drive"):
-        exec(cell, {"qlora": qlora, "cfg": settings(backup_to=backup_to)})
+        exec(cell, {"cfg": settings(backup_to=backup_to)})
     assert mounted == ["/content/drive"]

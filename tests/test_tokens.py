@@ -1,5 +1,8 @@
 """Section 6: the one encoder, on the real tokenizers of Mistral v0.3 and SmolLM2."""
 
+import ast
+import hashlib
+import inspect
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +16,30 @@ from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-import qlora_helpers as qlora
+from finetune.audit import TokenView, audit_labels, control_ids, find_mistake, plot_lengths
+from finetune.data import read_rows
+from finetune.report import history
+from finetune.rows import read_turns
+from finetune.tokens import (
+    ENCODER,
+    adds_bos,
+    chat_template,
+    encode_example,
+    encode_examples,
+    encode_prompt,
+    encode_prompts,
+    encode_rows,
+    fit_length,
+    tokenize,
+)
+from qlora_helpers import (
+    COMPLETION_TEMPLATE,
+    PROMPT_TEMPLATE,
+    Settings,
+    UserError,
+    format_example,
+    format_prompt,
+)
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +60,13 @@ def tokenizer(request):
 
 @pytest.fixture
 def control(tokenizer):
-    return qlora.control_ids(tokenizer)
+    return control_ids(tokenizer)
 
 
 @pytest.fixture
 def cfg(defaults):
     """Makes checked settings; `settings` is hypothesis's here."""
-    return lambda **changes: qlora.Settings.from_cell(defaults | changes)
+    return lambda **changes: Settings.from_cell(defaults | changes)
 
 
 CONTROL = [
@@ -68,7 +94,7 @@ many = settings(max_examples=2000, deadline=None, suppress_health_check=list(Hea
 @example(text="emoji 🙂 and \x00 control")
 def test_the_built_tokenizer_is_mistrals(mistral_tokenizer, text):
     spm = sentencepiece_model()
-    assert qlora.tokenize(mistral_tokenizer, ["x" + text])[0].ids == spm.encode("x" + text)
+    assert tokenize(mistral_tokenizer, ["x" + text])[0].ids == spm.encode("x" + text)
 
 
 def test_the_built_tokenizer_renders_mistral_commons_chat(mistral_tokenizer):
@@ -80,7 +106,7 @@ def test_the_built_tokenizer_renders_mistral_commons_chat(mistral_tokenizer):
 
 
 def test_exact_ids_on_mistrals_tokenizer(mistral_tokenizer):
-    encoded = qlora.encode_example(mistral_tokenizer, "Capital of France?", "Paris")
+    encoded = encode_example(mistral_tokenizer, "Capital of France?", "Paris")
     tokens = mistral_tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     head = [
         "<s>",
@@ -109,30 +135,30 @@ def test_exact_ids_on_mistrals_tokenizer(mistral_tokenizer):
 @example(prompt="ends in a space ", completion=" starts with one")
 @example(prompt="x", completion="\n")
 def test_what_is_trained_is_the_answer_and_its_end(tokenizer, control, prompt, completion):
-    start = qlora.encode_prompt(tokenizer, prompt)
-    encoded = qlora.encode_example(tokenizer, prompt, completion)
+    start = encode_prompt(tokenizer, prompt)
+    encoded = encode_example(tokenizer, prompt, completion)
     ids, labels = encoded["input_ids"], encoded["labels"]
     assert ids[: len(start)] == start
     assert labels == [-100] * len(start) + ids[len(start) :]
     assert ids[-1] == labels[-1] == tokenizer.eos_token_id
-    begin = [tokenizer.bos_token_id] if qlora.adds_bos(tokenizer) else []
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     assert ids[: len(begin)] == begin
     assert not set(ids[len(begin) : -1]) & set(tokenizer.all_special_ids)
     facts = {"begin": begin, "eos": ids[-1], "control": control}
-    assert qlora.find_mistake(ids, labels, start, masked=len(start), **facts) == ""
-    whole = qlora.encode_examples(tokenizer, [prompt], [completion], completion_only_loss=False)
+    assert find_mistake(ids, labels, start, masked=len(start), **facts) == ""
+    whole = encode_examples(tokenizer, [prompt], [completion], completion_only_loss=False)
     assert whole["labels"] == whole["input_ids"] == [ids] and whole["length"] == [len(ids)]
-    assert qlora.find_mistake(ids, ids, start, masked=0, **facts) == ""
+    assert find_mistake(ids, ids, start, masked=0, **facts) == ""
 
 
 def test_mistral_adds_bos_and_smollm_does_not(mistral_tokenizer, smollm_tokenizer):
-    assert qlora.adds_bos(mistral_tokenizer)
-    assert not qlora.adds_bos(smollm_tokenizer)
+    assert adds_bos(mistral_tokenizer)
+    assert not adds_bos(smollm_tokenizer)
 
 
 def test_the_chat_template_renders_the_very_ids_that_were_trained(tokenizer):
     prompt, completion = "Say \"hi\"\n\\n {{ braces }} 'quotes'", "hi {% raw %}\n"
-    tokenizer.chat_template = qlora.chat_template(tokenizer)
+    tokenizer.chat_template = chat_template(tokenizer)
     user, assistant = (
         {"role": "user", "content": prompt},
         {"role": "assistant", "content": completion},
@@ -141,23 +167,23 @@ def test_the_chat_template_renders_the_very_ids_that_were_trained(tokenizer):
         "input_ids"
     ]
     whole = tokenizer.apply_chat_template([user, assistant], return_dict=True)["input_ids"]
-    assert start == qlora.encode_prompt(tokenizer, prompt)
-    assert whole == qlora.encode_example(tokenizer, prompt, completion)["input_ids"]
+    assert start == encode_prompt(tokenizer, prompt)
+    assert whole == encode_example(tokenizer, prompt, completion)["input_ids"]
 
 
 def test_the_chat_template_writes_a_conversation_as_the_reader_does(tokenizer):
-    tokenizer.chat_template = qlora.chat_template(tokenizer)
+    tokenizer.chat_template = chat_template(tokenizer)
     texts = ["Be brief.", "Hi\n", "Hello", "Bye", "Bye."]
     roles = ["system", "user", "assistant", "user", "assistant"]
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     for messages in (turns, turns[1:], turns[3:], turns[:1] + turns[3:]):
-        prompt, completion = qlora.read_turns(messages)
+        prompt, completion = read_turns(messages)
         whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        assert whole == qlora.encode_example(tokenizer, prompt, completion)["input_ids"]
+        assert whole == encode_example(tokenizer, prompt, completion)["input_ids"]
         asked = tokenizer.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        assert asked == qlora.encode_prompt(tokenizer, prompt)
+        assert asked == encode_prompt(tokenizer, prompt)
 
 
 ROWS = [
@@ -170,21 +196,21 @@ ROWS = [
 
 
 def test_rows_are_encoded_with_the_loss_that_was_asked_for(tokenizer, capsys):
-    rows = qlora.encode_rows(ROWS, tokenizer)
+    rows = encode_rows(ROWS, tokenizer)
     assert [rows[n]["input_ids"] for n in (0, 39)] == [
-        qlora.encode_example(tokenizer, **ROWS[n])["input_ids"] for n in (0, 39)
+        encode_example(tokenizer, **ROWS[n])["input_ids"] for n in (0, 39)
     ]
     assert rows["length"][:] == [len(ids) for ids in rows["input_ids"]]
-    qlora.audit_labels(rows, tokenizer)
-    whole = qlora.encode_rows(ROWS, tokenizer, completion_only_loss=False)
-    said = qlora.audit_labels(whole, tokenizer, completion_only_loss=False)
-    begin = "one" if qlora.adds_bos(tokenizer) else "no"
+    audit_labels(rows, tokenizer)
+    whole = encode_rows(ROWS, tokenizer, completion_only_loss=False)
+    said = audit_labels(whole, tokenizer, completion_only_loss=False)
+    begin = "one" if adds_bos(tokenizer) else "no"
     assert said.startswith(f"Audited all 40 rows: {begin} BOS, every token trained, EOS last")
     with pytest.raises(
-        qlora.UserError,
+        UserError,
         match=r"40 of 40 rows would mis-train(.|\n)*row 1 has a label on its prompt",
     ):
-        qlora.audit_labels(whole, tokenizer)
+        audit_labels(whole, tokenizer)
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
@@ -197,12 +223,12 @@ def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(
         {"prompt": words, "completion": "short"},
         {"prompt": "short", "completion": words},
     ]
-    rows = qlora.encode_rows(
+    rows = encode_rows(
         [{"where": f"a.jsonl:{n}"} | row for n, row in enumerate(rows, 1)], tokenizer
     )
-    kept = qlora.fit_length(rows, tokenizer, cfg(max_length=100, too_long=too_long))
+    kept = fit_length(rows, tokenizer, cfg(max_length=100, too_long=too_long))
     out = capsys.readouterr().out
-    qlora.audit_labels(kept, tokenizer)
+    audit_labels(kept, tokenizer)
     assert max(kept["length"]) <= 100
     assert "2 of 10 rows are longer than max_length = 100 tokens: a.jsonl:9, a.jsonl:10" in out
     assert f"max_length = {max(rows['length']):,} would keep 99 % of the rows" in out
@@ -216,23 +242,23 @@ def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(
 
 
 def test_a_long_row_can_stop_the_run(tokenizer, cfg):
-    rows = qlora.encode_rows(ROWS, tokenizer)
+    rows = encode_rows(ROWS, tokenizer)
     with pytest.raises(
-        qlora.UserError, match=r"1 of 40 rows are longer .*: row 40\n.*\n.*or set too_long = 'drop'"
+        UserError, match=r"1 of 40 rows are longer .*: row 40\n.*\n.*or set too_long = 'drop'"
     ):
-        qlora.fit_length(rows, tokenizer, cfg(max_length=rows["length"][38], too_long="stop"))
+        fit_length(rows, tokenizer, cfg(max_length=rows["length"][38], too_long="stop"))
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
 def test_when_every_row_is_too_long_the_setting_is_named(tokenizer, cfg, too_long):
-    rows = qlora.encode_rows([{"prompt": "b", "completion": "a" * 500}], tokenizer)
-    with pytest.raises(qlora.UserError, match="max_length = 16"):
-        qlora.fit_length(rows, tokenizer, cfg(max_length=16, too_long=too_long))
+    rows = encode_rows([{"prompt": "b", "completion": "a" * 500}], tokenizer)
+    with pytest.raises(UserError, match="max_length = 16"):
+        fit_length(rows, tokenizer, cfg(max_length=16, too_long=too_long))
 
 
 def edited(change):
     """The encoder with `change` done to ids and labels of every row."""
-    real = qlora.encode_examples
+    real = encode_examples
 
     def broken(tokenizer, *arguments):
         examples = real(tokenizer, *arguments)
@@ -240,7 +266,7 @@ def edited(change):
             change(tokenizer, ids, labels)
         return examples
 
-    return {"encode_examples": broken}
+    return {"finetune.tokens.encode_examples": broken}
 
 
 def first(labels):
@@ -295,22 +321,25 @@ def boundary_merged():
             f"### Question: {p}\n\n### Answer: {c}\n\n### End"
             for p, c in zip(prompts, completions, strict=True)
         ]
-        begin = [tokenizer.bos_token_id] if qlora.adds_bos(tokenizer) else []
+        begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         ids = [
             [*begin, *ids, tokenizer.eos_token_id]
-            for ids in (e.ids for e in qlora.tokenize(tokenizer, texts))
+            for ids in (e.ids for e in tokenize(tokenizer, texts))
         ]
-        masked = map(len, qlora.encode_prompts(tokenizer, prompts))
+        masked = map(len, encode_prompts(tokenizer, prompts))
         labels = [[-100] * n + row[n:] for n, row in zip(masked, ids, strict=True)]
         return {"input_ids": ids, "labels": labels, "length": list(map(len, ids))}
 
-    return {"PROMPT_TEMPLATE": "### Question: {prompt}\n\n### Answer: ", "encode_examples": broken}
+    return {
+        "qlora_helpers.PROMPT_TEMPLATE": "### Question: {prompt}\n\n### Answer: ",
+        "finetune.tokens.encode_examples": broken,
+    }
 
 
 def control_injected():
     """Text may become control tokens, as it does by the tokenizers' defaults."""
     return {
-        "tokenize": lambda tokenizer, texts, **_: (
+        "finetune.tokens.tokenize": lambda tokenizer, texts, **_: (
             tokenizer(texts, add_special_tokens=False).encodings
         )
     }
@@ -337,33 +366,33 @@ def test_the_audit_finds_each_planted_defect(tokenizer, monkeypatch, defect, wor
         {"prompt": "a", "completion": "b"},
         {"prompt": f"{tokenizer.eos_token}", "completion": "b"},
     ]
-    qlora.audit_labels(qlora.encode_rows(rows, tokenizer), tokenizer)
+    audit_labels(encode_rows(rows, tokenizer), tokenizer)
     for name, broken in (
         defect() if defect in (boundary_merged, control_injected) else edited(defect)
     ).items():
-        monkeypatch.setattr(qlora, name, broken)
+        monkeypatch.setattr(name, broken)
     with pytest.raises(
-        qlora.UserError,
+        UserError,
         match=rf"of 2 rows would mis-train; nothing was trained:\n(.|\n)*row 2 {words}",
     ):
-        qlora.audit_labels(qlora.encode_rows(rows, tokenizer), tokenizer)
+        audit_labels(encode_rows(rows, tokenizer), tokenizer)
 
 
 def test_one_bad_row_among_good_ones_is_named(tokenizer):
-    rows = qlora.encode_rows(ROWS, tokenizer).to_list()
+    rows = encode_rows(ROWS, tokenizer).to_list()
     rows[30]["labels"][-1] = -100
     rows[30]["where"] = "mine.jsonl:77"
     with pytest.raises(
-        qlora.UserError, match=r"1 of 40 rows would mis-train(.|\n)*mine.jsonl:77 has an EOS"
+        UserError, match=r"1 of 40 rows would mis-train(.|\n)*mine.jsonl:77 has an EOS"
     ):
-        qlora.audit_labels(Dataset.from_list(rows), tokenizer)
+        audit_labels(Dataset.from_list(rows), tokenizer)
 
 
 def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
     tmp_path, cfg, mistral_tokenizer, smollm_tokenizer, monkeypatch
 ):
-    real, calls = qlora.encode_examples, []
-    monkeypatch.setattr(qlora, "encode_examples", lambda *a: calls.append(1) or real(*a))
+    real, calls = encode_examples, []
+    monkeypatch.setattr("finetune.tokens.encode_examples", lambda *a: calls.append(1) or real(*a))
     file = tmp_path / "rows.jsonl"
 
     def encode(text, tokenizer, *loss):
@@ -371,10 +400,10 @@ def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
             "".join(json.dumps({"prompt": p, "completion": text}) + "\n" for p in "abc")
         )
         calls.clear()
-        rows = qlora.encode_rows(
-            qlora.read_rows(cfg(data_files=str(file), output_dir=str(tmp_path))), tokenizer, *loss
+        rows = encode_rows(
+            read_rows(cfg(data_files=str(file), output_dir=str(tmp_path))), tokenizer, *loss
         )
-        qlora.audit_labels(rows, tokenizer, *loss)
+        audit_labels(rows, tokenizer, *loss)
         return len(calls)
 
     assert encode("one", mistral_tokenizer) == 1
@@ -386,10 +415,10 @@ def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
 
 
 def test_three_rows_are_shown_token_by_token(mistral_tokenizer):
-    rows = qlora.encode_rows(
+    rows = encode_rows(
         [{"prompt": "Capital of <France>?", "completion": "Paris\n"}] * 5, mistral_tokenizer
     )
-    view = qlora.TokenView(rows, mistral_tokenizer)
+    view = TokenView(rows, mistral_tokenizer)
     assert repr(view).splitlines()[:3] == [
         "row 1: 22 tokens, 7 trained",
         "  masked  <s>|·###|·Question|:|·Capital|·of|·<|Fr|ance|>?|⏎|⏎|###|·Answer|:",
@@ -401,7 +430,7 @@ def test_three_rows_are_shown_token_by_token(mistral_tokenizer):
 
 
 def test_the_histogram_marks_the_cut_off(tmp_path):
-    image = qlora.plot_lengths([10, 20, 30, 400], 256, tmp_path / "run" / "lengths.png")
+    image = plot_lengths([10, 20, 30, 400], 256, tmp_path / "run" / "lengths.png")
     assert image.data[:4] == b"\x89PNG"
 
 
@@ -409,15 +438,15 @@ def test_losses_equal_trls_own_prompt_completion_path(tmp_path, smollm_tokenizer
     rows = [{"prompt": f"Say {n}", "completion": f"It is {n}. " * (1 + n % 4)} for n in range(24)]
     texts = [
         {
-            "prompt": qlora.PROMPT_TEMPLATE.format(**row),
-            "completion": qlora.COMPLETION_TEMPLATE.format(**row) + smollm_tokenizer.eos_token,
+            "prompt": PROMPT_TEMPLATE.format(**row),
+            "completion": COMPLETION_TEMPLATE.format(**row) + smollm_tokenizer.eos_token,
         }
         for row in rows
     ]
     ours = losses(
         tmp_path,
         smollm_tokenizer,
-        qlora.encode_rows(rows, smollm_tokenizer),
+        encode_rows(rows, smollm_tokenizer),
         {"skip_prepare_dataset": True},
     )
     theirs = losses(tmp_path, smollm_tokenizer, Dataset.from_list(texts), {})
@@ -458,13 +487,22 @@ def losses(folder, tokenizer, data, options):
     )
     trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
-    return qlora.history(trainer.state.log_history, "loss")[1]
+    return history(trainer.state.log_history, "loss")[1]
 
 
 def test_a_tokenizer_that_joins_prompt_and_answer_is_refused(smollm_tokenizer, monkeypatch):
-    monkeypatch.setattr(qlora, "PROMPT_TEMPLATE", "### Question: {prompt}\n\n### Answer: ")
-    monkeypatch.setattr(qlora, "COMPLETION_TEMPLATE", "{completion}\n\n### End")
+    monkeypatch.setattr("qlora_helpers.PROMPT_TEMPLATE", "### Question: {prompt}\n\n### Answer: ")
+    monkeypatch.setattr("qlora_helpers.COMPLETION_TEMPLATE", "{completion}\n\n### End")
     with pytest.raises(
         ValueError, match="joins the end of the prompt with the start of the answer"
     ):
-        qlora.encode_example(smollm_tokenizer, "Capital of France?", "Paris")
+        encode_example(smollm_tokenizer, "Capital of France?", "Paris")
+
+
+def test_whoever_changes_the_encoder_raises_its_version():
+    """Encoded rows are found again by `ENCODER`: new code must not take what old code has made."""
+    parts = (encode_examples, tokenize, adds_bos, format_prompt, format_example)
+    trees = [ast.parse(inspect.getsource(part)).body[0] for part in parts]
+    code = "".join(ast.unparse(tree.body[1:]) for tree in trees)  # without its docstring
+    made = hashlib.sha256(f"{code}{PROMPT_TEMPLATE}{COMPLETION_TEMPLATE}".encode()).hexdigest()
+    assert (ENCODER, made[:16]) == (1, "bfb5ddb0dd4d2b0a")

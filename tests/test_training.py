@@ -7,7 +7,14 @@ import torch
 import trl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import qlora_helpers as qlora
+from finetune.base_model import mend_cpu_gradients
+from finetune.batches import Collator
+from finetune.machine import free_cache, memory_in_use
+from finetune.plan import make_plan
+from finetune.report import history
+from finetune.speed import use_fast_kernels
+from finetune.tokens import encode_rows
+from finetune.train import follow_plan, free_optimizer, one_gpu
 
 ROWS = [
     {"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(22)
@@ -16,9 +23,9 @@ ROWS = [
 
 def train(model, tokenizer, cfg, folder):
     """The notebook's sections 10 and 11 over `ROWS`, in fp32; returns the trainer and the plan."""
-    qlora.use_fast_kernels(model)
-    data = qlora.encode_rows(ROWS, tokenizer)
-    plan = qlora.make_plan(cfg, model, data)
+    use_fast_kernels(model)
+    data = encode_rows(ROWS, tokenizer)
+    plan = make_plan(cfg, model, data)
     args = trl.SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=plan.cut.micro_batch,
@@ -39,11 +46,11 @@ def train(model, tokenizer, cfg, folder):
         disable_tqdm=True,
         use_cpu=True,
     )
-    collator = qlora.Collator(plan.cut, tokenizer.eos_token_id)
+    collator = Collator(plan.cut, tokenizer.eos_token_id)
     trainer = trl.SFTTrainer(
         model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer
     )
-    qlora.follow_plan(trainer, plan, cfg)
+    follow_plan(trainer, plan, cfg)
     trainer.train()
     return trainer, plan
 
@@ -65,7 +72,7 @@ def run(request, tmp_path_factory, settings, smollm_path, smollm_tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         smollm_path, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
     )
-    qlora.mend_cpu_gradients(model)
+    mend_cpu_gradients(model)
     before = fingerprint(model)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     torch.manual_seed(0)
@@ -90,7 +97,7 @@ def test_the_plan_counts_the_steps_as_the_trainer_does(run):
 
 def test_training_learns_and_touches_the_adapter_alone(run):
     model, trainer, _, _, before = run
-    losses = qlora.history(trainer.state.log_history, "loss")[1]
+    losses = history(trainer.state.log_history, "loss")[1]
     assert losses[-1] < 0.9 * losses[0]
     assert fingerprint(model) == before
     adapter = [p for p in model.parameters() if p.requires_grad]
@@ -99,7 +106,7 @@ def test_training_learns_and_touches_the_adapter_alone(run):
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine(run):
-    rates = qlora.history(run[1].state.log_history, "learning_rate")[1]
+    rates = history(run[1].state.log_history, "learning_rate")[1]
     assert rates[0] == 0 and rates[1] == pytest.approx(1e-3)
     assert rates[1] > rates[2] > rates[3] > rates[4] > rates[5] > 0
 
@@ -110,4 +117,38 @@ def test_tensorboard_can_read_the_run_back(run):
     assert events
     board = EventAccumulator(str(events[0].parent)).Reload()
     logged = [event.value for event in board.Scalars("train/loss")]
-    assert logged == pytest.approx(qlora.history(trainer.state.log_history, "loss")[1], abs=1e-3)
+    assert logged == pytest.approx(history(trainer.state.log_history, "loss")[1], abs=1e-3)
+
+
+def test_a_process_that_sees_two_gpus_trains_on_one(nf4_model, smollm_tokenizer, tmp_path):
+    """By DataParallel 4-bit weights would be copied to both, which newer trl refuses by itself."""
+    data = encode_rows(ROWS[:4], smollm_tokenizer)
+
+    def trained_by(tell):
+        args = trl.SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        args._n_gpu = 2  # as on Kaggle
+        options = {"train_dataset": data, "processing_class": smollm_tokenizer}
+        trainer = trl.SFTTrainer(nf4_model(), tell(args), **options)
+        if isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel):
+            raise ValueError("DataParallel")
+        return trainer
+
+    with pytest.raises(ValueError, match="DataParallel"):
+        trained_by(lambda args: args)
+    assert trained_by(one_gpu)._train_batch_size == 8
+
+
+def test_what_an_optimizer_held_is_given_back_and_the_log_stays(run):
+    _, trainer, *_ = run
+    free_cache()
+    held = memory_in_use()
+    adapter = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    free_optimizer(trainer)
+    assert held - memory_in_use() == pytest.approx(8 * adapter / 2**30, rel=0.01)
+    assert history(trainer.state.log_history, "loss")[0] and trainer.args.seed == 42

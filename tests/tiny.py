@@ -59,14 +59,14 @@ def tiny_nf4(base: str):
 
 def tiny_tuned(base: str, seed: int = 0, **lora):
     """The base in NF4 with a random adapter on it."""
-    import qlora_helpers as qlora
+    from finetune.base_model import mend_cpu_gradients
 
     targets = lora.pop("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj"])
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, **lora
     )
     model = peft.get_peft_model(tiny_nf4(base), config)
-    qlora.mend_cpu_gradients(model)
+    mend_cpu_gradients(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

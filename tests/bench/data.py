@@ -26,9 +26,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import datasets  # noqa: E402
 import transformers  # noqa: E402
 from mistral import mistral_tokenizer  # noqa: E402
-from run_notebook import NOTEBOOK, defaults, load_notebook_node  # noqa: E402
 
-import qlora_helpers as qlora  # noqa: E402
+from finetune.audit import audit_labels  # noqa: E402
+from finetune.data import read_rows, split_rows  # noqa: E402
+from finetune.headless import defaults  # noqa: E402
+from finetune.tokens import encode_rows, fit_length  # noqa: E402
+from qlora_helpers import COMPLETION_TEMPLATE, PROMPT_TEMPLATE, Settings  # noqa: E402
 
 SYLLABLES = [
     "an",
@@ -91,10 +94,7 @@ def tokenizer_alone(file: Path, tokenizer) -> float:
     """Seconds a row of the tokenizer on the first 10,000 joint texts, in batches of 256."""
     with file.open() as stream:
         pairs = [json.loads(line) for line, _ in zip(stream, range(10_000), strict=False)]
-    texts = [
-        qlora.PROMPT_TEMPLATE.format(**row) + qlora.COMPLETION_TEMPLATE.format(**row)
-        for row in pairs
-    ]
+    texts = [PROMPT_TEMPLATE.format(**row) + COMPLETION_TEMPLATE.format(**row) for row in pairs]
     os.environ["TOKENIZERS_PARALLELISM"] = (
         "true"  # its own threads, whatever the passes before it wanted
     )
@@ -129,8 +129,8 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
     """The notebook's section 6 over `file`, step by step, with the yardstick before, between and
     after.
     """
-    values = defaults(load_notebook_node(str(NOTEBOOK)))
-    cfg = qlora.Settings.from_cell(values | {"data_files": str(file), "output_dir": folder})
+    values = defaults()
+    cfg = Settings.from_cell(values | {"data_files": str(file), "output_dir": folder})
     alone, spent = [tokenizer_alone(file, tokenizer)], []
     memory, start = Memory(), time.perf_counter()
     time.sleep(0.2)
@@ -146,14 +146,14 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
         )
         start = time.perf_counter()
 
-    rows = qlora.read_rows(cfg)
-    train_rows, held_rows = qlora.split_rows(rows, cfg.validation_fraction)
+    rows = read_rows(cfg)
+    train_rows, held_rows = split_rows(rows, cfg.validation_fraction)
     done("read")
-    data = [qlora.encode_rows(part, tokenizer) for part in (train_rows, held_rows)]
-    data = [qlora.fit_length(part, tokenizer, cfg) for part in data]
+    data = [encode_rows(part, tokenizer) for part in (train_rows, held_rows)]
+    data = [fit_length(part, tokenizer, cfg) for part in data]
     done("encode")
     for part in data:
-        qlora.audit_labels(part, tokenizer)
+        audit_labels(part, tokenizer)
     done("audit")
     ours, theirs = sum(spent) / count, statistics.mean(alone)
     print(f"{ours * 1e6:,.0f} µs a row, {theirs / ours:.2f} of the tokenizer's speed")

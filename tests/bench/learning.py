@@ -22,14 +22,14 @@ import nbformat
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import run_notebook  # noqa: E402
+from finetune import headless  # noqa: E402
 
 # What each variant replaces in the notebook's cells; the text must be there, so that a table cannot
 # be of nothing.
 VARIANTS = {
     "recipe": {},
     "bf16 adapter": {
-        "qlora.log_speed(trainer)": "qlora.log_speed(trainer)\n"
+        "log_speed(trainer)": "log_speed(trainer)\n"
         "for weight in filter(lambda p: p.requires_grad, model.parameters()):\n"
         "    weight.data = weight.data.bfloat16()"
     },
@@ -46,19 +46,17 @@ def run(variant: str, seed: int, out: Path, settings: dict) -> dict:
     name = f"{variant.replace(' ', '-')}-{seed}"
     done = out / name / "final_model" / "run.json"
     if not done.exists():
-        notebook = run_notebook.NOTEBOOK.read_text()
+        notebook = headless.NOTEBOOK.read_text()
         for old, new in VARIANTS[variant].items():
             assert notebook.count(old) == 1, (old, "is not in the notebook once")
             notebook = notebook.replace(old, json.dumps(new)[1:-1])
         changed = out / f"{name}.ipynb"
         nbformat.write(nbformat.reads(notebook, as_version=4), changed)
-        run_notebook.NOTEBOOK, kept = changed, run_notebook.NOTEBOOK
+        headless.NOTEBOOK, kept = changed, headless.NOTEBOOK
         try:
-            run_notebook.execute(
-                settings | {"output_dir": str(out), "run_name": name, "seed": seed}
-            )
+            headless.execute(settings | {"output_dir": str(out), "run_name": name, "seed": seed})
         finally:
-            run_notebook.NOTEBOOK = kept
+            headless.NOTEBOOK = kept
     return json.loads(done.read_text())["results"]["after"]
 
 
@@ -66,9 +64,7 @@ def make_run_settings() -> dict:
     """What `make run` sets."""
     words = re.search(r"RUN_DEFAULTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text())[1]
     arguments = words.replace("\\\n", " ").replace("'", "").split()
-    return run_notebook.parse(
-        arguments, run_notebook.defaults(nbformat.read(run_notebook.NOTEBOOK, 4))
-    )
+    return headless.parse(arguments, headless.defaults(nbformat.read(headless.NOTEBOOK, 4)))
 
 
 def main() -> None:

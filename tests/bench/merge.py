@@ -22,8 +22,14 @@ import transformers
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from papermill.iorw import load_notebook_node  # noqa: E402
-from run_notebook import NOTEBOOK, defaults, qlora  # noqa: E402
+from finetune.answers import validation_loss  # noqa: E402
+from finetune.base_model import mend_cpu_gradients, write_config  # noqa: E402
+from finetune.data import read_rows, split_rows  # noqa: E402
+from finetune.headless import defaults  # noqa: E402
+from finetune.machine import device  # noqa: E402
+from finetune.merge import merged_weights, write_shards  # noqa: E402
+from finetune.tokens import encode_rows  # noqa: E402
+from qlora_helpers import Settings  # noqa: E402
 
 
 def nf4(base: str, dtype: torch.dtype):
@@ -35,9 +41,9 @@ def nf4(base: str, dtype: torch.dtype):
     }
     quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=quantization, dtype=dtype, device_map={"": qlora.device()}
+        base, quantization_config=quantization, dtype=dtype, device_map={"": device()}
     )
-    qlora.mend_cpu_gradients(model)
+    mend_cpu_gradients(model)
     return model
 
 
@@ -47,25 +53,25 @@ def losses(adapter: Path, work: Path) -> None:
     load = transformers.AutoModelForCausalLM.from_pretrained
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     settings = {"data_files": str(ROOT / "data_examples" / "*.jsonl"), "output_dir": str(work)}
-    cfg = qlora.Settings(**defaults(load_notebook_node(str(NOTEBOOK))) | settings)
-    _, rows = qlora.split_rows(qlora.read_rows(cfg), cfg.validation_fraction)
-    examples = qlora.encode_rows(rows, tokenizer)
+    cfg = Settings(**defaults() | settings)
+    _, rows = split_rows(read_rows(cfg), cfg.validation_fraction)
+    examples = encode_rows(rows, tokenizer)
     model = peft.PeftModel.from_pretrained(nf4(base, torch.float32), adapter)
     with model.disable_adapter():
-        print(f"base in NF4          {qlora.validation_loss(model, examples):.4f}", flush=True)
-    print(f"adapter on NF4       {qlora.validation_loss(model, examples):.4f}", flush=True)
+        print(f"base in NF4          {validation_loss(model, examples):.4f}", flush=True)
+    print(f"adapter on NF4       {validation_loss(model, examples):.4f}", flush=True)
     for dtype in (torch.float32, torch.bfloat16):
-        qlora.write_shards(qlora.merged_weights(model), work, dtype, 2 * 2**30)
-        qlora.write_config(model, work, dtype)
+        write_shards(merged_weights(model), work, dtype, 2 * 2**30)
+        write_config(model, work, dtype)
         merged = load(work, dtype=torch.float32)
         print(
-            f"merged into NF4      {qlora.validation_loss(merged, examples):.4f} ({dtype})",
+            f"merged into NF4      {validation_loss(merged, examples):.4f} ({dtype})",
             flush=True,
         )
     whole = peft.PeftModel.from_pretrained(
         load(base, dtype=torch.float32), adapter
     ).merge_and_unload()
-    print(f"merged into 16 bits  {qlora.validation_loss(whole, examples):.4f}", flush=True)
+    print(f"merged into 16 bits  {validation_loss(whole, examples):.4f}", flush=True)
 
 
 def memory(layers: int, work: Path) -> None:
@@ -91,21 +97,19 @@ def memory(layers: int, work: Path) -> None:
                 new = Params4bit(
                     weight, requires_grad=False, quant_type="nf4", compress_statistics=True
                 )
-                setattr(module, name, new.to(qlora.device()))
+                setattr(module, name, new.to(device()))
             else:
-                setattr(
-                    module, name, torch.nn.Parameter(weight.to(qlora.device()), requires_grad=False)
-                )
+                setattr(module, name, torch.nn.Parameter(weight.to(device()), requires_grad=False))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = peft.get_peft_model(
         model, peft.LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=targets)
     )
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.time()
-    qlora.write_shards(qlora.merged_weights(model), work, torch.bfloat16, 2 * 2**30)
+    write_shards(merged_weights(model), work, torch.bfloat16, 2 * 2**30)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = sum(file.stat().st_size for file in work.iterdir())
     print(
-        f"{layers} layers on {qlora.device()}: main memory {before:.1f} GiB before, {peak:.1f} "
+        f"{layers} layers on {device()}: main memory {before:.1f} GiB before, {peak:.1f} "
         "GiB at the peak;"
     )
     print(

@@ -74,14 +74,14 @@ def nf4():
     import torch
     import transformers
 
-    import qlora_helpers as qlora
+    from finetune.machine import is_sharded
 
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16 if qlora.is_sharded() else torch.uint8,
+        bnb_4bit_quant_storage=torch.bfloat16 if is_sharded() else torch.uint8,
     )
 
 
@@ -90,12 +90,12 @@ def base_model(path: str):
     import torch
     import transformers
 
-    import qlora_helpers as qlora
+    from finetune.base_model import placement, ready_to_shard
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=nf4(), dtype=torch.bfloat16, device_map=qlora.placement()
+        path, quantization_config=nf4(), dtype=torch.bfloat16, device_map=placement()
     )
-    qlora.ready_to_shard(model)
+    ready_to_shard(model)
     return model
 
 
@@ -179,16 +179,20 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
         return trl.SFTTrainer(lora(base_model(path)), recipe(), **common), {}
     if way.startswith("unsloth"):
         return unsloth_trainer(way, path, common)
-    import qlora_helpers as qlora
+    from finetune.batches import Collator, StepSampler
+    from finetune.plan import make_plan
+    from finetune.speed import use_fast_kernels
+    from finetune.train import follow_plan
+    from qlora_helpers import Settings
 
-    qlora.StepSampler.set_epoch = lambda self, epoch: (
+    StepSampler.set_epoch = lambda self, epoch: (
         None
     )  # what the timed epoch needs was recorded in the first
-    cfg = qlora.Settings(**settings(path, limit))
+    cfg = Settings(**settings(path, limit))
     model = lora(base_model(path))
-    used = qlora.use_fast_kernels(model)
+    used = use_fast_kernels(model)
     start = time.perf_counter()
-    plan = qlora.make_plan(cfg, model, data)
+    plan = make_plan(cfg, model, data)
     planned = time.perf_counter() - start
     print(
         plan,
@@ -202,18 +206,17 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
         logging_nan_inf_filter=False,
         optim="adamw_torch_fused",
     )
-    trainer = trl.SFTTrainer(model, args, data_collator=qlora.Collator(plan.cut, 2), **common)
-    qlora.follow_plan(trainer, plan, cfg)
+    trainer = trl.SFTTrainer(model, args, data_collator=Collator(plan.cut, 2), **common)
+    follow_plan(trainer, plan, cfg)
     notes = {"cut": str(plan.cut), "planned_seconds": planned, "plan_peak": plan.peak}
     return trainer, notes | {"plan_tokens_per_second": plan.tokens_per_second}
 
 
 def settings(path: str, limit: float) -> dict:
     """The notebook's defaults, for this model and memory limit."""
-    from papermill.iorw import load_notebook_node
-    from run_notebook import NOTEBOOK, defaults
+    from finetune.headless import defaults
 
-    return defaults(load_notebook_node(str(NOTEBOOK))) | {
+    return defaults() | {
         "base_model": path,
         "memory_limit_gb": limit,
         "resume": "never",
@@ -355,7 +358,7 @@ def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
     command = [sys.executable]
     if gpus > 1:
         config = (
-            ["--config_file", str(ROOT / "tests" / "fsdp.yaml")]
+            ["--config_file", str(ROOT / "finetune" / "fsdp.yaml")]
             if way == "fsdp"
             else ["--multi_gpu"]
         )
@@ -405,7 +408,7 @@ def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
 
 def main() -> None:
     """Measure what was asked for, print the table, write `content/bench/speed.json`."""
-    import qlora_helpers as qlora
+    from finetune.machine import free_cache
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -434,7 +437,7 @@ def main() -> None:
 
         make_model(Path(options.model), None)
     rate, bandwidth = rates()
-    qlora.free_cache()  # for the processes that follow
+    free_cache()  # for the processes that follow
     ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in KINDS}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = []

@@ -14,7 +14,10 @@ import sys
 import traceback
 from pathlib import Path
 
-import qlora_helpers as qlora
+import finetune.save
+from finetune.base_model import base_model_path
+from finetune.trials import Trials
+from qlora_helpers import Settings, UserError
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = ("## 1.", "## 5.", "## 15.", "## 16.")  # set-up, memory, merge, use
@@ -27,7 +30,7 @@ def make_model(folder: Path) -> None:
 
     torch.set_num_threads(1)
     settings = {"base_model": "embedded", "model_cache": str(ROOT / "content" / "model_cache")}
-    smollm = qlora.base_model_path(qlora.Settings(**defaults() | settings))
+    smollm = base_model_path(Settings(**defaults() | settings))
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
     shape = {
         "hidden_size": 64,
@@ -75,7 +78,6 @@ def run_all(settings: dict, again: str = "") -> dict:
     )  # a new notebook kernel has no such luck; the Trainer sets its own seed for training
     names = {
         "display": display,
-        "qlora": qlora,
         "datasets": datasets,
         "peft": peft,
         "transformers": transformers,
@@ -88,7 +90,7 @@ def run_all(settings: dict, again: str = "") -> dict:
             source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
         try:
             exec(compile(source, heading, "exec"), names)
-        except qlora.UserError as error:
+        except UserError as error:
             if not again or not heading.startswith(again):
                 raise
             print(f"UserError: {error}", flush=True)
@@ -175,13 +177,13 @@ def full_at(step: int, disk: str, leave: int) -> None:
 
 def full_at_the_end(disk: str, leave: int) -> None:
     """The disk fills up before the final save."""
-    original = qlora.save_adapter
+    original = finetune.save.save_adapter
 
     def save_adapter(*args):
         fill_up(disk, leave)
         return original(*args)
 
-    qlora.save_adapter = save_adapter
+    finetune.save.save_adapter = save_adapter
 
 
 FAULTS = {
@@ -204,7 +206,7 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
         constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
     torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
-    qlora.Trials.best = lambda self: self.fitting()[
+    Trials.best = lambda self: self.fitting()[
         0
     ]  # time decides on the cut, and the cut on the last digits
     if fault:
@@ -212,7 +214,7 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
     code = 0
     try:
         run_all(settings, again)
-    except qlora.UserError as error:
+    except UserError as error:
         print(f"UserError: {error}")
         code = 2
     except BaseException:

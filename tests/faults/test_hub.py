@@ -10,7 +10,10 @@ import huggingface_hub.constants
 import pytest
 from hub import Hub
 
-import qlora_helpers as qlora
+from finetune.backup import back_up, fetch_backup
+from finetune.files import checkpoints, checksums
+from finetune.save import push_adapter
+from qlora_helpers import UserError
 
 TOKEN = "hf_" + "s3cret" * 5
 CALLS = [
@@ -28,8 +31,8 @@ def hub(monkeypatch):
     """The stand-in, and a huggingface_hub that talks to it, with waits made short."""
     with Hub() as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(qlora, "RETRY_WAITS", (0, 0))
-        monkeypatch.setattr(qlora, "REQUEST_SECONDS", 0.3)
+        monkeypatch.setattr("finetune.hub.RETRY_WAITS", (0, 0))
+        monkeypatch.setattr("finetune.hub.REQUEST_SECONDS", 0.3)
         hasty = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
         monkeypatch.setattr(
             "huggingface_hub.utils._http.time", hasty
@@ -48,7 +51,7 @@ def saved(settings, undisturbed, tmp_path):
 
 
 def push(cfg, capsys):
-    address = qlora.push_adapter(cfg, TOKEN)
+    address = push_adapter(cfg, TOKEN)
     return address, capsys.readouterr().out
 
 
@@ -68,7 +71,7 @@ def test_the_push_is_private_and_sends_the_allowed_files_alone(hub, saved, capsy
 
 
 def assert_nothing_lost(cfg, hub, shown, before, owner="ada"):
-    assert qlora.checksums(cfg.final_model) == before
+    assert checksums(cfg.final_model) == before
     assert (
         "Not pushed: " in shown
         and f"Nothing is lost: the adapter is in {cfg.final_model}. To push" in shown
@@ -84,7 +87,7 @@ def assert_nothing_lost(cfg, hub, shown, before, owner="ada"):
 def test_a_refusal_of_any_call_costs_nothing_and_is_retried_as_it_deserves(
     hub, saved, capsys, call, status
 ):
-    before = qlora.checksums(saved.final_model)
+    before = checksums(saved.final_model)
     hub.refuse[call] = (status,)
     address, shown = push(saved, capsys)
     assert address is None
@@ -106,7 +109,7 @@ def test_a_refusal_of_any_call_costs_nothing_and_is_retried_as_it_deserves(
 @pytest.mark.parametrize("fault", ["hang", "reset"])
 @pytest.mark.parametrize("call", ["/api/repos/create", "/lfs/", "/commit/"])
 def test_a_request_that_hangs_or_is_cut_ends(hub, saved, capsys, call, fault):
-    before, began = qlora.checksums(saved.final_model), time.monotonic()
+    before, began = checksums(saved.final_model), time.monotonic()
     hub.refuse[call] = fault
     address, shown = push(saved, capsys)
     assert address is None and shown.count("Trying again") == 2
@@ -140,13 +143,13 @@ def test_copies_go_to_a_private_repository_of_their_own_and_the_newest_two_stay(
     hub, saved, undisturbed, capsys
 ):
     cfg = saved.model_copy(update={"backup_to": "hub", "hub_private": False})
-    source = qlora.checkpoints(undisturbed[1] / "outputs" / "faults")[0]
+    source = checkpoints(undisturbed[1] / "outputs" / "faults")[0]
     for step in (2, 4, 6):
         shutil.copytree(source, cfg.run_dir / f"checkpoint-{step}")
         shutil.rmtree(
             cfg.run_dir / f"checkpoint-{step - 4}", ignore_errors=True
         )  # as the Trainer keeps two
-        qlora.back_up(cfg, cfg.run_dir / f"checkpoint-{step}")
+        back_up(cfg, cfg.run_dir / f"checkpoint-{step}")
     assert list(hub.repos) == ["ada/nights-checkpoints"] and hub.private("ada/nights-checkpoints")
     there = {name.split("/")[0] for name in hub.files["ada/nights-checkpoints"]}
     assert there == {"checkpoint-4", "checkpoint-6"}
@@ -156,17 +159,17 @@ def test_copies_go_to_a_private_repository_of_their_own_and_the_newest_two_stay(
 
 def test_a_failed_copy_is_told_and_leaves_the_earlier_one_whole(hub, saved, undisturbed, capsys):
     cfg = saved.model_copy(update={"backup_to": "hub"})
-    source = qlora.checkpoints(undisturbed[1] / "outputs" / "faults")[0]
+    source = checkpoints(undisturbed[1] / "outputs" / "faults")[0]
     shutil.copytree(source, cfg.run_dir / "checkpoint-2")
-    qlora.back_up(cfg, cfg.run_dir / "checkpoint-2")
+    back_up(cfg, cfg.run_dir / "checkpoint-2")
     before = dict(hub.files["ada/nights-checkpoints"])
     hub.refuse["/commit/"] = (500,)
-    qlora.back_up(cfg, (cfg.run_dir / "checkpoint-2").rename(cfg.run_dir / "checkpoint-4"))
+    back_up(cfg, (cfg.run_dir / "checkpoint-2").rename(cfg.run_dir / "checkpoint-4"))
     assert "checkpoint-4 is NOT copied to hub (" in capsys.readouterr().out
     assert hub.files["ada/nights-checkpoints"] == before
 
 
 def test_a_hub_that_cannot_be_asked_for_copies_stops_before_they_could_be_replaced(hub, saved):
     hub.refuse["nights-checkpoints"] = (500,)
-    with pytest.raises(qlora.UserError, match="cannot be asked for this run's checkpoints"):
-        qlora.fetch_backup(saved.model_copy(update={"backup_to": "hub"}))
+    with pytest.raises(UserError, match="cannot be asked for this run's checkpoints"):
+        fetch_backup(saved.model_copy(update={"backup_to": "hub"}))

@@ -16,7 +16,9 @@ import child
 import pytest
 from conftest import result_of
 
-import qlora_helpers as qlora
+from finetune.backup import back_up, drive_folder
+from finetune.checkpoints import last_good_checkpoint
+from finetune.files import checkpoints, checksums, why_unusable
 
 KILLED = -9
 
@@ -36,7 +38,7 @@ def half(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     code, shown = run(tiny, folder, "kill_at", 4)
     assert code == KILLED, shown
-    assert [path.name for path in qlora.checkpoints(outputs(folder))] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints(outputs(folder))] == ["checkpoint-2"]
     return folder
 
 
@@ -87,7 +89,7 @@ def test_killed_at_each_file_of_a_save(tiny, tmp_path, undisturbed, half):
 @pytest.fixture
 def looked_for(settings, undisturbed, tmp_path):
     """Two whole checkpoints, and what `last_good_checkpoint` says about them."""
-    for path in qlora.checkpoints(outputs(undisturbed[1])):
+    for path in checkpoints(outputs(undisturbed[1])):
         shutil.copytree(path, tmp_path / path.name)
     return tmp_path
 
@@ -134,12 +136,12 @@ def test_damage_to_any_file_is_seen_and_the_older_checkpoint_is_used(looked_for,
         whole = looked_for.parent / "whole"
         shutil.copytree(looked_for / "checkpoint-6", whole)
         damage(looked_for / "checkpoint-6" / name)
-        assert qlora.last_good_checkpoint(looked_for) == looked_for / "checkpoint-4", name
+        assert last_good_checkpoint(looked_for) == looked_for / "checkpoint-4", name
         shown = capsys.readouterr().out
         assert shown.startswith("checkpoint-6 is skipped and removed: ") and shown.count("\n") == 1
         assert name in shown or (name, damage) == ("checksums.json", missing)
         whole.rename(looked_for / "checkpoint-6")
-    assert qlora.last_good_checkpoint(looked_for) == looked_for / "checkpoint-6"
+    assert last_good_checkpoint(looked_for) == looked_for / "checkpoint-6"
 
 
 def test_a_damaged_optimizer_does_not_change_the_result(tiny, tmp_path, undisturbed):
@@ -156,7 +158,7 @@ def test_a_damaged_optimizer_does_not_change_the_result(tiny, tmp_path, undistur
 @pytest.mark.parametrize("kept", ["final_model", "checkpoint-6"])
 def test_a_finished_run_is_not_trained_again(tiny, tmp_path, undisturbed, kept):
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
-    for path in [*qlora.checkpoints(outputs(tmp_path)), outputs(tmp_path) / "final_model"]:
+    for path in [*checkpoints(outputs(tmp_path)), outputs(tmp_path) / "final_model"]:
         if path.name != kept:
             shutil.rmtree(path)
     code, shown = run(tiny, tmp_path, "kill_at", 1)
@@ -170,7 +172,7 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path, undisturbed, kept):
 
 def test_changed_settings_stop_with_a_choice_and_anyway_goes_on(tiny, tmp_path, half):
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
-    before = qlora.checksums(outputs(tmp_path) / "checkpoint-2")
+    before = checksums(outputs(tmp_path) / "checkpoint-2")
     code, shown = run(tiny, tmp_path, learning_rate=1e-3, lora_dropout=0.0)
     assert code == 2
     assert "unfinished run with other data or settings:" in shown
@@ -180,7 +182,7 @@ def test_changed_settings_stop_with_a_choice_and_anyway_goes_on(tiny, tmp_path, 
         and "resume = 'anyway'" in shown
         and "Traceback" not in shown
     )
-    assert qlora.checksums(outputs(tmp_path) / "checkpoint-2") == before
+    assert checksums(outputs(tmp_path) / "checkpoint-2") == before
     code, shown = run(tiny, tmp_path, learning_rate=1e-3, resume="anyway")
     assert code == 0 and "Continuing from checkpoint-2 with changed data or settings." in shown
 
@@ -245,7 +247,7 @@ def small_disk(tmp_path):
 
 def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
     shutil.copytree(half / "outputs", small_disk / "outputs")
-    before = qlora.checksums(outputs(small_disk) / "checkpoint-2")
+    before = checksums(outputs(small_disk) / "checkpoint-2")
     # A checkpoint's tokenizer alone has 3.5 MB.
     code, shown = child.run(
         tiny(small_disk), tmp_path / "log", ("full_at", 4, str(small_disk), 1_000_000)
@@ -255,8 +257,8 @@ def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
         f"The disk is full: {outputs(small_disk)} could not be written to. Saved before: "
         "checkpoint-2."
     ) in shown
-    assert qlora.checksums(outputs(small_disk) / "checkpoint-2") == before
-    assert [path.name for path in qlora.checkpoints(outputs(small_disk))] == ["checkpoint-2"]
+    assert checksums(outputs(small_disk) / "checkpoint-2") == before
+    assert [path.name for path in checkpoints(outputs(small_disk))] == ["checkpoint-2"]
     (small_disk / "ballast").unlink()
     code, shown = child.run(tiny(small_disk), tmp_path / "log")
     assert code == 0, shown
@@ -268,7 +270,7 @@ def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
 def test_disk_full_at_the_end(tiny, small_disk, tmp_path, undisturbed, where):
     shutil.copytree(undisturbed[1] / "outputs", small_disk / "outputs")
     final = outputs(small_disk) / "final_model"
-    before, size = qlora.checksums(final), sum(path.stat().st_size for path in final.iterdir())
+    before, size = checksums(final), sum(path.stat().st_size for path in final.iterdir())
     if where == "the zip":
         shutil.rmtree(final)
     leave = 1_000_000 if where == "final_model" else size + 300_000
@@ -281,11 +283,11 @@ def test_disk_full_at_the_end(tiny, small_disk, tmp_path, undisturbed, where):
             f"The disk is full: {final} could not be written. Nothing that was there is harmed"
             in shown
         )
-        assert qlora.checksums(final) == before
+        assert checksums(final) == before
     else:
         assert code == 0, shown
         assert "No zip backup (OSError: [Errno 28] No space left on device" in shown
-    assert not qlora.why_unusable(final)
+    assert not why_unusable(final)
     assert {
         path.name
         for path in final.parent.iterdir()
@@ -298,23 +300,23 @@ def test_disk_full_at_the_end(tiny, small_disk, tmp_path, undisturbed, where):
 
 
 def test_disk_full_at_the_copy(settings, small_disk, tmp_path, undisturbed, monkeypatch, capsys):
-    monkeypatch.setattr(qlora, "locate", lambda path: small_disk / "MyDrive")
+    monkeypatch.setattr("finetune.backup.locate", lambda path: small_disk / "MyDrive")
     (small_disk / "MyDrive").mkdir()
     cfg = settings(backup_to="drive", run_name="faults")
-    first, second = reversed(qlora.checkpoints(outputs(undisturbed[1])))
-    qlora.back_up(cfg, first)
-    before = qlora.checksums(qlora.drive_folder(cfg) / first.name)
+    first, second = reversed(checkpoints(outputs(undisturbed[1])))
+    back_up(cfg, first)
+    before = checksums(drive_folder(cfg) / first.name)
     child.fill_up(small_disk, 1_000_000)
-    qlora.back_up(cfg, second)
+    back_up(cfg, second)
     assert (
         f"{second.name} is NOT copied to drive (" in (shown := capsys.readouterr().out)
         and "No space left" in shown
     )
-    assert qlora.checksums(qlora.drive_folder(cfg) / first.name) == before
-    assert [path.name for path in qlora.checkpoints(qlora.drive_folder(cfg))] == [first.name]
+    assert checksums(drive_folder(cfg) / first.name) == before
+    assert [path.name for path in checkpoints(drive_folder(cfg))] == [first.name]
     (small_disk / "ballast").unlink()
-    qlora.back_up(cfg, second)
-    assert not qlora.why_unusable(qlora.drive_folder(cfg) / second.name)
+    back_up(cfg, second)
+    assert not why_unusable(drive_folder(cfg) / second.name)
 
 
 @pytest.mark.slow

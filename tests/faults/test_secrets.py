@@ -15,7 +15,7 @@ import pytest
 from conftest import result_of
 from hub import Hub
 
-import qlora_helpers as qlora
+from finetune.files import why_unusable
 
 pytestmark = pytest.mark.slow  # whole runs of the notebook
 
@@ -30,7 +30,7 @@ def told(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("canary")
     (folder / "home").mkdir()
     settings = tiny(folder, push_to_hub=True, backup_to="hub", epochs=1)
-    command = [sys.executable, str(child.ROOT / "tests" / "run_notebook.py")]
+    command = [sys.executable, "-m", "finetune.headless"]
     command += [f"{name.upper()}={value}" for name, value in settings.items()]
     with Hub() as hub:
         environment = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HOME": str(folder / "home")}
@@ -136,4 +136,4 @@ def test_the_machine_replaced_continues_from_the_hub(tiny, tmp_path, undisturbed
         shutil.rmtree(tmp_path / "outputs")
         code, shown = child.run(settings, tmp_path / "log", ("kill_at", 1), environment)
         assert code == 0 and "nothing is trained again" in shown
-    assert not qlora.why_unusable(tmp_path / "outputs" / "faults" / "final_model")
+    assert not why_unusable(tmp_path / "outputs" / "faults" / "final_model")

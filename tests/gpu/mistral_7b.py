@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from mistral import mistral_config, mistral_tokenizer  # noqa: E402
-from run_notebook import execute  # noqa: E402
+
+from finetune.headless import execute  # noqa: E402
 
 
 def make_model(folder: Path, tokenizer: Path | None) -> None:

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
 import child  # noqa: E402
 
-import qlora_helpers as qlora  # noqa: E402
+from finetune.batches import Cut  # noqa: E402
 
 
 def result(folder: Path) -> tuple[dict, dict]:
@@ -65,11 +65,7 @@ def main() -> None:
         assert code == 0, shown
         results.append(result(folder))
         print(*(line for line in shown.splitlines() if "Continuing from" in line), sep="\n")
-        print(
-            qlora.Cut(
-                **json.loads((folder / "outputs" / "faults" / "plan.json").read_text())["cut"]
-            )
-        )
+        print(Cut(**json.loads((folder / "outputs" / "faults" / "plan.json").read_text())["cut"]))
     (expected, adapter), (losses, continued) = results
     assert losses.keys() == expected.keys()
     worst = max(abs(losses[key] - expected[key]) / expected[key] for key in expected)

@@ -1,0 +1,8 @@
+"""The rooms behind `finetune_mistral.ipynb`: what no library does, each thing in one place.
+
+Each room imports only from those that stand before it here, and from `qlora_helpers`:
+
+machine, files, setup, hub, rows, data, tokens, audit, batches, answers, base_model, backup, report,
+arithmetic, speed, preflight, checkpoints, trials, plan, callbacks, train, card, save, merge,
+headless, launch
+"""

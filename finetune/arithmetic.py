@@ -1,0 +1,154 @@
+"""The same results with fewer, larger kernels: LoRA, the loss of a frozen head, attention."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from inspect import signature
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+class LoraMatmul(torch.autograd.Function):
+    """`x Wᵀ + scale · dropout(x) Aᵀ Bᵀ` and its gradients for x, A and B.
+
+    That is PEFT's LoRA of a frozen 4-bit layer. `x` is [..., in], `A` [r, in], `B` [out, r]. PEFT
+    does it in nine kernels forward, clones the result and keeps a dropped copy of `x` for the
+    backward pass; this takes four, adds in place, and keeps of dropout only its mask.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> Any:
+        """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
+        flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        dropped, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
+        low = (dropped @ A.t()).mul_(scale)
+        out = (flat @ dense_weight(layer).t()).addmm_(low, B.t())
+        ctx.save_for_backward(flat, kept, low, A, B)
+        ctx.layer, ctx.scale, ctx.dropout = layer, scale, dropout
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple:
+        """Gradients of x, A and B; the weight is frozen."""
+        flat, kept, low, A, B = ctx.saved_tensors
+        g, g_x, grown = grad.reshape(-1, grad.shape[-1]), None, 1 / (1 - ctx.dropout)
+        g_low, g_B = (g @ B).mul_(ctx.scale), g.t() @ low
+        dropped = flat
+        if kept is not None:
+            # It returns its first argument · mask · scale, which for `x` is dropout(x) once more.
+            dropped = torch.ops.aten.native_dropout_backward(flat, kept, grown)
+        g_A = g_low.t() @ dropped
+        if ctx.needs_input_grad[0]:
+            g_x = g @ dense_weight(ctx.layer)
+            if kept is None:
+                g_x.addmm_(g_low, A)
+            else:
+                g_x.addcmul_(g_low @ A, kept, value=grown)
+            g_x = g_x.view(*grad.shape[:-1], -1)
+        return g_x, g_A, g_B, None, None, None
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Sum over tokens of the cross-entropy (nats) of a frozen head's logits at `targets`.
+
+    `hidden` is [tokens, hidden size], `targets` [tokens], the head's `weight` [vocabulary, hidden
+    size], its `bias` often None. The gradient is made in the forward pass, so that only a piece's
+    logits ever stand in memory and none is computed twice (the idea of Liger's,
+    https://arxiv.org/abs/2410.10989, which waits for the GPU).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, logits_at_once: int = 2**26
+    ) -> Any:
+        """The sum, in fp32."""
+        piece = max(1, min(2048, logits_at_once // len(weight)))
+        total, grads = hidden.new_zeros((), dtype=torch.float32), []
+        for h, t in zip(hidden.split(piece), targets.split(piece), strict=True):
+            at = t[:, None]
+            logits = chances = wrong = None  # so that never two pieces are held
+            logits = torch.nn.functional.linear(h, weight, bias)
+            chances = torch.log_softmax(logits, 1, dtype=torch.float32)
+            found = chances.gather(1, at)
+            total -= found.sum()
+            if ctx.needs_input_grad[0]:
+                less = found.expm1().to(logits.dtype)  # a target's chance minus 1, exact near 1
+                wrong = torch.softmax(logits, 1, dtype=logits.dtype).scatter_(1, at, less)
+                grads.append((wrong.to(weight.dtype) @ weight).to(h.dtype))
+        ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple:
+        """The gradient of `hidden`; scaled in fp32, since 1 / tokens would be rounded to bf16."""
+        (saved,) = ctx.saved_tensors
+        return saved.float().mul_(grad).to(saved.dtype), None, None, None, None
+
+
+def dense_weight(layer: Any) -> Any:
+    """The weight of a `Linear4bit`, [out, in], in its computing type.
+
+    It is the copy that `keep_dense` keeps, or else is dequantised now.
+    """
+    if (kept := getattr(layer, "dense", None)) is not None:
+        return kept
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    return dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype)
+
+
+def varlen_attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """Attention over rows laid end to end, none seeing another, by torch's own kernel.
+
+    That needs torch 2.10 and Ampere, or newer ones (see `has_varlen`).
+
+    `query` is [1, heads, tokens, head size]; `cu_seq_lens_q` [rows + 1] and `max_length_q` come
+    from `Collator`. Without them (generating, scoring) it is `sdpa`.
+    """
+    if "cu_seq_lens_q" not in kwargs:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # squeeze(0) and not [0], whose gradient is copied.
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    options = varlen_options(kwargs.get("sliding_window"))
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=kwargs.get("scaling"), **options)
+    return out.unsqueeze(0), None
+
+
+@functools.cache
+def varlen_options(window: int | None = None) -> dict[str, Any]:
+    """How torch's kernel is told to be causal, to see `window` tokens, to take fewer key heads.
+
+    `window` is how many it may see at most, None for all. 2.10 has `is_causal` and no windows,
+    later releases `window_size` (how far back, how far ahead), still later ones want to be asked
+    for fewer heads (`enable_gqa`).
+    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = signature(varlen_attn).parameters
+    back = {"window_size": ((window or 0) - 1, 0)}  # -1: without a limit
+    causal = {"is_causal": True} if "is_causal" in known else back
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+def varlen_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    """The mask that `varlen_attention` needs: none for rows end to end, `sdpa`'s with padding."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def has_varlen() -> bool:
+    """Whether this torch and this GPU have the variable-length attention kernel."""
+    newest = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return newest and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

@@ -1,0 +1,167 @@
+"""Section 6: every encoded row is checked before it may train, and a few are shown."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from IPython.display import Image
+from matplotlib.figure import Figure
+from transformers import PreTrainedTokenizerBase
+
+from finetune.machine import main_first
+from finetune.tokens import adds_bos, encode_prompts, workers
+from qlora_helpers import UserError, listed
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that stand for no text: BOS, EOS, `[INST]` and their like."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
+    # unk stands for text that the tokenizer does not know; it counts only where it is BOS or EOS.
+    return special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
+
+
+def find_mistake(
+    ids: list[int],
+    labels: list[int],
+    prompt: list[int],
+    begin: list[int],
+    eos: int,
+    control: set[int],
+    masked: int,
+) -> str:
+    """What is wrong with one encoded row, or nothing; `masked` is how many labels must be -100."""
+    inside, first = ids[len(begin) : -1], slice(masked, masked + 1)
+    checks = {
+        "does not end in EOS: is it cut short?": ids[-1:] != [eos],
+        "does not begin with exactly one BOS": ids[: len(begin)] != begin or ids[:2] == begin * 2,
+        "has a control token inside its text": not control.isdisjoint(inside),
+        "does not begin with the tokens of its prompt": ids[: len(prompt)] != prompt,
+        "has an EOS that is not trained": labels[-1:] != [eos],
+        "has a label on its prompt": labels[:masked] != [-100] * masked,
+        "has no label on the first token of its answer": labels[first] != ids[first],
+        "has a label that is not its token": labels[masked:] != ids[masked:],
+    }
+    return next((mistake for mistake, found in checks.items() if found), "")
+
+
+@main_first
+def audit_labels(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True
+) -> str:
+    """Check every row that is about to be trained, and say in a sentence what was found.
+
+    Raises `UserError` that names the lines of rows that would mis-train. The prompts are encoded
+    once more, as for generating answers, and every row must begin with just these ids and be
+    trained on all that follows: the encoder, which knows the border from the tokens' places, is not
+    asked.
+    """
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    known = {"begin": begin, "eos": tokenizer.eos_token_id, "control": control_ids(tokenizer)}
+
+    def mistakes(table: pa.Table) -> pa.Table:
+        prompts, found = encode_prompts(tokenizer, table["prompt"].to_pylist()), []
+        columns = [table[name].to_numpy() for name in ("where", "input_ids", "labels")]
+        for where, ids, labels, prompt in zip(*columns, prompts, strict=True):
+            masked = len(prompt) if completion_only_loss else 0
+            mistake = find_mistake(ids.tolist(), labels.tolist(), prompt, masked=masked, **known)
+            if mistake:
+                found.append(f"{where} {mistake}")
+        return pa.table({"wrong": pa.array(found, pa.string())})
+
+    options = {"batched": True, "batch_size": 1000, "remove_columns": data.column_names}
+    options |= {"load_from_cache_file": False, "num_proc": workers(len(data)), "desc": "Auditing"}
+    wrong = data.with_format("arrow").map(mistakes, **options).with_format(None)
+    if len(wrong):
+        title = f"{len(wrong):,} of {len(data):,} rows would mis-train; nothing was trained:"
+        rest = [""] * (len(wrong) - 10)  # never shown, only counted
+        raise UserError(listed(title, [*wrong[:10]["wrong"], *rest]))
+    loss = "every answer trained from its first token"
+    if not completion_only_loss:
+        loss = "every token trained"
+    return (
+        f"Audited all {len(data):,} rows: {'one' if begin else 'no'} BOS, {loss}, "
+        "EOS last and trained, no control token from the text."
+    )
+
+
+class TokenView:
+    """The first rows, token by token, showing which tokens are trained.
+
+    Those are green and bold in a notebook, and on lines of their own as text.
+    """
+
+    def __init__(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3):
+        self.rows = []
+        for row in data.select(range(min(rows, len(data)))):
+            trained = [label != -100 for label in row["labels"]]
+            pairs = zip(trained, (token_text(tokenizer, i) for i in row["input_ids"]), strict=True)
+            groups = itertools.groupby(pairs, key=lambda pair: pair[0])
+            runs = [(on, [text for _, text in group]) for on, group in groups]
+            title = f"{row['where']}: {len(trained):,} tokens, {sum(trained):,} trained"
+            self.rows.append((title, runs))
+
+    def __repr__(self) -> str:
+        lines = []
+        for title, runs in self.rows:
+            lines.append(title)
+            for on, run in runs:
+                lines.append(f"  {'TRAINED' if on else 'masked '} {'|'.join(middle_out(run))}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        styles = {True: "background:#b7e4c7;color:#111;font-weight:bold", False: "opacity:.6"}
+        page = []
+        for title, runs in self.rows:
+            spans = (
+                f'<span style="{styles[on]}">{html.escape("|".join(middle_out(run)))}</span>'
+                for on, run in runs
+            )
+            page.append(
+                f"<p>{html.escape(title)}<br>"
+                f'<code style="white-space:pre-wrap">{"|".join(spans)}</code></p>'
+            )
+        return "".join(page)
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token as it can be read: a space as ·, a line end as ⏎."""
+    raw, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if raw[:1] in ("▁", "Ġ"):
+        text = "·" + text.removeprefix(" ")
+    return raw if "\ufffd" in text or not text else text.replace(" ", "·").replace("\n", "⏎")
+
+
+def middle_out(run: list[str], shown: int = 80) -> list[str]:
+    """A run of tokens, a long one without its middle."""
+    if len(run) <= shown:
+        return run
+    half = shown // 2
+    return [*run[:half], f" … {len(run) - shown:,} more … ", *run[-half:]]
+
+
+def plot_lengths(lengths: Sequence[int], max_length: int, path: Path) -> Image:
+    """A histogram of rows by length in tokens, with `max_length` marked.
+
+    It is written to `path` as a PNG and returned to be shown.
+    """
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=np.geomspace(min(lengths), max(lengths) + 1, 40), color="#4c78a8")
+    axes.axvline(max_length, color="#e45756", label=f"max_length = {max_length:,}")
+    axes.set(xlabel="tokens in a row", ylabel="rows", yscale="symlog")
+    axes.set_xscale("log", base=2)  # short rows and a far cut-off are both seen
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=144)
+    return Image(filename=str(path), width=900)

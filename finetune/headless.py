@@ -1,0 +1,144 @@
+"""The notebook without a browser, with settings from the command line: behind `make run`.
+
+    python -m finetune.headless BASE_MODEL=embedded DATA='data_examples/*.jsonl' EPOCHS=1
+
+Any setting of the hyperparameter cell goes by its name in capitals; DATA is short for DATA_FILES.
+What the cells print is streamed. The executed notebook stays in the run's folder, beside a page of
+it in HTML.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbconvert
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from qlora_helpers import Settings, UserError
+
+NOTEBOOK = Path(__file__).parents[1] / "finetune_mistral.ipynb"
+# What the embedded model wants otherwise: a 135M model learns at a higher rate than a 7B one, and
+# two cores want fewer epochs.
+SMALL = {"learning_rate": 6e-4, "epochs": 3, "max_new_tokens": 32}
+MAKES_OWN = {"STACK", "PYTHON", "PY", "VENV"}  # variables of the Makefile, which are no settings
+
+
+def defaults(notebook: nbformat.NotebookNode | None = None) -> dict[str, Any]:
+    """The values of the notebook's hyperparameter cell."""
+    cells = (notebook or load_notebook_node(str(NOTEBOOK))).cells
+    values: dict[str, Any] = {}
+    exec(next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), values)
+    return {name: value for name, value in values.items() if not name.startswith("__")}
+
+
+def given_to_make(flags: str) -> list[str]:
+    r"""The `NAME=value` arguments of a call of make, from its `MAKEFLAGS`, but for make's own.
+
+    They follow ` -- `; there make writes `\` before blanks and backslashes, and `$` twice. No shell
+    and no Makefile has read the values then, so any text arrives as it was typed.
+    https://www.gnu.org/software/make/manual/html_node/Options_002fRecursion.html
+    """
+    _, _, text = f" {flags}".partition(" -- ")
+    words = re.findall(r"(?:\\.|[^\s\\])+", text)
+    given = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$") for word in words]
+    return [word for word in given if word.partition("=")[0].rstrip(":") not in MAKES_OWN]
+
+
+def parse(arguments: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """`NAME=value` arguments as settings: text where the cell has text, else a Python value.
+
+    A later one counts. With the embedded model, what is not given of `SMALL` is added. Raises
+    `SystemExit` for a name that the cell does not have.
+    """
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        name = {"data": "data_files"}.get(name.lower(), name.lower())
+        if name not in known:
+            raise SystemExit(f"{argument}: no such setting. There are: {' '.join(known).upper()}")
+        is_text = isinstance(known[name], str) and known[name] != "auto"
+        settings[name] = text if is_text else python_value(text)
+    small = SMALL if settings.get("base_model") == "embedded" else {}
+    return {**small, **settings}
+
+
+def python_value(text: str) -> Any:
+    """`text` as Python reads it, or itself where Python cannot."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+class Streaming(NotebookClient):
+    """Runs a notebook and prints what its cells print, and how far training is, as it happens."""
+
+    def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
+        """Print streams and the Trainer's progress bar (an HTML display that is updated)."""
+        content = msg["content"]
+        if msg["msg_type"] == "stream" and content["name"] == "stdout":
+            print(content["text"], end="", flush=True)
+        bar = re.search(r"\[\s*\d+/\d+ [^\]]*\]", content.get("data", {}).get("text/html", ""))
+        if bar and bar[0] != getattr(self, "_bar", None):
+            self._bar = bar[0]
+            print(bar[0], flush=True)
+        return super().process_message(msg, cell, cell_index)
+
+
+def execute(settings: Mapping[str, Any], folder: Path | None = None) -> nbformat.NotebookNode:
+    """Execute the notebook with `settings`; write it and its page to `folder`, the run's if None.
+
+    Raises `UserError` for settings that cannot be, `CellExecutionError` for a cell that fails; what
+    was executed is written all the same.
+    """
+    notebook = load_notebook_node(str(NOTEBOOK))
+    cfg = Settings.from_cell(defaults(notebook) | dict(settings))
+    folder = folder or cfg.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    notebook = parameterize_notebook(notebook, settings)
+    place = {"metadata": {"path": str(Path.cwd())}}
+    options = {"timeout": None, "kernel_name": "python3", "coalesce_streams": True}
+    try:
+        Streaming(notebook, resources=place, **options).execute()
+    finally:
+        nbformat.write(notebook, folder / "notebook.ipynb")
+        page, _ = nbconvert.HTMLExporter(embed_images=True).from_notebook_node(notebook)
+        (folder / "notebook.html").write_text(page, encoding="utf-8")
+        print(f"\nNotebook: {folder / 'notebook.html'}")
+    return notebook
+
+
+def arguments() -> list[str]:
+    """What the command line gives, and for `--make` what make was called with besides."""
+    given = sys.argv[1:]
+    if given[:1] == ["--make"]:
+        return given[1:] + given_to_make(os.environ.get("MAKEFLAGS", ""))
+    return given
+
+
+def main() -> None:
+    """Run with the command line's settings; a user's mistake ends in its own words alone."""
+    settings = parse(arguments(), known := defaults())
+    try:
+        execute(settings)
+    except CellExecutionError as error:
+        words = f"\n{error.ename}: {error.evalue}" if error.ename == "UserError" else str(error)
+        raise SystemExit(words) from None
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    run = Settings.from_cell(known | settings)
+    print(f"Curves:   {run.run_dir / 'curves.png'}\nAdapter:  {run.final_model}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Section 3: sign in; and the Hub's client with time limits, retries and whole commits."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http as http
+
+from finetune.machine import chain, short
+from qlora_helpers import Settings, UserError
+
+
+def _colab_token() -> tuple[str | None, str]:
+    try:
+        from google.colab import userdata
+    except ImportError:
+        return None, ""
+    how = (
+        "click the key on Colab's left edge, add a secret named HF_TOKEN, and switch 'Notebook "
+        "access' on"
+    )
+    try:
+        return userdata.get("HF_TOKEN"), ""
+    except userdata.SecretNotFoundError:
+        return None, f"Colab has no secret HF_TOKEN: {how}."
+    except userdata.NotebookAccessError:
+        return (
+            None,
+            (
+                "Colab's secret HF_TOKEN is not open to this notebook: click the key, switch "
+                "'Notebook access' on."
+            ),
+        )
+    except userdata.TimeoutException:
+        return None, "Colab did not answer when asked for the secret HF_TOKEN: run this cell again."
+
+
+def _kaggle_token() -> tuple[str | None, str]:
+    try:
+        from kaggle_secrets import UserSecretsClient
+    except ImportError:
+        return None, ""
+    try:
+        return UserSecretsClient().get_secret("HF_TOKEN"), ""
+    except Exception as error:  # the client raises its own types for each backend answer
+        return (
+            None,
+            (
+                f"Kaggle has no secret HF_TOKEN ({type(error).__name__}): Add-ons › Secrets › Add "
+                "secret."
+            ),
+        )
+
+
+def _typed_token() -> tuple[str | None, str]:
+    from getpass import getpass
+
+    try:
+        return getpass("Hugging Face token (hidden; press Enter to go on without): "), ""
+    except (EOFError, NotImplementedError):  # a headless kernel has nobody to ask
+        return None, ""
+
+
+def sign_in(needed: bool = True) -> str | None:
+    """Find a Hugging Face token, put it into this process's environment, and say where it came
+    from.
+
+    Looks in the environment (`HF_TOKEN`), Colab's secrets, Kaggle's secrets and the token that `hf
+    auth login` stored; asks, hidden, only if `needed`. Returns None without one, which is enough
+    for a public or local base model. The token itself is never printed, and never given to git.
+    """
+    sources = {
+        "the environment": lambda: (os.environ.get("HF_TOKEN"), ""),
+        "Colab's secrets": _colab_token,
+        "Kaggle's secrets": _kaggle_token,
+        "an earlier sign-in": lambda: (huggingface_hub.get_token(), ""),
+    }
+    if needed:
+        sources["what you typed"] = _typed_token
+    for source, find in sources.items():
+        token, hint = find()
+        if token and token.strip():
+            os.environ["HF_TOKEN"] = token.strip()
+            print(f"Hugging Face token found in {source}.")
+            return token.strip()
+        if hint and needed:
+            print(hint)
+    print(
+        "No Hugging Face token: public and local base models work, gated ones and pushing do not."
+    )
+    return None
+
+
+def hub_repo_id(settings: Settings, user: str) -> str:
+    """The repository to push to: `hub_repo`, under the user's name where it has no owner."""
+    name = settings.hub_repo or settings.run_name
+    return name if "/" in name else f"{user}/{name}"
+
+
+def hub_api(token: str | None = None) -> HfApi:
+    """The Hub's client with a time limit on every request: as it comes, huggingface_hub waits for
+    ever.
+
+    60 s without a byte end a request; an upload that moves has all the time it needs.
+    huggingface_hub before 1.0 is on requests, later on httpx, whose limits are set in different
+    places.
+    """
+
+    def client() -> Any:
+        made = http.default_client_factory()
+        made.timeout = REQUEST_SECONDS
+        return made
+
+    def session() -> Any:
+        made = http._default_backend_factory()
+        made.request = functools.partial(made.request, timeout=REQUEST_SECONDS)
+        return made
+
+    if hasattr(http, "set_client_factory"):
+        http.set_client_factory(client)
+    else:
+        http.configure_http_backend(session)
+    return HfApi(token=token)
+
+
+REQUEST_SECONDS = 60
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that an error of the Hub's client carries, itself or in what it came from."""
+    answers = (getattr(one, "response", None) for one in chain(error))
+    return next((answer.status_code for answer in answers if answer is not None), None)
+
+
+RETRY_WAITS = (2, 5, 15, 30)  # seconds before each further try
+
+
+RETRY_SECONDS = 600  # after so long no further try is begun
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error of the Hub's client may be gone later: too many requests, a server's fault,
+    no connection.
+    """
+    if status := status_of(error):
+        return status in (408, 429) or status >= 500
+    clients = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return any(
+        type(one).__module__.split(".")[0] in clients
+        or isinstance(one, (ConnectionError, TimeoutError))
+        for one in chain(error)
+    )
+
+
+def with_retries(call: Callable[[], Any]) -> Any:
+    """`call()`, tried again after `RETRY_WAITS` for errors that may pass; raises the last error, or
+    any other at once.
+
+    huggingface_hub repeats some requests by itself, but neither the making of a repository nor a
+    commit.
+    """
+    began = time.monotonic()
+    for wait in (*RETRY_WAITS, None):
+        try:
+            return call()
+        except Exception as error:
+            if wait is None or not passes(error) or time.monotonic() - began > RETRY_SECONDS:
+                raise
+            print(f"The Hub: {short(error)}. Trying again in {wait} s.")
+        time.sleep(wait)
+    return None
+
+
+def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
+    """Make `repo` if it is not there; raises `UserError` if it is there and public where `private`
+    is wanted.
+    """
+    with_retries(lambda: api.create_repo(repo, private=private, exist_ok=True))
+    if private and not with_retries(lambda: api.model_info(repo)).private:
+        raise UserError(
+            f"{repo} exists and is public, and hub_private is True: choose another hub_repo"
+        )
+
+
+def commit_folder(
+    api: HfApi, repo: str, folder: Path, keep: list[str], remove: list[str] | None = None
+) -> None:
+    """Upload the files of `folder` that match `keep`, and remove those there that match `remove`,
+    as one commit.
+
+    By plain HTTP: Xet's client has retries of its own that no time limit of ours reaches
+    (huggingface_hub 2.4 with hf_xet 1.8 had not given up after ten minutes without its server).
+    """
+    options = {
+        "allow_patterns": keep,
+        "delete_patterns": remove,
+        "commit_message": f"Add {keep[0].partition('/')[0]}",
+    }
+    usual, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        with_retries(lambda: api.upload_folder(repo_id=repo, folder_path=folder, **options))
+    finally:
+        constants.HF_HUB_DISABLE_XET = usual

@@ -1,0 +1,199 @@
+"""Section 10: how this run does a step, measured once and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from pandas import DataFrame
+from transformers import PreTrainedModel
+
+from finetune.batches import Cut, row_lengths, steps_of
+from finetune.machine import is_spread, processes, resolve_precision, versions
+from finetune.speed import checkpointable, flat_attention
+from finetune.trials import Trials
+from qlora_helpers import Settings, UserError, listed
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan:
+    """What one run will do; `steps` are optimizer steps, `peak` GiB, `seconds` of the whole run,
+    `table` for people.
+    """
+
+    cut: Cut
+    accumulation: int
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+    logging_steps: int
+    tokens_per_second: float
+    seconds: float
+    peak: float
+    why: str
+    table: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch), warm-up over the first "
+            f"{self.warmup_steps:,}\n"
+            f"Each step: {self.cut.micro_batch} rows × {self.accumulation}, {self.cut.layout}; "
+            f"{self.why}"
+        )
+        if not self.table:
+            return text
+        speed = f"{self.tokens_per_second:,.0f} tokens/s"
+        return f"{text}\nAbout {self.seconds / 60:.1f} minutes at {speed}, peak {self.peak:.1f} GB"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        if not self.table:
+            return f"<pre>{self}</pre>"
+        style = DataFrame(self.table).style.hide(axis="index").hide("chosen", axis="columns")
+        style = style.format(precision=1, thousands=",", na_rep="")
+        mark = ["background-color: #d7f0dd; color: #111" * row["chosen"] for row in self.table]
+        return f"<pre>{self}</pre>" + style.apply(lambda column: mark).to_html()
+
+
+def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan:
+    """Time real passes over the data's longest and typical micro-batches, and choose the fastest
+    cut that fits.
+
+    The effective batch is the contract: every cut gives the same update but for rounding. Weights,
+    random states and gradients are left as they were. What was measured is kept in the run's folder
+    and used again, by a resumed run too, while GPU, rows and settings are the same. Raises
+    `UserError` if one row does not fit with every layer recomputed.
+    """
+    step, lengths = settings.effective_batch, row_lengths(examples)
+    per_epoch, steps = steps_of(settings, len(lengths))
+    ranks = processes()[1]
+    if step % ranks:
+        fits = max(n for n in range(1, ranks + 1) if step % n == 0)
+        raise UserError(
+            f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
+            "set batch_size × "
+            f"gradient_accumulation to a multiple of {ranks}."
+        )
+    if is_spread():
+        measured = plan_unmeasured(settings, model)
+    else:
+        about, found = planned_for(settings, model, lengths), None
+        if processes()[0] == 0:
+            found = planned_before(settings, about) or measure_plan(
+                settings, model, examples, lengths, about
+            )
+        measured = broadcast_object_list([found])[0]
+    cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
+    return Plan(
+        cut=cut,
+        accumulation=step // (cut.micro_batch * ranks),
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        warmup_steps=math.ceil(steps * settings.warmup_ratio),
+        logging_steps=max(1, steps // 100),
+        tokens_per_second=sum(lengths) / seconds if seconds else 0.0,
+        seconds=seconds * steps / per_epoch,
+        **{name: measured[name] for name in ("peak", "why", "table")},
+    )
+
+
+def plan_unmeasured(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
+    """What a spread model trains by: at most `batch_size` rows at once on each GPU, all layers
+    recomputed.
+    """
+    share = settings.effective_batch // processes()[1]
+    size = max(n for n in range(1, settings.batch_size + 1) if share % n == 0)
+    cut = Cut(size, True, flat_attention(model), len(checkpointable(model)))
+    why = (
+        "all layers recomputed: as set, not measured, because the base model is spread over "
+        "the GPUs"
+    )
+    return {
+        "cut": dataclasses.asdict(cut),
+        "epoch_seconds": 0.0,
+        "peak": 0.0,
+        "why": why,
+        "table": [],
+    }
+
+
+def planned_for(
+    settings: Settings, model: PreTrainedModel, lengths: Sequence[int]
+) -> dict[str, Any]:
+    """All that a plan depends on; its figures are of no use where one of these has changed."""
+    names = (
+        "batch_size",
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "memory_limit_gb",
+        "seed",
+        "max_steps",
+    )
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {name: getattr(settings, name) for name in names} | {
+        "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
+        "processes": processes()[1],
+        "rows": hashlib.sha256(repr(list(lengths)).encode()).hexdigest()[:16],
+        "model": [
+            resolve_precision(settings.bf16)[0],
+            sum(p.numel() for p in model.parameters()),
+            len(checkpointable(model)),
+        ],
+        "versions": versions(),
+    }
+
+
+def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier plan of this run measured, if it was about the same; says what has changed if
+    not.
+    """
+    path = settings.run_dir / "plan.json"
+    if settings.resume == "never" or not path.exists():
+        return None
+    saved = json.loads(path.read_text())
+    was = saved["about"]
+    changed = [
+        f"{name}: {was.get(name)} then, {now} now"
+        for name, now in about.items()
+        if was.get(name) != now
+    ]
+    if changed:
+        print(
+            listed("Planned anew, because of what has changed since this run was planned:", changed)
+        )
+        return None
+    print("As planned before for this run (plan.json in its folder).")
+    return saved
+
+
+def measure_plan(
+    settings: Settings,
+    model: PreTrainedModel,
+    examples: Any,
+    lengths: Sequence[int],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measure, choose, and keep what was found."""
+    trials = Trials(settings, model, examples, lengths)
+    chosen = trials.choose()
+    measured = {
+        "about": about,
+        "cut": dataclasses.asdict(chosen.cut),
+        "epoch_seconds": chosen.seconds,
+        "peak": chosen.peak,
+        "why": trials.why(chosen),
+        "table": [
+            trial.row(sum(lengths), settings.effective_batch, trial is chosen)
+            for trial in trials.tried
+        ],
+    }
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    (settings.run_dir / "plan.json").write_text(json.dumps(measured, indent=1) + "\n")
+    return measured

@@ -1,0 +1,184 @@
+"""Sections 12 and 14: curves, the page of a run, and what differs between two."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from IPython.display import Image
+from matplotlib.figure import Figure
+from pandas import DataFrame, Series, concat, json_normalize
+
+from finetune.answers import score_lines, show_comparison
+from finetune.data import find_files
+from finetune.files import file_hash
+from qlora_helpers import Settings
+
+
+def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one quantity in a Trainer's `log_history`."""
+    found = [(entry["step"], entry[key]) for entry in log if key in entry]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
+    """A sentence or two: the epoch of lowest validation loss, any overfitting, and what is kept."""
+    measured = [entry for entry in log if "eval_loss" in entry]
+    start = next((entry["eval_loss"] for entry in measured if not entry["step"]), math.inf)
+    found = [(entry["eval_loss"], entry["epoch"]) for entry in measured if entry["step"]]
+    if not found:
+        return "No validation loss was measured."
+    (best, epoch), (last, end) = min(found), found[-1]
+    if best > start:
+        return (
+            f"Nothing was learned: validation loss never fell below {start:.3f}. "
+            "Lower learning_rate."
+        )
+    if epoch == end:
+        return (
+            "Validation loss was lowest at the end: "
+            f"{best:.3f} after epoch {end:.3g}, which is kept."
+        )
+    kept = f"epoch {epoch:.3g} is kept"
+    if not keep_best:
+        kept = f"epoch {end:.3g} is kept, because keep_best is off"
+    return (
+        f"Overfitting: validation loss rose after epoch {epoch:.3g}, "
+        f"from {best:.3f} to {last:.3f}; {kept}."
+    )
+
+
+def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> Image:
+    """Losses, learning rate, gradient norm and tokens a second over steps.
+
+    They are drawn into a PNG at `path`, which is returned to be shown; the training loss as logged
+    and smoothed (exponential moving average, weight 0.3 on the newest value).
+    """
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(title)
+    side = {
+        "learning_rate": "learning rate",
+        "grad_norm": "gradient norm",
+        "tokens_per_second": "tokens a second",
+    }
+    grid = [["loss", name] for name in side]  # the losses on the left, as high as all the others
+    axes = figure.subplot_mosaic(grid, width_ratios=[2, 1], sharex=True)
+    steps, losses = history(log, "loss")
+    axes["loss"].plot(steps, losses, color="#4c78a8", alpha=0.3, label="training")
+    smooth = Series(losses, dtype=float).ewm(alpha=0.3).mean()
+    axes["loss"].plot(steps, smooth, color="#4c78a8", label="training, smoothed")
+    axes["loss"].plot(*history(log, "eval_loss"), "o-", color="#f58518", label="validation")
+    axes["loss"].set(ylabel="loss (nats a token)", xlabel="step")
+    axes["loss"].legend()
+    for name, label in side.items():
+        axes[name].plot(*history(log, name), color="#54a24b")
+        axes[name].set_ylabel(label)
+    axes["tokens_per_second"].set_xlabel("step")
+    for each in axes.values():
+        each.set_ylim(0, None)
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=144)
+    return Image(filename=str(path), width=1000)
+
+
+def write_report(
+    settings: Settings,
+    run: Mapping[str, Any],
+    table: DataFrame,
+    log: list[dict],
+    data: Mapping[str, Any],
+) -> Path:
+    """Write the run to its folder: `run.json`, and `report.html`, which needs no other file.
+
+    `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is what is
+    to be said of the rows. The hashes (SHA-256) are of the data files and of the saved adapter.
+    """
+    files = [*find_files(settings.data_files), settings.final_model / "adapter_model.safetensors"]
+    hashes = {file.name: file_hash(file) for file in files}
+    run = {**run, "data": data, "sha256": hashes}
+    answers = {"log": log, "answers": table.to_dict("records")}
+    text = json.dumps(run | answers, indent=1, ensure_ascii=False)
+    (settings.run_dir / "run.json").write_text(text + "\n")
+    page = settings.run_dir / "report.html"
+    page.write_text(report_page(settings, run, table, log))
+    return page
+
+
+REPORT_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
+       color: #222 }
+h1 { margin-bottom: 0 }
+h2 { margin-top: 1.6em; border-bottom: 1px solid #ddd } img { max-width: 100% }
+table { border-collapse: collapse; width: 100%; font-size: 13px } caption { display: none }
+td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; text-align: left;
+         vertical-align: top; overflow-wrap: anywhere; font-weight: normal }
+thead th, tbody th { font-weight: 600 }
+tbody th { width: 14em }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 3em; align-items: start }
+@media (max-width: 700px) { .pair { display: block } }
+"""
+
+
+def report_page(
+    settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict]
+) -> str:
+    """The report as HTML: scores, curves, answers, then all that made them.
+
+    Texts from data are escaped.
+    """
+
+    def lines(values: Mapping[str, Any]) -> str:
+        column = Series({name: str(value) for name, value in values.items()}).to_frame()
+        return column.to_html(header=False, border=0)
+
+    result = run["results"]
+    scores = DataFrame(score_lines(result)).to_html(index=False, border=0)
+    curves = b64encode((settings.run_dir / "curves.png").read_bytes()).decode()
+    learned = html.escape(what_it_learned(log, settings.keep_best))
+    created = run["created"][:16].replace("T", " ")
+    made = {name: value for name, value in run.items() if not isinstance(value, dict)}
+    settings_now = list(run["settings"].items())
+    half = (len(settings_now) + 1) // 2
+    left, right = lines(dict(settings_now[:half])), lines(dict(settings_now[half:]))
+    parts = {
+        f"Scores on {result['rows']} held-out rows": scores,
+        "Curves": f"<p>{learned}</p>"
+        '<img alt="losses, learning rate, gradient norm, speed" '
+        f'src="data:image/png;base64,{curves}">',
+        "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
+        "Settings": f'<div class="pair">{left}{right}</div>',
+        "Plan": lines(run["plan"]),
+        "Data": lines(run["data"]),
+        "Made with": f'<div class="pair">{lines(made)}{lines(run["versions"])}</div>',
+        "SHA-256": lines(run["sha256"]),
+    }
+    body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items())
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        f"<title>{settings.run_name}</title>\n"
+        f"<style>{REPORT_STYLE}</style>\n<h1>{settings.run_name}</h1>\n"
+        f"<p>{html.escape(settings.base_model)}, {created} UTC</p>\n{body}\n</html>\n"
+    )
+
+
+def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
+    """What differs between two runs, given by their folders: one line each.
+
+    Compared are settings, data, plan, results and versions.
+    """
+    columns = []
+    for folder in map(Path, (first, second)):
+        run = json.loads((folder / "run.json").read_text())
+        kept = {name: run[name] for name in run if name not in ("log", "answers", "created")}
+        columns.append(json_normalize(kept).iloc[0].rename(folder.name))
+    both = concat(columns, axis=1)
+    names = both.index
+    # Of the fingerprint the rows alone: the rest is among the settings or `base_revision`.
+    both = both[~names.str.startswith("fingerprint.") | (names == "fingerprint.training rows")]
+    return both[both.iloc[:, 0].map(str) != both.iloc[:, 1].map(str)]
