@@ -17,7 +17,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from mistral import mistral_config, mistral_tokenizer  # noqa: E402
 
