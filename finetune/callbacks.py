@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -20,9 +21,17 @@ from transformers import TrainerCallback
 from finetune.backup import back_up
 from finetune.batches import StepSampler
 from finetune.checkpoints import fingerprint, last_good_checkpoint, require_finite
-from finetune.files import checkpoints, disk_is_full, seal, why_unusable
+from finetune.files import (
+    BEING_WRITTEN,
+    checkpoints,
+    disk_is_full,
+    edit_json,
+    is_ours,
+    seal,
+    why_unusable,
+)
 from finetune.machine import here, processes, versions
-from qlora_helpers import Settings, UserError
+from qlora_helpers import Settings, UserError, base_name
 
 
 class KeepSafe(TrainerCallback):
@@ -45,7 +54,11 @@ class KeepSafe(TrainerCallback):
 
     def diverged(self, what: str, step: int) -> None:
         """Raise `UserError` about `what` is not finite, with the last good checkpoint."""
-        whole = (path for path in checkpoints(self.settings.run_dir) if not why_unusable(path))
+        whole = (
+            path
+            for path in checkpoints(self.settings.run_dir)
+            if not why_unusable(path, "checkpoint")
+        )
         raise UserError(
             f"Training stopped at step {step}: {what} is not finite. The last good checkpoint: "
             f"{next(whole, 'none')}\nLower learning_rate (half is a good start) and run all again: "
@@ -87,6 +100,11 @@ class KeepSafe(TrainerCallback):
             if not math.isfinite(logs.get(name, 0.0)):
                 self.diverged(f"{name} ({logs[name]})", state.global_step)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.best_model_checkpoint:  # as `finish` has written it, a name alone
+            name = Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(Path(args.output_dir) / name)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
@@ -102,12 +120,29 @@ class KeepSafe(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
-        (folder / "run.json").write_text(
-            json.dumps({"fingerprint": self.mark, "versions": versions()}, indent=2)
-        )
-        seal(folder)
+        self.finish(folder, state)
+        self.rotate(folder, state)
         back_up(self.settings, folder)
+
+    def finish(self, folder: Path, state: Any) -> None:
+        """Complete and seal a checkpoint; nothing in it names a path of this machine."""
+        for name in ("training_args.bin", "README.md"):  # nothing here reads them
+            (folder / name).unlink(missing_ok=True)
+        best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
+        edit_json(folder / "trainer_state.json", best_model_checkpoint=best)
+        base = base_name(self.settings.base_model)
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=base)
+        told = json.dumps({"fingerprint": self.mark, "versions": versions()}, indent=2)
+        (folder / "run.json").write_text(told, encoding="utf-8")
+        seal(folder, "checkpoint", self.settings.run_name)
+        (folder / BEING_WRITTEN).unlink(missing_ok=True)
+
+    def rotate(self, newest: Path, state: Any) -> None:
+        """Keep the two newest checkpoints and the best one; older ones go, if they are ours."""
+        kept = {newest.name, Path(state.best_model_checkpoint or newest).name}
+        for folder in checkpoints(newest.parent)[2:]:
+            if folder.name not in kept and is_ours(folder, "checkpoint"):
+                shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

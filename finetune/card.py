@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.answers import score_lines
 from finetune.machine import computing_type, resolve_precision
-from qlora_helpers import END_MARKER, Settings, is_local
+from qlora_helpers import END_MARKER, Settings, base_name, is_local
 
 LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,16 +47,24 @@ def how_to_ask(settings: Settings, merged: bool) -> str:
     return f"{load}\n{ASK.format(max_new_tokens=settings.max_new_tokens, end=END_MARKER)}"
 
 
+def score_table(result: Mapping[str, Any]) -> str:
+    """The scores in Markdown, or a word on their absence: an adapter is saved before it answers."""
+    if "after" not in result:
+        return "It has not been asked the held-out rows yet."
+    lines = ["| {score} | {before} | {after} |".format(**line) for line in score_lines(result)]
+    head = [f"| on {result['rows']} held-out rows | before | after |", "|---|---|---|"]
+    return "\n".join(head + lines)
+
+
 def model_card(settings: Settings, run: Mapping[str, Any], merged: bool = False) -> str:
     """A README from a run's `manifest`: what the model is, how it did, how to ask it."""
     result = run["results"]
     revision = f", revision {run['base_revision']}" if run["base_revision"] else ""
     embedded = settings.base_model == "embedded"
-    base = "SmolLM2-135M-Instruct (embedded)" if embedded else settings.base_model
+    base = "SmolLM2-135M-Instruct (embedded)" if embedded else base_name(settings.base_model)
     what = f"{base} with a LoRA adapter merged into it" if merged else f"A LoRA adapter for {base}"
     header = "" if is_local(settings.base_model) else f"base_model: {settings.base_model}\n"
-    scores = ["| {score} | {before} | {after} |".format(**line) for line in score_lines(result)]
-    table, stack = "\n".join(scores), ", ".join(map(" ".join, run["versions"].items()))
+    stack = ", ".join(map(" ".join, run["versions"].items()))
     return f"""---
 {header}library_name: {"transformers" if merged else "peft"}
 pipeline_tag: text-generation
@@ -67,9 +75,7 @@ tags: [lora, qlora, sft]
 
 {what}{revision}, trained with 4-bit NF4 (QLoRA) on {run["device"]}.
 
-| on {result["rows"]} held-out rows | before | after |
-|---|---|---|
-{table}
+{score_table(result)}
 
 r {settings.lora_r}, alpha {settings.lora_alpha}, learning rate {settings.learning_rate:g},
 {settings.effective_batch} examples a step, seed {settings.seed}.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,19 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from finetune.backup import fetch_backup
-from finetune.files import checkpoints, why_unusable
+from finetune.files import (
+    BEING_WRITTEN,
+    SEAL,
+    checkpoints,
+    move_aside,
+    read_seal,
+    remove,
+    unused,
+    why_unusable,
+)
+from finetune.lock import claim
 from finetune.machine import here, main_first, processes
-from qlora_helpers import Settings, UserError, listed
+from qlora_helpers import Settings, UserError, base_name, listed
 
 # Settings that do not change what is trained: where things are, what happens afterwards, and how a
 # step is cut.
@@ -45,6 +54,7 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
     told = {
         name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING
     }
+    told["base_model"] = base_name(settings.base_model)
     told["effective_batch"] = settings.effective_batch
     told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
     rows = trainer.train_dataset
@@ -53,21 +63,27 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
 
 
 def last_good_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint; those that are not whole are named with the reason and removed.
+    """The newest whole checkpoint; those that are not whole are moved aside, with the reason.
 
-    They are of no use, and the Trainer would count them (`save_total_limit`) or load them (the best
-    at the end).
+    What a killed save has left is removed: it says of itself that it is being written. Whatever
+    else has a checkpoint's name may be somebody else's.
     """
     for folder in checkpoints(run_dir):
-        if why := why_unusable(folder):
-            print(f"{folder.name} is skipped and removed: {why}.")
+        if (folder / BEING_WRITTEN).is_file() and not (folder / SEAL).exists():
+            print(f"{folder.name} is skipped and removed: its save was cut short.")
             shutil.rmtree(folder)
+        elif not read_seal(folder) and not (folder / SEAL).exists():
+            move_aside(folder, "this notebook did not save it whole")
+        elif why := why_unusable(folder, "checkpoint"):
+            move_aside(folder, why, "damaged")
     return next(iter(checkpoints(run_dir)), None)
 
 
-def remembered(folder: Path) -> dict[str, Any]:
-    """`run.json` of a whole checkpoint or final model; empty if the folder is not whole."""
-    return {} if why_unusable(folder) else json.loads((folder / "run.json").read_text())
+def remembered(folder: Path, purpose: str) -> dict[str, Any]:
+    """`run.json` of a whole checkpoint or adapter; empty if the folder is not whole."""
+    if why_unusable(folder, purpose):
+        return {}
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 @main_first
@@ -79,18 +95,20 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
     fetched from `backup_to` if nothing usable is here. Raises `UserError` if data or settings
     changed under an unfinished run.
     """
+    claim(settings.run_dir)
     now, run_dir, final = fingerprint(settings, trainer), settings.run_dir, settings.final_model
     if settings.resume == "never":
+        last_good_checkpoint(run_dir)
         return begin(run_dir, trainer.model, "resume = 'never'")
-    done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
+    done, last = remembered(final, "adapter").get("fingerprint"), last_good_checkpoint(run_dir)
     if not done and not last:
         fetch_backup(settings)
-        done, last = remembered(final).get("fingerprint"), last_good_checkpoint(run_dir)
+        done, last = remembered(final, "adapter").get("fingerprint"), last_good_checkpoint(run_dir)
     if done == now:
         return str(final)
     if last is None:
         return begin(run_dir, trainer.model, "there is no checkpoint")
-    was = remembered(last)["fingerprint"]
+    was = remembered(last, "checkpoint")["fingerprint"]
     if was != now and settings.resume != "anyway":
         names = [name for name in now | was if now.get(name) != was.get(name)]
         changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
@@ -104,13 +122,12 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
             "set resume = 'anyway', to continue with the new ones."
         )
     trainer.args.eval_on_start = False  # its result is in the log already
-    os.utime(last)  # `save_total_limit` keeps the newest by time, and copies come back in any order
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
     return str(last)
 
 
 def begin(run_dir: Path, model: PreTrainedModel, why: str) -> None:
-    """Clear the run's old checkpoints away, because a new run's would be mixed with them.
+    """Put the run's old checkpoints into one folder, in place of those that are there.
 
     Raises `UserError` if the adapter in memory has learned something already.
     """
@@ -120,9 +137,15 @@ def begin(run_dir: Path, model: PreTrainedModel, why: str) -> None:
             f"This would start at step 0 ({why}), but the adapter in memory is trained already. "
             "Run from section 7 on, which loads the base model anew."
         )
-    for folder in checkpoints(run_dir):
-        shutil.rmtree(folder)
-    print(f"Starting at step 0: {why}.")
+    before = run_dir / "checkpoints-before"
+    old = checkpoints(run_dir)
+    for folder in checkpoints(before) if old else ():
+        remove(folder, "checkpoint")
+    for folder in old:
+        before.mkdir(exist_ok=True)
+        folder.rename(unused(before / folder.name))
+    kept = f" The checkpoints that were here are in {before.name}." if old else ""
+    print(f"Starting at step 0: {why}.{kept}")
 
 
 def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
@@ -133,15 +156,17 @@ def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     """
     if folder is None:
         return None
-    run, path = remembered(Path(folder)), Path(folder) / "trainer_state.json"
-    state = TrainerState(**(run.get("trainer_state") or json.loads(path.read_text())))
+    purpose = "adapter" if Path(folder).name == "final_model" else "checkpoint"
+    run, path = remembered(Path(folder), purpose), Path(folder) / "trainer_state.json"
+    saved = run.get("trainer_state") or json.loads(path.read_text(encoding="utf-8"))
+    state = TrainerState(**saved)
     if "trainer_state" not in run and state.global_step < state.max_steps:
         return None
     best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
     if (
         "trainer_state" not in run
         and trainer.args.load_best_model_at_end
-        and not why_unusable(best)
+        and not why_unusable(best, "checkpoint")
     ):
         folder = str(best)
     set_peft_model_state_dict(trainer.model, load_file(f"{folder}/adapter_model.safetensors"))

@@ -17,15 +17,22 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from finetune.lock import claim, is_run
 from finetune.machine import main_first
 from finetune.rows import LONGEST_LINE, parse_row
 from qlora_helpers import Settings, UserError, listed, locate
 
 
+def is_output(file: Path) -> bool:
+    """Whether a file is what a run of this notebook wrote, which a wide pattern matches too."""
+    written = file.name == "answers.jsonl" and is_run(file.parent)
+    return written or file.name.endswith(".rejected.jsonl")
+
+
 def find_files(data_files: str) -> list[Path]:
     """The files that match `data_files` (path or glob), by name; raises `UserError` if none do."""
     found = [Path(name) for name in sorted(glob.glob(str(locate(data_files)), recursive=True))]
-    files = [file for file in found if file.is_file() and not file.name.endswith(".rejected.jsonl")]
+    files = [file for file in found if file.is_file() and not is_output(file)]
     if not files:
         raise UserError(
             f"No file matches data_files = {data_files!r} (looked in {locate(data_files)}).\n"
@@ -124,9 +131,13 @@ def read_rows(settings: Settings) -> Dataset:
     and mapped, so that memory stays bounded. Raises `UserError` that lists what is wrong by file
     and line, all at once.
     """
+    claim(settings.run_dir)
     files, folder = find_files(settings.data_files), settings.run_dir / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    reader, writing = RowReader(files, settings.run_dir / "data.rejected.jsonl"), folder / "writing"
+    reader, writing = (
+        RowReader(files, settings.run_dir / "data.rejected.jsonl"),
+        folder / ".rows.writing",
+    )
     schema = pa.schema([(name, pa.string()) for name in ("prompt", "completion", "where")])
     with pa.OSFile(str(writing), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         rows = iter(reader)
@@ -145,7 +156,7 @@ def read_rows(settings: Settings) -> Dataset:
 
 
 def keep_new(writing: Path, final: Path) -> Path:
-    """Rename `writing` to `final`, and empty the folder of other data.
+    """Rename `writing` to `final`, and remove what was written there from other data.
 
     `final` has its content's hash in its name. If it is there already it stays untouched, and what
     was encoded from it is found again.
@@ -153,8 +164,9 @@ def keep_new(writing: Path, final: Path) -> Path:
     if final.exists():
         writing.unlink()
     else:
-        for old in set(final.parent.iterdir()) - {writing}:
-            old.unlink()
+        for old in final.parent.iterdir():
+            if re.fullmatch(r"(rows|cache)-[0-9a-f]{16}\w*\.arrow", old.name):
+                old.unlink()
         writing.rename(final)
     return final
 

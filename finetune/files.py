@@ -1,56 +1,45 @@
-"""Folders that are written whole or not at all, their seals and hashes."""
+"""Folders that are written whole or not at all, their seals, and what is ours to replace."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from finetune.machine import chain, short
+from qlora_helpers import UserError
 
+SEAL = "checksums.json"
+BEING_WRITTEN = ".being-written"  # stands in a folder until it is whole
 
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write, which takes the place of `folder` at the end, or is removed after
-    an error.
-
-    Killed in between, what was there and what is new are both whole under their other names.
-    """
-    work, old = (folder.with_name(folder.name + end) for end in (".writing", ".old"))
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+# What a sealed folder of each purpose must hold: without one of these it is of no use.
+NEEDED = {
+    "checkpoint": (
+        *("adapter_model.safetensors", "adapter_config.json", "optimizer*", "scheduler.pt"),
+        *("rng_state*", "trainer_state.json", "run.json"),
+    ),
+    "adapter": ("adapter_model.safetensors", "adapter_config.json", "run.json"),
+    "merged": ("model*.safetensors", "config.json"),
+    "embedded": ("model*.safetensors", "config.json", "tokenizer.json"),
+}
+USED = {"checkpoint": ("scaler.pt",)}  # and what decides, too, where it is there
 
 
 def edit_json(path: Path, **values: Any) -> None:
     """Set keys of a JSON object in a file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file under `folder` by its relative name, but of `checksums.json` itself."""
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "checksums.json"
-    ]
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(saved | values, indent=2) + "\n", encoding="utf-8")
 
 
 def file_hash(path: Path) -> str:
@@ -59,46 +48,216 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Write `checksums.json`, last and in one go: a folder without it, or not like it, is not
-    whole.
+def files_of(folder: Path) -> list[str]:
+    """The relative names of all files under `folder`, but for its seal."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return [name for name in names if name not in (SEAL, f"{SEAL}.writing", BEING_WRITTEN)]
+
+
+def digest(path: Path, purpose: str) -> str:
+    """What a seal remembers of a file: its SHA-256, or of a whole model's weights their size."""
+    if purpose == "merged" and path.suffix == ".safetensors":
+        return f"{path.stat().st_size} bytes"
+    return file_hash(path)
+
+
+def seal(folder: Path, purpose: str, run: str = "") -> None:
+    """Write `checksums.json`, last and in one go: a folder without it is not whole.
+
+    It says what the folder is for (a key of `NEEDED`), of which run, and has a digest of every
+    file. Raises `FileNotFoundError` if something is lacking that the purpose needs.
     """
-    work = folder / "checksums.json.writing"
-    work.unlink(missing_ok=True)
-    work.write_text(json.dumps(checksums(folder), indent=2) + "\n")
-    work.replace(folder / "checksums.json")
+    names = files_of(folder)
+    lacking = [part for part in NEEDED[purpose] if not any(fnmatch(name, part) for name in names)]
+    if lacking:
+        raise FileNotFoundError(f"{folder} is no whole {purpose}: it lacks {', '.join(lacking)}")
+    files = {name: digest(folder / name, purpose) for name in names}
+    work = folder / f"{SEAL}.writing"
+    text = json.dumps({"purpose": purpose, "run": run, "files": files}, indent=2)
+    work.write_text(text + "\n", encoding="utf-8")
+    work.replace(folder / SEAL)
 
 
-def why_unusable(folder: Path) -> str:
-    """Why a sealed folder must not be used, by its checksums; an empty string if it is whole."""
-    if not (folder / "checksums.json").exists():
-        return "its save was cut short"
+def read_seal(folder: Path) -> dict[str, Any]:
+    """A folder's seal: `purpose`, `run` and `files`; empty if there is none, or it is damaged.
+
+    Releases before seals had a purpose wrote the digests alone, of checkpoints and adapters.
+    """
     try:
-        written, found = json.loads((folder / "checksums.json").read_bytes()), checksums(folder)
-        wrong = [name for name in written if written[name] != found.get(name)]
-    except (ValueError, TypeError):
-        return "checksums.json is damaged"
-    return ", ".join(f"{name} is {'damaged' if name in found else 'missing'}" for name in wrong)
+        found = json.loads((folder / SEAL).read_bytes())
+        if "files" not in found:
+            kind = "checkpoint" if "trainer_state.json" in found else "adapter"
+            found = {"purpose": kind, "run": "", "files": found}
+        known = found["purpose"] in NEEDED and isinstance(found["files"], dict)
+        return found if known else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
-def zip_folder(folder: Path) -> Path | None:
-    """A zip of `folder` beside it, named after the run and the time; None, and said, if the disk
-    has no room.
+def why_unusable(folder: Path, purpose: str) -> str:
+    """Why a folder cannot serve its purpose: what lacks or differs of the files that it needs.
+
+    Empty if it can: a line that somebody has added to its README.md harms nobody.
+    """
+    if not (folder / SEAL).exists():
+        return "its save was cut short"
+    found = read_seal(folder)
+    if not found:
+        return f"{SEAL} is damaged"
+    if found["purpose"] != purpose:
+        return f"it is no {purpose}, it is a {found['purpose']}"
+    parts = NEEDED[purpose] + USED.get(purpose, ())
+    wanted = [name for name in found["files"] if any(fnmatch(name, part) for part in parts)]
+    gone = [part for part in NEEDED[purpose] if not any(fnmatch(name, part) for name in wanted)]
+    lacking = gone + [name for name in wanted if not (folder / name).is_file()]
+    changed = [
+        name
+        for name in wanted
+        if name not in lacking and digest(folder / name, purpose) != found["files"][name]
+    ]
+    told = [f"{name} is missing" for name in lacking] + [f"{name} is damaged" for name in changed]
+    return ", ".join(told)
+
+
+def is_ours(folder: Path, purpose: str) -> bool:
+    """Whether `folder` carries our seal for `purpose` and holds nothing but what was sealed."""
+    files = read_seal(folder).get("files", {})
+    if read_seal(folder).get("purpose") != purpose or folder.is_symlink():
+        return False
+    return all(
+        name in files
+        and not (folder / name).is_symlink()
+        and digest(folder / name, purpose) == files[name]
+        for name in files_of(folder)
+    )
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing is at `folder`, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with the first number behind its name at which nothing is."""
+    names = (path.with_name(f"{path.name}-{n}" if n > 1 else path.name) for n in itertools.count(1))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
+
+
+def move_aside(path: Path, why: str, end: str = "kept") -> Path:
+    """Rename what is not ours, or of no use, out of the way, and say so; returns where it is."""
+    there = path.rename(unused(path.with_name(f"{path.name}-{end}")))
+    print(f"{path.name} is moved aside to {there.name}: {why}.")
+    return there
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name, which takes no room; copy it where that cannot be done."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def remove(folder: Path, purpose: str) -> None:
+    """Delete a folder that is ours and holds nothing else; move any other aside."""
+    if is_ours(folder, purpose):
+        shutil.rmtree(folder)
+    elif folder.exists():
+        move_aside(folder, "it holds files that this notebook did not write")
+
+
+def scratch(folder: Path) -> Path:
+    """A new empty folder to write in, beside `folder`; what a killed process left there goes."""
+    for number in itertools.count(1):
+        work = folder.with_name(f"{folder.name}.writing" + f"-{number}" * (number > 1))
+        if (work / BEING_WRITTEN).is_file():
+            shutil.rmtree(work)
+        if not work.exists() and not work.is_symlink():
+            work.mkdir(parents=True)
+            (work / BEING_WRITTEN).touch()
+            return work
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, purpose: str, aside: bool = False) -> Iterator[Path]:
+    """An empty folder to write, which takes the place of `folder` at the end; seal it before.
+
+    What is there already is replaced only if it is ours for that `purpose`; else it is moved aside,
+    or, without `aside`, refused by a `UserError`. After an error everything is as it was. Killed in
+    between, what was there and what is new are both whole, under their other names.
+    """
+    folder = folder.resolve()  # a link's place, not the link
+    if not aside and not is_free(folder) and not is_ours(folder, purpose):
+        raise UserError(f"{folder} holds files that this notebook did not write: choose another.")
+    apart = folder.is_dir() and folder.stat().st_dev != folder.parent.stat().st_dev
+    work = scratch(folder / folder.name if apart else folder)  # on the same disk in any case
+    try:
+        yield work
+        (work / BEING_WRITTEN).unlink()
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if apart:
+        fill(folder, work)
+        return
+    old = None
+    if not is_free(folder):
+        ours = is_ours(folder, purpose)
+        old = folder.rename(unused(folder.with_name(f"{folder.name}.old"))) if ours else None
+        if not ours:
+            move_aside(folder, "it holds files that this notebook did not write")
+    elif folder.exists():
+        folder.rmdir()
+    work.rename(folder)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def fill(folder: Path, work: Path) -> None:
+    """Move what is in `work` up into `folder`, a disk of its own that holds nothing but ours."""
+    for name in [SEAL, *read_seal(folder).get("files", {})]:  # the seal first: it is whole no more
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == SEAL):
+        path.replace(folder / path.name)
+    work.rmdir()
+
+
+def zip_folder(folder: Path, run: str) -> Path | None:
+    """A zip of a sealed adapter beside its folder, named after the run and the time.
+
+    An earlier zip of the same adapter is replaced. None, and said, if the disk has no room.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name, work = f"{folder.parent.name}-{stamp}.zip", folder.with_name(folder.name + ".zipping")
+    weights = read_seal(folder)["files"]["adapter_model.safetensors"]
+    same = [path for path in folder.parent.glob(f"{run}-*.zip") if zipped_adapter(path) == weights]
+    place = same[0] if same else unused(folder.with_name(f"{run}-{stamp}.zip"))
+    work = scratch(folder.with_name(f"{folder.name}.zip"))
     try:
-        made = Path(shutil.make_archive(str(work), "zip", folder))
+        Path(shutil.make_archive(str(work / "adapter"), "zip", folder)).replace(place)
     except OSError as error:
-        work.with_name(work.name + ".zip").unlink(missing_ok=True)
         print(f"No zip backup ({short(error)}). The adapter itself is saved: {folder}")
         return None
-    return made.rename(folder.with_name(name))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return place
+
+
+def zipped_adapter(path: Path) -> str | None:
+    """The digest of the adapter in a zip of ours; None for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = json.loads(archive.read(SEAL))
+        return found.get("files", found).get("adapter_model.safetensors")
+    except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile):
+        return None
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that the disk is full; torch and safetensors say
-    it in own words.
+    """Whether an error, or what it came from, is that the disk is full.
+
+    torch and safetensors say it in words of their own.
     """
     told = ("No space left", "PytorchStreamWriter failed", "inline_container")
     return any(
@@ -108,9 +267,21 @@ def disk_is_full(error: BaseException | None) -> bool:
     )
 
 
+@contextlib.contextmanager
+def telling_if_full(folder: Path, left: str) -> Iterator[None]:
+    """Within it a full disk is a `UserError` that says what is `left`, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise UserError(
+            f"The disk is full: {folder} could not be written. {left} Free some space and run this "
+            "cell again."
+        ) from None
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-N` folders directly in `folder`, the highest step first."""
-    found = [
-        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\D+\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)

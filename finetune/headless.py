@@ -24,6 +24,7 @@ from nbclient.exceptions import CellExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from finetune.lock import require_unused
 from qlora_helpers import Settings, UserError
 
 NOTEBOOK = Path(__file__).parents[1] / "finetune_mistral.ipynb"
@@ -103,6 +104,7 @@ def execute(settings: Mapping[str, Any], folder: Path | None = None) -> nbformat
     """
     notebook = load_notebook_node(str(NOTEBOOK))
     cfg = Settings.from_cell(defaults(notebook) | dict(settings))
+    require_unused(cfg.run_dir)
     folder = folder or cfg.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     notebook = parameterize_notebook(notebook, settings)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
+import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import huggingface_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http as http
 
+from finetune.files import SEAL, file_hash, files_of, read_seal
 from finetune.machine import chain, short
 from qlora_helpers import Settings, UserError
 
@@ -96,6 +102,16 @@ def sign_in(needed: bool = True) -> str | None:
         "No Hugging Face token: public and local base models work, gated ones and pushing do not."
     )
     return None
+
+
+# What goes to the adapter's repository: an allow-list.
+PUSHED_FILES = [
+    *("adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("chat_template.jinja", "generation_config.json", "README.md", "run.json", "checksums.json"),
+]
+
+
+CARD_FILES = ["README.md", "run.json", "checksums.json"]
 
 
 def hub_repo_id(settings: Settings, user: str) -> str:
@@ -192,11 +208,11 @@ def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
 def commit_folder(
     api: HfApi, repo: str, folder: Path, keep: list[str], remove: list[str] | None = None
 ) -> None:
-    """Upload the files of `folder` that match `keep`, and remove those there that match `remove`,
-    as one commit.
+    """Upload files of `folder` that match `keep`, and remove others there, as one commit.
 
-    By plain HTTP: Xet's client has retries of its own that no time limit of ours reaches
-    (huggingface_hub 2.4 with hf_xet 1.8 had not given up after ten minutes without its server).
+    Those that match `remove` go. No path of this machine is sent along (`without_paths`). By plain
+    HTTP: Xet's client has retries of its own that no time limit of ours reaches (huggingface_hub
+    2.4 with hf_xet 1.8 had not given up after ten minutes without its server).
     """
     options = {
         "allow_patterns": keep,
@@ -205,6 +221,56 @@ def commit_folder(
     }
     usual, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
-        with_retries(lambda: api.upload_folder(repo_id=repo, folder_path=folder, **options))
+        with without_paths(folder, keep) as copy:
+            with_retries(lambda: api.upload_folder(repo_id=repo, folder_path=copy, **options))
     finally:
         constants.HF_HUB_DISABLE_XET = usual
+
+
+@contextlib.contextmanager
+def without_paths(folder: Path, keep: list[str]) -> Iterator[Path]:
+    """The files of `folder` that match `keep`, as links; those that may name paths rewritten.
+
+    Of an absolute path the last part stays. The seals then have the digests of what is uploaded.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        copy = Path(made)
+        for name in files_of(folder):
+            if any(fnmatch(name, part) for part in keep) and Path(name).name != SEAL:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                write_copy(folder / name, copy / name)
+        for path in [folder / SEAL, *folder.glob(f"*/{SEAL}")]:
+            name = path.relative_to(folder)
+            if path.is_file() and any(fnmatch(name.as_posix(), part) for part in keep):
+                seal_copy(path.parent, (copy / name).parent)
+        yield copy
+
+
+def write_copy(source: Path, copy: Path) -> None:
+    """Link to `source`, or write it without the paths of this machine."""
+    if source.name not in ("run.json", "adapter_config.json", "trainer_state.json"):
+        copy.symlink_to(source.resolve())
+        return
+    said = json.loads(source.read_text(encoding="utf-8"))
+    copy.write_text(json.dumps(last_parts(said), indent=2) + "\n", encoding="utf-8")
+
+
+def last_parts(value: Any) -> Any:
+    """`value` of JSON with every absolute path in it cut to its last part."""
+    if isinstance(value, dict):
+        return {key: last_parts(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [last_parts(each) for each in value]
+    if isinstance(value, str) and re.match(r"[/~\\]|[A-Za-z]:[/\\]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def seal_copy(folder: Path, copy: Path) -> None:
+    """Write the seal of `folder` into its `copy`, with the digests of what was rewritten."""
+    said = read_seal(folder)
+    written = [
+        n for n in said.get("files", {}) if (copy / n).is_file() and not (copy / n).is_symlink()
+    ]
+    said.get("files", {}).update({name: file_hash(copy / name) for name in written})
+    (copy / SEAL).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

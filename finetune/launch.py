@@ -41,7 +41,8 @@ def run_cells(settings: Mapping[str, Any]) -> None:
     # Rank 0 answers, merges and pushes while the others wait for it.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
     if not state.is_main_process:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  until the process ends
+        # Until the process ends.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
     alone = state.is_main_process and not is_sharded()
     for cell in parameterize_notebook(load_notebook_node(str(NOTEBOOK)), settings).cells:

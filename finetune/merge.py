@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from finetune.answers import generate_answers, trained_logits
 from finetune.base_model import write_config
-from finetune.files import new_folder
+from finetune.files import new_folder, seal, telling_if_full
+from finetune.folders import require_mergeable
 from finetune.machine import free_cache
 from finetune.save import write_for_others
 from finetune.speed import keep_dense
@@ -82,7 +83,7 @@ def write_shards(
         (folder / f"{i}.part").rename(folder / name)
     index = {weight: name for name, held in zip(names, files, strict=True) for weight in held}
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text + "\n")
+    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
 # A merge may differ by this share of what training changed, or by what rounding to 16 bits does to
@@ -142,17 +143,20 @@ def merge_adapter(
     It is made from `model` (adapter on the 4-bit base) as it is in memory, in its compute type;
     main memory holds one shard of 2 GB. Raises `UserError` if the check fails.
     """
+    require_mergeable(settings)
     keep_dense(model, False)
     folder = locate(settings.merged_dir)
-    with new_folder(folder) as work:
+    left = f"The adapter is safe: {settings.final_model}."
+    with telling_if_full(folder, left), new_folder(folder, "merged") as work:
         write_shards(merged_weights(model), work, model.dtype, 2 * 2**30)
         write_config(model, work, model.dtype)
         write_for_others(work, tokenizer)
-        (work / "README.md").write_text(card)
+        (work / "README.md").write_text(card, encoding="utf-8")
         shutil.copy(settings.final_model / "run.json", work)
         if not check_merge(model, tokenizer, work, rows, settings.max_new_tokens):
             raise UserError(
                 "The merge is not what was trained; it is deleted. The adapter: "
                 f"{settings.final_model}"
             )
+        seal(work, "merged", settings.run_name)
     return folder

@@ -157,7 +157,7 @@ def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, An
     path = settings.run_dir / "plan.json"
     if settings.resume == "never" or not path.exists():
         return None
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
     was = saved["about"]
     changed = [
         f"{name}: {was.get(name)} then, {now} now"
@@ -195,5 +195,6 @@ def measure_plan(
         ],
     }
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    (settings.run_dir / "plan.json").write_text(json.dumps(measured, indent=1) + "\n")
+    text = json.dumps(measured, indent=1) + "\n"
+    (settings.run_dir / "plan.json").write_text(text, encoding="utf-8")
     return measured

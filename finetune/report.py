@@ -104,9 +104,9 @@ def write_report(
     run = {**run, "data": data, "sha256": hashes}
     answers = {"log": log, "answers": table.to_dict("records")}
     text = json.dumps(run | answers, indent=1, ensure_ascii=False)
-    (settings.run_dir / "run.json").write_text(text + "\n")
+    (settings.run_dir / "run.json").write_text(text + "\n", encoding="utf-8")
     page = settings.run_dir / "report.html"
-    page.write_text(report_page(settings, run, table, log))
+    page.write_text(report_page(settings, run, table, log), encoding="utf-8")
     return page
 
 
@@ -174,7 +174,7 @@ def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
     """
     columns = []
     for folder in map(Path, (first, second)):
-        run = json.loads((folder / "run.json").read_text())
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         kept = {name: run[name] for name in run if name not in ("log", "answers", "created")}
         columns.append(json_normalize(kept).iloc[0].rename(folder.name))
     both = concat(columns, axis=1)

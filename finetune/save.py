@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,27 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoints import fingerprint, require_finite
-from finetune.files import disk_is_full, edit_json, new_folder, seal, why_unusable, zip_folder
-from finetune.hub import commit_folder, ensure_repo, hub_api, hub_repo_id, with_retries
+from finetune.files import (
+    SEAL,
+    edit_json,
+    file_hash,
+    link_or_copy,
+    new_folder,
+    read_seal,
+    seal,
+    telling_if_full,
+    why_unusable,
+    zip_folder,
+)
+from finetune.hub import (
+    PUSHED_FILES,
+    commit_folder,
+    ensure_repo,
+    hub_api,
+    hub_repo_id,
+    with_retries,
+)
+from finetune.lock import claim
 from finetune.machine import short, versions
 from finetune.plan import Plan
 from finetune.tokens import chat_template
@@ -23,17 +45,11 @@ from qlora_helpers import (
     UserError,
 )
 
-PUSHED_FILES = [
-    *("adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"),
-    *("chat_template.jinja", "generation_config.json", "README.md", "run.json", "checksums.json"),
-]
-
 
 def manifest(
     settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything needed to say later what this adapter is: settings, base revision, data, plan,
-    scores, versions.
+    """What is needed to say later what this adapter is: settings, data, plan, scores, versions.
 
     `fingerprint` tells a later run whether this one is the same, and `trainer_state` has its log.
     """
@@ -54,15 +70,16 @@ def manifest(
 def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write what others need beside the weights: tokenizer, chat template, generation config.
 
-    No stop strings in the generation config: `generate` refuses them
-    without a tokenizer, and EOS is trained. transformers 5 names a tokenizer class that 4.57 lacks;
-    both know PreTrainedTokenizerFast, which in 4.57 makes `token_type_ids`, too, that no causal
-    model takes, unless its inputs are named.
+    No stop strings in the generation config: `generate` refuses them without a tokenizer, and EOS
+    is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know
+    PreTrainedTokenizerFast, which in 4.57 makes `token_type_ids`, too, that no causal model takes,
+    unless its inputs are named.
     """
     tokenizer.chat_template = chat_template(tokenizer)
     tokenizer.save_pretrained(folder)
     plain = ("TokenizersBackend", "PreTrainedTokenizerFast")
-    if json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] in plain:
+    saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if saved["tokenizer_class"] in plain:
         inputs = {"model_input_names": ["input_ids", "attention_mask"]}
         edit_json(folder / "tokenizer_config.json", tokenizer_class=plain[1], **inputs)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -78,57 +95,101 @@ def save_adapter(
     card: str,
     run: Mapping[str, Any],
 ) -> Path | None:
-    """Write adapter, tokenizer with chat template, card and manifest to `folder`; return a zip
-    backup beside it.
+    """Write adapter, tokenizer, card and manifest to `folder`; return a zip backup beside it.
 
     Everything is written under another name first and renamed at the end: `folder` is never
-    half-written. An earlier run's folder is replaced; its zip, which has the time in its name,
-    stays. Raises `UserError`, with the earlier folder as it was, if a weight is not finite or the
-    disk is full; without room for the zip alone, returns None.
+    half-written. An earlier run's folder is replaced, and its zip, which has the time in its name,
+    stays; the same adapter again changes nothing; what is not ours is moved aside. Raises
+    `UserError`, with the earlier folder as it was, if a weight is not finite or the disk is full;
+    without room for the zip alone, returns None.
     """
     require_finite(model)
-    try:
-        with new_folder(folder) as work:
-            model.save_pretrained(work)
-            write_for_others(work, tokenizer)
-            (work / "README.md").write_text(card)
-            (work / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-            seal(work)
-    except Exception as error:
-        if not disk_is_full(error):
-            raise
-        raise UserError(
-            f"The disk is full: {folder} could not be written. Nothing that was there is harmed, "
-            "and the trained "
-            "adapter is in memory and in the last checkpoint. Free some space and run this cell "
-            "again."
-        ) from None
-    return zip_folder(folder)
+    claim(folder.parent)
+    left = "The trained adapter is in memory and in the last checkpoint."
+    with (
+        telling_if_full(folder, f"Nothing that was there is harmed. {left}"),
+        contextlib.suppress(SavedAlready),
+        new_folder(folder, "adapter", aside=True) as work,
+    ):
+        model.save_pretrained(work)
+        write_for_others(work, tokenizer)
+        write_texts(work, card, run)
+        if is_same(work, folder):
+            raise SavedAlready
+        seal(work, "adapter", folder.parent.name)
+    backup = zip_folder(folder, folder.parent.name)
+    print(f"Adapter: {folder}\nBackup:  {backup}")
+    return backup
 
 
-def push_adapter(settings: Settings, token: str | None) -> str | None:
-    """Upload the saved adapter to its repository, private unless set otherwise; return its address.
+class SavedAlready(Exception):
+    """The adapter that was to be saved is in its folder."""
 
-    Only `PUSHED_FILES` go, and only whole. A failure costs nothing that was trained: it is told
-    with the folder's path and the line that pushes later, and None is returned.
+
+def is_same(work: Path, folder: Path) -> bool:
+    """Whether `folder` is whole and holds the same adapter of the same run as `work`."""
+    if why_unusable(folder, "adapter"):
+        return False
+    runs = [json.loads((each / "run.json").read_text(encoding="utf-8")) for each in (work, folder)]
+    name = "adapter_model.safetensors"
+    same = file_hash(work / name) == read_seal(folder)["files"][name]
+    return same and runs[0].get("fingerprint") == runs[1].get("fingerprint")
+
+
+def write_texts(folder: Path, card: str, run: Mapping[str, Any]) -> None:
+    """Write the card and the manifest."""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def complete_adapter(folder: Path, card: str, run: Mapping[str, Any]) -> None:
+    """Give a saved adapter another card and manifest: those that know how it answers."""
+    with (
+        telling_if_full(folder, "The adapter in it is whole."),
+        new_folder(folder, "adapter", aside=True) as work,
+    ):
+        shutil.copytree(folder, work, dirs_exist_ok=True, copy_function=link_or_copy)
+        for name in ("README.md", "run.json", SEAL):
+            (work / name).unlink(missing_ok=True)  # these are written anew, not through a link
+        write_texts(work, card, run)
+        seal(work, "adapter", folder.parent.name)
+    zip_folder(folder, folder.parent.name)
+
+
+def push_adapter(
+    settings: Settings, token: str | None, files: Sequence[str] = PUSHED_FILES
+) -> str | None:
+    """Upload the saved adapter to its repository, private unless set otherwise; say where it is.
+
+    Only `files` go, and only if the adapter is whole; your rows never do. A failure costs nothing
+    that was trained: it is told with what to do, and None is returned in place of the address.
     """
-    folder, repo = settings.final_model, hub_repo_id(settings, "you")
-    if not settings.push_to_hub:
-        print(f"push_to_hub is off. The adapter is in {folder}")
+    folder = settings.final_model
+    if not settings.push_to_hub or not token:
+        why = "there is no token" if settings.push_to_hub else "push_to_hub is off"
+        print(f"Not pushed, because {why}. The adapter is in {folder}")
         return None
+    private = False
     try:
-        if why := why_unusable(folder):
+        if why := why_unusable(folder, "adapter"):
             raise UserError(f"{folder} is not whole ({why}): run the cell that saves it again")
         api = hub_api(token)
         repo = hub_repo_id(settings, with_retries(api.whoami)["name"])
         ensure_repo(api, repo, settings.hub_private)
-        commit_folder(api, repo, folder, PUSHED_FILES)
+        private = True
+        commit_folder(api, repo, folder, list(files))
     except Exception as error:
-        private = " --private" * settings.hub_private
         print(
-            f"Not pushed: {short(error)}\n"
-            f"Nothing is lost: the adapter is in {folder}. To push it later:\n"
-            f"  hf upload {repo} {folder} .{private} --exclude '*.bin'"
+            f"Not pushed: {short(error)}\nNothing is lost: the adapter is in {folder}. To push it"
         )
+        print("later, run this cell again." if not private else later(repo, folder, files))
         return None
+    print(f"On the Hub: {api.endpoint}/{repo}")
     return f"{api.endpoint}/{repo}"
+
+
+def later(repo: str, folder: Path, files: Sequence[str]) -> str:
+    """How to push by hand to a repository that was seen to be as private as it should be."""
+    parts = " ".join(f"--include {shlex.quote(part)}" for part in files)
+    line = f"hf upload {shlex.quote(repo)} {shlex.quote(str(folder))} . {parts}"
+    return f"later, run this cell again; or in a terminal:\n  {line}"

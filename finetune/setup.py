@@ -83,7 +83,7 @@ def install_pinned(lines: Sequence[str]) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder) / "loaded-packages.txt"
-        pins.write_text("\n".join(loaded_pins()))
+        pins.write_text("\n".join(loaded_pins()), encoding="utf-8")
         run_pip("install", "--constraint", str(pins), *lines)
 
 
@@ -95,7 +95,7 @@ def in_turn(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    with (folder / ".installing").open("w") as lock:
+    with (folder / ".installing").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         importlib.invalidate_caches()
         yield
@@ -109,7 +109,8 @@ def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
     """
     path = Path(requirements)
     with in_turn(path.parent):
-        missing = missing_requirements(path.read_text().splitlines() + [LIGER] * has_gpu())
+        lines = path.read_text(encoding="utf-8").splitlines()
+        missing = missing_requirements(lines + [LIGER] * has_gpu())
         if missing:
             install_pinned(missing)
     remove_old_torchao()

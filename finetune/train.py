@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 from finetune.batches import StepSampler, row_lengths, split_batch, with_void_row
+from finetune.files import BEING_WRITTEN, is_free, remove
 from finetune.machine import free_cache, processes
 from finetune.plan import Plan
 from finetune.speed import adapter_to_fp32, keep_dense, recompute_layers
@@ -57,11 +59,25 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     trainer.model_accepts_loss_kwargs = True
     trainer.compute_loss = types.MethodType(Trainer.compute_loss, trainer)
     trainer.prediction_step = types.MethodType(Trainer.prediction_step, trainer)
+    # TRL's own README.md would say something else about the model, in the user's run folder.
+    trainer.create_model_card = lambda *_, **__: None
+    trainer._save_checkpoint = functools.partial(save_marked, trainer, trainer._save_checkpoint)
     survive_out_of_memory(trainer)
     trainer.accelerator.dataloader_config.non_blocking = (
         True  # else a batch waits for the step before it
     )
     trim_steps(trainer)
+
+
+def save_marked(trainer: Any, save: Callable, *args: Any, **kwargs: Any) -> None:
+    """Save a checkpoint in a folder that says, until it is sealed, that it is being written."""
+    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if trainer.args.should_save:
+        if not is_free(folder) and not (folder / BEING_WRITTEN).exists():
+            remove(folder, "checkpoint")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BEING_WRITTEN).touch()
+    save(*args, **kwargs)
 
 
 def save_gathered(trainer: Any, output_dir: str, _internal_call: bool = False) -> None:

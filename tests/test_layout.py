@@ -61,6 +61,19 @@ def in_a_file(name: str, text: str):
                 yield f"{name}:{getattr(node, 'name', 'file')} has no docstring"
 
 
+def in_the_locales_encoding(text: str) -> list[str]:
+    """Calls that read or write text as the locale has it, which on some machines is not UTF-8."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        name = getattr(getattr(node, "func", None), "attr", "")
+        if name not in ("read_text", "write_text", "open") or not isinstance(node, ast.Call):
+            continue
+        mode = node.args[0].value if name == "open" and node.args else "r"
+        if "b" not in str(mode) and "encoding" not in {k.arg for k in node.keywords}:
+            found.append(ast.unparse(node))
+    return found
+
+
 def problems(root: Path) -> list[str]:
     """Every rule of the house that is broken in `root`."""
     found, listed = [], order(root)
@@ -75,6 +88,7 @@ def problems(root: Path) -> list[str]:
         found += [f"{name} imports {room}" for room in rooms_of(modules) if room not in before]
         if name == "qlora_helpers" and modules & {"torch", PACKAGE}:
             found.append("the helper imports torch or the package")
+        found += [f"{name}: {call} without an encoding" for call in in_the_locales_encoding(text)]
         if name == "setup" and not {m.split(".")[0] for m in modules} <= {
             *sys.stdlib_module_names,
             *("qlora_helpers", "packaging", "peft"),  # the last two once they are there
@@ -117,6 +131,11 @@ BREAKS = {
     "unlisted": ("finetune/attic.py", lambda _: "'''x'''\n", "listed are"),
     "undocumented": ("finetune/merge.py", append("\n\ndef f():\n    pass\n"), "f has no docstring"),
     "setup needs torch": ("finetune/setup.py", append("\nimport torch\n"), "setup imports what"),
+    "locale": (
+        "finetune/save.py",
+        append("\n\ndef f(path):\n    '''x'''\n    path.write_text('x')\n"),
+        "save: path.write_text\\('x'\\) without an encoding",
+    ),
     "another changes models": (
         "finetune/train.py",
         append("\n\nmodel.forward = len\n"),

@@ -13,6 +13,7 @@ from tiny import one_thread, pythons, tiny_base, tiny_tuned  # noqa: F401  `one_
 
 from finetune.answers import trained_logits
 from finetune.base_model import write_config
+from finetune.files import seal
 from finetune.merge import merge_adapter, merged_weights, write_shards
 from finetune.save import write_for_others
 from finetune.tokens import encode_prompt, encode_rows
@@ -100,8 +101,11 @@ def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(
     other = tiny_base(tmp_path / "other", mistral_tokenizer, seed=1) if wrong == "base" else ""
     source = WRONG[wrong](base, other)
     monkeypatch.setattr("finetune.merge.merged_weights", lambda _: merged_weights(source))
-    earlier = tmp_path / "merged" / "earlier"
-    earlier.mkdir(parents=True)
+    earlier = tmp_path / "merged" / "config.json"
+    earlier.parent.mkdir()
+    for path in (earlier, earlier.with_name("model.safetensors")):
+        path.write_text("{}")
+    seal(earlier.parent, "merged", cfg.run_name)
     with pytest.raises(UserError, match="is not what was trained"):
         merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
     assert [path.name for path in tmp_path.glob("merged*")] == ["merged"] and earlier.exists()
@@ -114,7 +118,7 @@ def test_a_merge_that_dies_leaves_nothing_half_made(
         raise OSError("No space left on device")
 
     monkeypatch.setattr("finetune.merge.write_config", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"The disk is full: .*merged .*The adapter is safe: "):
         merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
     assert not list(tmp_path.glob("merged*"))
 

@@ -16,10 +16,10 @@ import torch
 from hub import Hub
 from peft import PeftModel
 from safetensors.torch import load_file
+from sums import checksums
 
 from finetune.batches import Cut
 from finetune.card import model_card
-from finetune.files import checksums
 from finetune.plan import Plan
 from finetune.preflight import check_room, preflight
 from finetune.save import manifest, save_adapter
@@ -128,7 +128,7 @@ def in_fresh_process(code: str, hub: Hub, **environment: str) -> str:
 
 def call(function: str, cfg: Settings) -> str:
     return (
-        f"from finetune.preflight import Settings, {function}\n"
+        f"from finetune.access import Settings, {function}\n"
         f"print({function}(Settings(**{cfg.model_dump()!r}), {TOKEN!r}))"
     )
 
@@ -186,10 +186,10 @@ WRITES = {"role": "fineGrained", "fineGrained": {"scoped": [SCOPED]}}
             {"auth": {"accessToken": FINE}},
             "",
             {},
-            "('!', \"this fine-grained token does not list write access to ada",
+            "('✗', 'this fine-grained token may read but not write",
         ),
         ({"auth": {"accessToken": WRITES}}, "", {}, "('✓', 'will push to ada/mistral-qlora"),
-        ({}, "", {"whoami": (401,)}, "('✗', 'the Hub refuses this token"),
+        ({}, "", {"whoami": (401,)}, "('✗', 'the Hub does not accept this token (401)"),
         (
             {},
             "",
@@ -223,15 +223,13 @@ def test_the_base_model_is_asked_for_before_it_is_downloaded(settings, refuse, l
 def test_preflight_tells_every_failure_at_once(settings, tmp_path, capsys):
     cfg = settings(base_model=str(tmp_path), output_dir=str(tmp_path), backup_to="drive")
     cfg.final_model.mkdir(parents=True)
-    with pytest.raises(UserError, match="there is no token") as error:
+    with pytest.raises(UserError, match=r"has no config\.json") as error:
         preflight(cfg, None)
     shown = capsys.readouterr().out
     assert "! a run named mistral-qlora is finished already" in shown
-    assert "✗ push_to_hub is on but there is no token" in shown
-    assert "✗ backup_to = 'drive', but there is no " in shown and "backup_to = 'drive'" in str(
-        error.value
-    )
-    assert "✓ base model" in shown
+    assert "! push_to_hub is on, but there is no token" in shown
+    assert "✗ backup_to = 'drive', but there is no " in shown
+    assert "backup_to = 'drive'" in str(error.value) and "there is no token" not in str(error.value)
 
 
 def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
@@ -241,10 +239,11 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
     os.truncate(weights, 3 * 2**40)  # a sparse file: 3 TB, more than this machine has
     lines = list(check_room(settings(base_model=str(weights.parent), merge=True), None))
     assert [mark for mark, _ in lines] == ["✗", "✗"]
-    assert "merged model 3072.0; base model 3072.0, on disk)" in lines[0][1]
+    assert "merged model 3072.0)" in lines[0][1] and "download" not in lines[0][1]
     assert "the merge holds about 3997.6 GB: set merge = False" in lines[1][1]
-    lines = list(check_room(settings(base_model="embedded"), None))
-    assert [mark for mark, _ in lines] == ["✓"] and "download 0.3, checkpoints 0.2" in lines[0][1]
+    lines = list(check_room(settings(base_model="embedded", model_cache=str(tmp_path)), None))
+    assert [mark for mark, _ in lines] == ["✓"] and "checkpoints and adapter 0.2" in lines[0][1]
+    assert "download of the base model, from a package, 0.3" in lines[0][1]
 
 
 def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings, tmp_path):
@@ -260,9 +259,8 @@ def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings,
             parents=True
         )
         (blobs / "half").write_bytes(b"x" * 2**19)
-        assert in_fresh_process(call("base_model_gb", cfg), hub).strip() == str(
-            (2**-10, 2**-11, "as the Hub says")
-        )
+        found = str((2**-10, 2**-11, "as the Hub says"))
+        assert found in in_fresh_process(call("base_model_gb", cfg), hub)
         hub.refuse["/api/models/"] = (500,)
         assert "(14.5, 14.49951171875, 'taking it for a 7B model" in in_fresh_process(
             call("base_model_gb", cfg), hub

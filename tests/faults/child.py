@@ -6,6 +6,7 @@ tokenizer.
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -142,10 +143,8 @@ def nan_at(step: int) -> None:
     in_step(step, plant)
 
 
-def kill_in_save(step: int, files: int) -> None:
-    """SIGKILL as soon as the checkpoint of `step` has so many files, whole or not; 0: when its
-    folder is made.
-    """
+def kill_in_save(step: int, files: int | str) -> None:
+    """SIGKILL as soon as the checkpoint of `step` has so many files, or one of this name."""
     from transformers import Trainer
 
     original = Trainer._save_checkpoint
@@ -154,7 +153,10 @@ def kill_in_save(step: int, files: int) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
 
         def watch(frame, event, arg):
-            if folder.is_dir() and len(os.listdir(folder)) >= files:  # noqa: PTH208 (this runs at every call)
+            if not folder.is_dir():
+                return
+            names = os.listdir(folder)  # noqa: PTH208 (this runs at every call)
+            if files in names if isinstance(files, str) else len(names) >= files:
                 kill()
 
         if self.state.global_step == step:
@@ -186,9 +188,68 @@ def full_at_the_end(disk: str, leave: int) -> None:
     finetune.save.save_adapter = save_adapter
 
 
+def back_in_time() -> None:
+    """Every checkpoint gets an older time stamp than the one before."""
+    from transformers import Trainer
+
+    original = Trainer._save_checkpoint
+
+    def save(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        os.utime(folder, (1e9 - self.state.global_step,) * 2)
+
+    Trainer._save_checkpoint = save
+
+
+def wrap(room: str, name: str, act) -> None:
+    """Call `act(number of the call)` before each call of a room's function."""
+    module = importlib.import_module(room)
+    original, calls = getattr(module, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        act(len(calls))
+        return original(*args, **kwargs)
+
+    setattr(module, name, wrapped)
+
+
+def fail_in(room: str, name: str, call: int) -> None:
+    """An error in one call of a room's function."""
+
+    def act(number: int) -> None:
+        if number == call:
+            raise RuntimeError(f"planted in {name}")
+
+    wrap(room, name, act)
+
+
+def tell_calls() -> None:
+    """Print when training, answering, plotting and scoring begin."""
+    calls = {"train": ("finetune.callbacks", "safe_training")}
+    calls |= {"answers": ("finetune.answers", "generate_answers")}
+    calls |= {
+        "curves": ("finetune.report", "plot_curves"),
+        "scores": ("finetune.answers", "scores"),
+    }
+    for word, place in calls.items():
+        wrap(*place, lambda _, word=word: print(f"CALL {word}", flush=True))
+
+
 FAULTS = {
     fault.__name__: fault
-    for fault in (kill_at, kill_in_save, stop_at, nan_at, full_at, full_at_the_end)
+    for fault in (
+        kill_at,
+        kill_in_save,
+        stop_at,
+        nan_at,
+        full_at,
+        full_at_the_end,
+        back_in_time,
+        fail_in,
+        tell_calls,
+    )
 }
 
 

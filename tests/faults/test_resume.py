@@ -15,10 +15,11 @@ from pathlib import Path
 import child
 import pytest
 from conftest import result_of
+from sums import checksums
 
 from finetune.backup import back_up, drive_folder
 from finetune.checkpoints import last_good_checkpoint
-from finetune.files import checkpoints, checksums, why_unusable
+from finetune.files import BEING_WRITTEN, checkpoints, why_unusable
 
 KILLED = -9
 
@@ -73,17 +74,19 @@ def test_killed_at_each_file_of_a_save(tiny, tmp_path, undisturbed, half):
         assert code == 0, shown
         assert "Continuing from checkpoint-2." in shown
         assert "checkpoint-4 is skipped and removed: its save was cut short." in shown
+        assert not list(outputs(folder).glob("checkpoint-*-*"))  # it is known to be ours
         assert result_of(folder) == undisturbed[0]
         shutil.rmtree(folder)
         return left
 
     with ThreadPoolExecutor(2) as pool:
-        seen = list(pool.map(kill_and_continue, range(len(files) + 1)))
-    assert seen[0] == set() and [len(left) for left in seen] == sorted(len(left) for left in seen)
-    assert {*files} - set.union(*seen) == {
-        "checksums.json"
-    }  # once that is there, the checkpoint is whole
-    assert "checksums.json.writing" in seen[-1]
+        moments = [*range(1, len(files) + 1), "run.json", "checksums.json.writing"]
+        seen = list(pool.map(kill_and_continue, moments))
+    assert seen[0] == {BEING_WRITTEN} and all(BEING_WRITTEN in left for left in seen)
+    counts = [len(left) for left in seen[:-2]]
+    assert counts == sorted(counts)
+    # Once that last one is there, the checkpoint is whole.
+    assert {*files} - set.union(*seen) == {"checksums.json"}
 
 
 @pytest.fixture
@@ -118,28 +121,32 @@ FILES = [
     "scheduler.pt",
     "rng_state.pth",
 ]
-FILES += [
-    "trainer_state.json",
-    "run.json",
-    "checksums.json",
-    "README.md",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
+FILES += ["trainer_state.json", "run.json", "checksums.json"]
 
 
 @pytest.mark.parametrize("damage", [missing, truncated, zeroed_tail, garbage])
-def test_damage_to_any_file_is_seen_and_the_older_checkpoint_is_used(looked_for, damage, capsys):
+def test_damage_to_a_needed_file_is_seen_and_the_older_checkpoint_is_used(
+    looked_for, damage, capsys
+):
     names = sorted(path.name for path in (looked_for / "checkpoint-6").iterdir())
-    assert set(FILES) <= set(names)
+    assert set(FILES) < set(names)  # the others are the tokenizer's
     for name in names:
         whole = looked_for.parent / "whole"
         shutil.copytree(looked_for / "checkpoint-6", whole)
         damage(looked_for / "checkpoint-6" / name)
-        assert last_good_checkpoint(looked_for) == looked_for / "checkpoint-4", name
-        shown = capsys.readouterr().out
-        assert shown.startswith("checkpoint-6 is skipped and removed: ") and shown.count("\n") == 1
-        assert name in shown or (name, damage) == ("checksums.json", missing)
+        needed = name in FILES
+        expected = "checkpoint-4" if needed else "checkpoint-6"
+        assert last_good_checkpoint(looked_for) == looked_for / expected, name
+        shown, aside = capsys.readouterr().out, looked_for / "checkpoint-6-damaged"
+        if not needed:
+            assert shown == ""
+            shutil.rmtree(looked_for / "checkpoint-6")
+        elif (name, damage) == ("checksums.json", missing):
+            assert "moved aside to checkpoint-6-kept: this notebook did not save it whole" in shown
+            shutil.rmtree(looked_for / "checkpoint-6-kept")
+        else:
+            assert shown.startswith(f"checkpoint-6 is moved aside to {aside.name}: {name} is ")
+            shutil.rmtree(aside)
         whole.rename(looked_for / "checkpoint-6")
     assert last_good_checkpoint(looked_for) == looked_for / "checkpoint-6"
 
@@ -150,7 +157,7 @@ def test_a_damaged_optimizer_does_not_change_the_result(tiny, tmp_path, undistur
     zeroed_tail(outputs(tmp_path) / "checkpoint-6" / "optimizer.pt")
     code, shown = run(tiny, tmp_path)
     assert code == 0, shown
-    assert "checkpoint-6 is skipped and removed: optimizer.pt is damaged." in shown
+    assert "checkpoint-6 is moved aside to checkpoint-6-damaged: optimizer.pt is damaged" in shown
     assert "Continuing from checkpoint-4." in shown
     assert result_of(tmp_path) == undisturbed[0]
 
@@ -238,7 +245,7 @@ def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200m", "none", disk], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=260m", "none", disk], capture_output=True
     ).returncode:
         pytest.skip("this system does not let us mount a tmpfs")
     yield disk
@@ -287,12 +294,8 @@ def test_disk_full_at_the_end(tiny, small_disk, tmp_path, undisturbed, where):
     else:
         assert code == 0, shown
         assert "No zip backup (OSError: [Errno 28] No space left on device" in shown
-    assert not why_unusable(final)
-    assert {
-        path.name
-        for path in final.parent.iterdir()
-        if "writing" in path.name or "zipping" in path.name
-    } == set()
+    assert not why_unusable(final, "adapter")
+    assert {path.name for path in final.parent.iterdir() if "writing" in path.name} == set()
     (small_disk / "ballast").unlink()
     code, shown = child.run(tiny(small_disk), tmp_path / "log")
     assert code == 0, shown
@@ -316,7 +319,7 @@ def test_disk_full_at_the_copy(settings, small_disk, tmp_path, undisturbed, monk
     assert [path.name for path in checkpoints(drive_folder(cfg))] == [first.name]
     (small_disk / "ballast").unlink()
     back_up(cfg, second)
-    assert not why_unusable(drive_folder(cfg) / second.name)
+    assert not why_unusable(drive_folder(cfg) / second.name, "checkpoint")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,8 @@ def test_the_token_is_in_no_file(told):
 
 def test_the_token_is_in_nothing_that_was_sent(told):
     _, hub, _ = told
-    assert hub.asked("/commit/") == 3  # a checkpoint, the final model's copy, the push
+    # A checkpoint, the adapter's copy and its push; again both, with the scores.
+    assert hub.asked("/commit/") == 5
     bodies = hub.sent() + b"".join(d for files in hub.files.values() for d in files.values())
     assert not any(form in bodies for form in forms(TOKEN))
     assert not any(TOKEN in path for _, path, *_ in hub.requests)
@@ -86,6 +88,18 @@ def test_the_token_is_in_nothing_that_was_sent(told):
         if "Authorization" in headers or "authorization" in headers
     ]
     assert asked  # the header is the one place where it belongs
+
+
+def test_nothing_that_was_sent_names_this_machine_or_holds_a_row(told):
+    folder, hub, _ = told
+    bodies = hub.sent() + b"".join(d for files in hub.files.values() for d in files.values())
+    rows = [f"{n} and {n}" for n in (3, 7, 12)]
+    for text in (*rows, str(folder), str(child.ROOT), str(Path.home()), "/tmp/", "rows.jsonl.."):
+        assert text.encode() not in bodies, text
+        assert base64.b64encode(text.encode())[:-4] not in bodies, text
+    name = socket.gethostname()
+    assert len(name) < 5 or name == "localhost" or name.encode() not in bodies
+    assert b'"base_model_name_or_path": "model"' in hub.files["ada/faults"]["adapter_config.json"]
 
 
 def test_only_allowed_files_go_to_the_models_own_repository(told):
@@ -136,4 +150,4 @@ def test_the_machine_replaced_continues_from_the_hub(tiny, tmp_path, undisturbed
         shutil.rmtree(tmp_path / "outputs")
         code, shown = child.run(settings, tmp_path / "log", ("kill_at", 1), environment)
         assert code == 0 and "nothing is trained again" in shown
-    assert not why_unusable(tmp_path / "outputs" / "faults" / "final_model")
+    assert not why_unusable(tmp_path / "outputs" / "faults" / "final_model", "adapter")

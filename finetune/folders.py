@@ -1,0 +1,138 @@
+"""Section 4: where things may be written, and whether there is room on each disk."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from finetune.files import is_free, is_ours, read_seal
+from finetune.lock import WRITTEN
+from qlora_helpers import Settings, UserError, local_base, locate, on_kaggle
+
+DRIVE = "/content/drive"
+KAGGLE_GB = 19.5  # what Kaggle keeps of /kaggle/working, however much its disk has
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    return next(part for part in (path, *path.parents) if part.exists())
+
+
+def folder_settings(settings: Settings) -> dict[str, Path]:
+    """The settings that name a folder to write into, with their resolved paths."""
+    names = ["output_dir", "model_cache"] + ["merged_dir"] * settings.merge
+    return {name: locate(getattr(settings, name)).resolve() for name in names}
+
+
+def on_drive(path: Path) -> bool:
+    """Whether `path` is on Google Drive, mounted or not."""
+    return locate(DRIVE) in path.parents
+
+
+def needs_drive(settings: Settings) -> bool:
+    """Whether anything that the settings name is on Google Drive."""
+    return settings.backup_to == "drive" or any(map(on_drive, folder_settings(settings).values()))
+
+
+def check_folders(settings: Settings) -> Iterator[tuple[str, str]]:
+    """A ✗ for each setting whose folder cannot be written, or holds what must not be replaced."""
+    for name, folder in folder_settings(settings).items():
+        told = f"{name} = {getattr(settings, name)!r}"
+        place = existing(folder)
+        if on_drive(folder) and not (locate(DRIVE) / "MyDrive").is_dir():
+            yield (
+                "✗",
+                f"{told} is on Google Drive, which is not mounted: run section 3 and allow it",
+            )
+        elif not place.is_dir():
+            yield "✗", f"{told}: {place} is a file, not a folder"
+        elif not os.access(place, os.W_OK):
+            yield "✗", f"{told}: {place} cannot be written to"
+    base, run = local_base(settings.base_model), settings.run_dir.resolve()
+    if base and base.resolve() in (run, *run.parents):
+        yield "✗", f"output_dir / run_name is {run}, which is in the base model's folder"
+    if settings.merge and (why := why_no_merge(settings)):
+        yield "✗", why
+
+
+def why_no_merge(settings: Settings) -> str:
+    """Why the merged model must not be written to `merged_dir`; empty if it may.
+
+    The folder must be free or hold this run's earlier merge, and must neither hold nor lie in
+    anything that is read or written otherwise.
+    """
+    folder = locate(settings.merged_dir).resolve()
+    told = f"merged_dir = {settings.merged_dir!r} ({folder})"
+    outer, inner = kept_folders(settings)
+    for name, other in (outer | inner).items():
+        if folder == other or folder in other.parents:
+            return f"{told} is or holds {name}: choose a folder of its own"
+    for name, other in inner.items():
+        if other in folder.parents:
+            return f"{told} is inside {name}: choose a folder of its own"
+    run = settings.run_dir.resolve()
+    part = folder.relative_to(run).parts[0] if run in folder.parents else ""
+    if part in WRITTEN or part.startswith(("checkpoint", "final_model")):
+        return f"{told} is where the run itself writes: choose a folder of its own"
+    found = read_seal(folder)
+    if found.get("purpose") == "merged" and found["run"] not in ("", settings.run_name):
+        return f"{told} holds the merged model of the run {found['run']}: choose another folder"
+    if not is_free(folder) and not is_ours(folder, "merged"):
+        return f"{told} holds files that this notebook did not write: choose an empty folder"
+    return ""
+
+
+def kept_folders(settings: Settings) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Folders that a merge may not replace, and those that it may not lie in, by their names."""
+    data = {Path(name).resolve().parent for name in glob.glob(str(locate(settings.data_files)))}
+    outer = {
+        "the working folder": Path.cwd(),
+        "your home folder": Path.home(),
+        "the content folder": locate("/content"),
+        "output_dir": locate(settings.output_dir),
+        "the run's folder": settings.run_dir,
+        "model_cache": settings.cache_dir,
+    } | dict(zip(("the folder of data_files", "another folder of data_files"), data, strict=False))
+    base = local_base(settings.base_model)
+    inner = {"the base model's folder": base} if base else {}
+    return tuple({name: p.resolve() for name, p in kind.items()} for kind in (outer, inner))
+
+
+def require_mergeable(settings: Settings) -> None:
+    """Raise `UserError` if the merged model must not be written to `merged_dir`."""
+    if why := why_no_merge(settings):
+        raise UserError(why)
+
+
+def free_gb(folder: Path) -> float:
+    """GiB that can still be written to `folder`'s disk."""
+    free = shutil.disk_usage(existing(folder)).free / 2**30
+    working = Path("/kaggle/working")
+    if on_kaggle() and working in (folder, *folder.parents):
+        used = sum(path.lstat().st_size for path in working.rglob("*") if path.is_file()) / 2**30
+        free = min(free, KAGGLE_GB - used)
+    return free
+
+
+def check_disks(needs: Mapping[str, tuple[Path, float]]) -> Iterator[tuple[str, str]]:
+    """A line a disk: what is free, and the GiB that each of `needs` (folder, GiB) will take."""
+    disks: dict[int, dict[str, tuple[Path, float]]] = defaultdict(dict)
+    for name, (folder, size) in needs.items():
+        disks[existing(folder).stat().st_dev][name] = folder, size
+    for parts in disks.values():
+        need, free = (
+            sum(size for _, size in parts.values()),
+            min(free_gb(f) for f, _ in parts.values()),
+        )
+        told = ", ".join(f"{name} {size:.1f}" for name, (_, size) in parts.items())
+        place = next(iter(parts.values()))[0]
+        text = f"{free:,.1f} GB free for {place}, about {need:.1f} GB needed ({told})"
+        if free > need:
+            yield "✓", text
+        else:
+            elsewhere = "; on Kaggle, /tmp has more: model_cache = '/tmp/model_cache'" * on_kaggle()
+            yield "✗", f"{text}: free some, or change the folders in section 2{elsewhere}"

@@ -1,0 +1,515 @@
+"""Nothing that is the user's is deleted or replaced: folders that settings really name."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import child
+import pytest
+from conftest import result_of
+from sums import checksums
+from tiny import tiny_base, tiny_tuned
+
+from finetune import lock
+from finetune.callbacks import KeepSafe
+from finetune.checkpoints import begin, last_good_checkpoint
+from finetune.files import (
+    BEING_WRITTEN,
+    NEEDED,
+    checkpoints,
+    is_ours,
+    new_folder,
+    read_seal,
+    seal,
+    why_unusable,
+)
+from finetune.folders import check_disks, check_folders, why_no_merge
+from finetune.lock import claim, release, require_unused
+from finetune.merge import merge_adapter
+from finetune.save import save_adapter
+from qlora_helpers import UserError
+
+ROWS = [{"prompt": "A", "completion": "b"}, {"prompt": "C", "completion": "d"}]
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    yield
+    release()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder, a home, and some of a user's files in each."""
+    for name in ("work", "home", "work/content", "work/mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text(f"{name}: years of work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, mistral_tokenizer):
+    return tiny_base(tmp_path_factory.mktemp("base"), mistral_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tuned(base):
+    return tiny_tuned(base)
+
+
+def sealed(folder: Path, purpose: str, run: str = "faults") -> Path:
+    """A folder of ours, of small files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in NEEDED[purpose]:
+        (folder / name.replace("*", "")).write_text("{}")
+    seal(folder, purpose, run)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, of 80 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this system does not let us mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+# -------- the merged model's folder -------------------------------------------------------
+
+REFUSED = {
+    "the working folder": (".", "is or holds the working folder"),
+    "its parent": ("..", "is or holds the working folder"),
+    "home": ("~", "is or holds your home folder"),
+    "/content": ("/content", "is or holds the content folder"),
+    "output_dir": ("/content/model_outputs", "is or holds output_dir"),
+    "the run": ("/content/model_outputs/faults", "is or holds the run's folder"),
+    "the adapter": ("/content/model_outputs/faults/final_model", "is where the run itself writes"),
+    "a checkpoint": ("/content/model_outputs/faults/checkpoint-2", "is where the run itself"),
+    "the cache": ("/content/model_cache", "is or holds model_cache"),
+    "the base": ("./base", "is or holds the base model's folder"),
+    "in the base": ("base/merged", "is inside the base model's folder"),
+    "the data": ("./rows", "is or holds the folder of data_files"),
+    "a user's folder": ("mine", "holds files that this notebook did not write"),
+    "a link to it": ("link", "holds files that this notebook did not write"),
+    "a link home": ("homelink", "is or holds your home folder"),
+    "a file": ("thesis.txt", "thesis.txt is a file"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_that_holds_anything_else_is_refused(place, settings, base, tuned, name):
+    merged_dir, words = REFUSED[name]
+    shutil.copytree(base, "base")
+    Path("rows").mkdir()
+    Path("rows/rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    Path("link").symlink_to("mine")
+    Path("homelink").symlink_to(place / "home")
+    options = {"base_model": "./base", "data_files": "rows/*.jsonl", "run_name": "faults"}
+    cfg = settings(merged_dir=merged_dir, merge=True, **options)
+    before = checksums(place)
+    told = [text for mark, text in check_folders(cfg) if mark == "✗"]
+    assert any(f"merged_dir = {merged_dir!r}" in text and words in text for text in told), told
+    with pytest.raises((UserError, FileExistsError, NotADirectoryError)) as caught:
+        merge_adapter(cfg, tuned, None, ROWS, "card")
+    assert "merged_dir" in str(caught.value)
+    assert checksums(place) == before
+
+
+def test_the_merge_of_another_run_is_refused_by_its_name(place, settings):
+    sealed(place / "merged", "merged", run="other")
+    cfg = settings(merged_dir=str(place / "merged"), merge=True, run_name="faults")
+    assert "holds the merged model of the run other" in why_no_merge(cfg)
+    assert not why_no_merge(settings(merged_dir=str(place / "merged"), run_name="other"))
+
+
+def test_an_earlier_merge_with_a_file_of_the_users_in_it_is_refused(place, settings):
+    (sealed(place / "merged", "merged") / "notes.txt").write_text("mine")
+    cfg = settings(merged_dir=str(place / "merged"), run_name="faults")
+    assert "holds files that this notebook did not write" in why_no_merge(cfg)
+
+
+def test_weights_of_another_size_are_not_our_merge(tmp_path):
+    folder = sealed(tmp_path / "merged", "merged")
+    assert is_ours(folder, "merged") and not why_unusable(folder, "merged")
+    with (folder / "model.safetensors").open("a") as file:
+        file.write("more")
+    assert not is_ours(folder, "merged")
+    assert why_unusable(folder, "merged") == "model.safetensors is damaged"
+
+
+@pytest.mark.parametrize("kind", ["new", "empty", "link", "disk", "link to a disk"])
+def test_a_free_folder_takes_one_merge_after_the_other(
+    place, small_disk, settings, base, tuned, mistral_tokenizer, kind
+):
+    folder = small_disk if kind == "disk" else place / "merged"
+    if kind in ("empty", "link"):
+        (place / "there").mkdir()
+    if "link" in kind:
+        folder.symlink_to(place / "there" if kind == "link" else small_disk)
+    elif kind == "empty":
+        folder = place / "there"
+    cfg = settings(base_model=base, merged_dir=str(folder), run_name="faults", merge=True)
+    sealed(cfg.final_model, "adapter")
+    before = checksums(place / "work" / "mine")
+    inode = folder.lstat().st_ino if folder.exists() else 0
+    for card in ("one", "two"):
+        merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, card)
+        assert (folder / "README.md").read_text() == card
+        assert is_ours(folder.resolve(), "merged") and not why_no_merge(cfg)
+    assert folder.is_symlink() == ("link" in kind) and checksums(place / "work" / "mine") == before
+    if kind in ("disk", "link", "link to a disk"):
+        assert folder.lstat().st_ino == inode
+    left = [path.name for path in folder.resolve().parent.iterdir()]
+    assert not [name for name in left if "writing" in name or ".old" in name]
+
+
+def test_a_disk_that_fills_up_in_a_merge_is_told_in_words(
+    place, small_disk, settings, base, tuned, mistral_tokenizer
+):
+    cfg = settings(base_model=base, merged_dir=str(small_disk / "m"), run_name="faults", merge=True)
+    sealed(cfg.final_model, "adapter")
+    child.fill_up(str(small_disk), 1_000_000)
+    with pytest.raises(UserError, match=r"The disk is full: .*/m could not be written\. The adap"):
+        merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+# -------- folders of ours -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("purpose", NEEDED)
+def test_a_seal_is_refused_to_a_folder_that_lacks_what_it_needs(tmp_path, purpose):
+    for name in NEEDED[purpose]:
+        folder = sealed(tmp_path / purpose, purpose)
+        (folder / name.replace("*", "")).unlink()
+        with pytest.raises(FileNotFoundError, match="it lacks"):
+            seal(folder, purpose)
+        assert f"{name.replace('*', '')} is missing" in why_unusable(folder, purpose)
+
+
+def test_only_a_folder_of_that_very_purpose_is_ours(tmp_path):
+    folder = sealed(tmp_path / "x", "adapter")
+    assert is_ours(folder, "adapter") and not is_ours(folder, "checkpoint")
+    assert "it is no checkpoint" in why_unusable(folder, "checkpoint")
+    (folder / "adapter_config.json").write_text('{"r": 1}')
+    assert not is_ours(folder, "adapter")
+    link = tmp_path / "link"
+    link.symlink_to(sealed(tmp_path / "y", "adapter"))
+    assert not is_ours(link, "adapter")
+
+
+def test_what_stands_under_our_working_names_is_not_ours(tmp_path):
+    """A user's own `x.writing` and `x.old`; and what a killed process left under such a name."""
+    folder = sealed(tmp_path / "x", "adapter")
+    for name in ("x.writing", "x.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text(name)
+    (tmp_path / "x.writing-2").mkdir()
+    (tmp_path / "x.writing-2" / BEING_WRITTEN).touch()
+    with new_folder(folder, "adapter") as work:
+        assert work.name == "x.writing-2" and [p.name for p in work.iterdir()] == [BEING_WRITTEN]
+        sealed(work, "adapter")
+    assert {p.name for p in tmp_path.iterdir()} == {"x", "x.writing", "x.old"}
+    assert all((tmp_path / n / "mine").read_text() == n for n in ("x.writing", "x.old"))
+
+
+def test_releases_that_sealed_without_a_purpose_are_read(tmp_path):
+    folder = sealed(tmp_path / "checkpoint-2", "checkpoint")
+    files = read_seal(folder)["files"]
+    (folder / "checksums.json").write_text(json.dumps(files))
+    assert why_unusable(folder, "checkpoint") == "" and last_good_checkpoint(tmp_path) == folder
+
+
+def test_another_adapters_folder_is_moved_aside_and_said(tmp_path, settings, tuned, capsys):
+    cfg = settings(output_dir=str(tmp_path), run_name="faults")
+    cfg.final_model.mkdir(parents=True)
+    (cfg.final_model / "theirs.bin").write_text("weights")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tuned.peft_config["default"].base_model_name_or_path)
+    zips = {save_adapter(tuned, tokenizer, cfg.final_model, card, {}) for card in "ab"}
+    assert (cfg.run_dir / "final_model-kept" / "theirs.bin").read_text() == "weights"
+    assert "final_model is moved aside to final_model-kept" in capsys.readouterr().out
+    assert len(zips) == len(list(cfg.run_dir.glob("*.zip"))) == 1  # the same adapter, saved twice
+    assert (cfg.final_model / "README.md").read_text() == "a"
+
+
+# -------- the run's folder ----------------------------------------------------------------
+
+
+def run(tiny, folder, *fault, **changes):
+    folder.mkdir(exist_ok=True)
+    return child.run(tiny(folder, **changes), folder / "log", fault)
+
+
+def outputs(folder: Path) -> Path:
+    return folder / "outputs" / "faults"
+
+
+def test_folders_of_others_in_the_run_are_kept_and_the_run_is_the_same(tiny, tmp_path, undisturbed):
+    theirs = ["checkpoint-500", "checkpoint-2-keep", "checkpoint-2", "final_model", "checkpoint-x"]
+    for name in theirs:
+        (outputs(tmp_path) / name).mkdir(parents=True)
+        (outputs(tmp_path) / name / "weights.bin").write_text(name)
+    code, shown = run(tiny, tmp_path)
+    assert code == 0, shown
+    assert result_of(tmp_path) == undisturbed[0]
+    kept = sorted(path.parent.name for path in outputs(tmp_path).rglob("weights.bin"))
+    moved = ["checkpoint-2-kept", "checkpoint-500-kept", "final_model-kept"]
+    assert kept == sorted([*moved, "checkpoint-2-keep", "checkpoint-x"])
+    assert all(f"{name.removesuffix('-kept')} is moved aside to {name}" in shown for name in moved)
+    assert {path.name for path in checkpoints(outputs(tmp_path))} >= {"checkpoint-6"}
+
+
+def test_the_two_newest_by_number_and_the_best_are_kept(tiny, tmp_path):
+    """Six epochs of two steps: 8, 10 and 12, whatever their time stamps and alphabet say."""
+    (outputs(tmp_path) / "checkpoint-2-keep").mkdir(parents=True)
+    code, shown = run(tiny, tmp_path, "back_in_time", epochs=6)
+    assert code == 0, shown
+    names = {path.name for path in outputs(tmp_path).glob("checkpoint*")}
+    log = json.loads((outputs(tmp_path) / "final_model" / "run.json").read_text())["trainer_state"]
+    losses = {e["step"]: e["eval_loss"] for e in log["log_history"] if e.get("eval_loss")}
+    best = min((n for n in losses if n), key=losses.__getitem__)
+    newest = {"checkpoint-10", "checkpoint-12", f"checkpoint-{best}"}
+    assert names == newest | {"checkpoint-2-keep"}
+
+
+def test_the_best_checkpoint_outlives_newer_ones(settings, tmp_path):
+    for step in (4, 8, 9, 10, 11):
+        sealed(tmp_path / f"checkpoint-{step}", "checkpoint")
+    (tmp_path / "checkpoint-8" / "notes.txt").write_text("the user's")
+    state = types.SimpleNamespace(best_model_checkpoint=str(tmp_path / "checkpoint-4"))
+    KeepSafe(settings(), {}).rotate(tmp_path / "checkpoint-11", state)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"checkpoint-{step}" for step in (4, 8, 10, 11)}
+
+
+def test_a_line_in_a_readme_damages_nothing(tiny, tmp_path, undisturbed):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    for folder in (outputs(tmp_path) / "final_model", *checkpoints(outputs(tmp_path))):
+        with (folder / "README.md").open("a") as file:
+            file.write("my notes\n")
+    before = checksums(outputs(tmp_path) / "final_model")
+    code, shown = run(tiny, tmp_path, "kill_at", 1)
+    assert code == 0 and "nothing is trained again" in shown, shown
+    assert "damaged" not in shown
+    notes = [p for p in outputs(tmp_path).rglob("README.md") if p.read_text().endswith("notes\n")]
+    assert any(checksums(path.parent) == before for path in notes)
+
+
+def test_begun_anew_the_old_checkpoints_stand_in_one_folder(tiny, tmp_path, undisturbed):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    old = {path.name: checksums(path) for path in checkpoints(outputs(tmp_path))}
+    before = outputs(tmp_path) / "checkpoints-before"
+    for _ in range(2):
+        code, shown = run(tiny, tmp_path, resume="never")
+        assert code == 0, shown
+        assert "The checkpoints that were here are in checkpoints-before." in shown
+        assert {p.name for p in before.iterdir()} == set(old)
+    assert not list(outputs(tmp_path).glob("checkpoints-before-*"))
+    assert result_of(tmp_path) == undisturbed[0]
+
+
+def test_what_somebody_put_among_the_old_checkpoints_is_kept(tmp_path, tuned, monkeypatch):
+    sealed(tmp_path / "checkpoint-2", "checkpoint")
+    theirs = tmp_path / "checkpoints-before" / "checkpoint-2"
+    theirs.mkdir(parents=True)
+    (theirs / "mine").write_text("x")
+    monkeypatch.setattr("finetune.checkpoints.here", lambda weight: weight * 0)
+    begin(tmp_path, tuned, "a test")
+    assert (tmp_path / "checkpoints-before" / "checkpoint-2-kept" / "mine").read_text() == "x"
+    assert (tmp_path / "checkpoints-before" / "checkpoint-2" / "optimizer").exists()
+
+
+def test_the_trainers_own_card_is_not_left_in_the_run(undisturbed):
+    folder = outputs(undisturbed[1])
+    assert not [path for path in folder.rglob("README.md") if path.parent.name != "final_model"]
+    assert "faults" in (folder / "final_model" / "README.md").read_text()
+
+
+def test_a_folder_with_files_of_the_same_names_is_refused(tiny, tmp_path):
+    outputs(tmp_path).mkdir(parents=True)
+    (outputs(tmp_path) / "report.html").write_text("my own report")
+    before = checksums(outputs(tmp_path))
+    code, shown = run(tiny, tmp_path)
+    assert code == 2 and "output_dir / run_name is" in shown and "report.html" in shown
+    assert checksums(outputs(tmp_path)) == before
+
+
+def test_a_run_in_the_base_models_folder_is_refused(place, settings, base):
+    shutil.copytree(base, "models/faults")
+    for output_dir, run_name in (("models", "faults"), ("models/faults/out", "x")):
+        cfg = settings(base_model="models/faults", output_dir=output_dir, run_name=run_name)
+        told = [text for mark, text in check_folders(cfg) if mark == "✗"]
+        assert len(told) == 1 and "output_dir / run_name is" in told[0]
+    assert not list(check_folders(settings(base_model="models/faults", output_dir="models")))
+
+
+def test_answers_of_a_run_are_no_data(settings, tmp_path):
+    from finetune.data import find_files
+
+    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run")
+    for name in ("run/answers.jsonl", "run/data.rejected.jsonl", "rows.jsonl", "answers.jsonl"):
+        (tmp_path / name).write_text("{}")
+    found = find_files(str(tmp_path / "**" / "*.jsonl"))
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["answers.jsonl", "rows.jsonl"]
+
+
+def test_other_files_in_the_data_folder_stay(settings, tmp_path):
+    from finetune.data import read_rows
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    cfg = settings(data_files=str(tmp_path / "*.jsonl"), output_dir=str(tmp_path / "out"))
+    read_rows(cfg)
+    for name in ("rows.txt", "cache-mine.arrow", "tmp.txt", "writing"):
+        (cfg.run_dir / "data" / name).write_text("mine")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "c", "completion": "d"}')
+    read_rows(cfg)
+    names = {path.name for path in (cfg.run_dir / "data").iterdir()}
+    assert {"rows.txt", "cache-mine.arrow", "tmp.txt", "writing"} <= names
+    assert len([name for name in names if name.startswith("rows-")]) == 1
+
+
+# -------- two processes -------------------------------------------------------------------
+
+HOLD = """
+import sys, time; from pathlib import Path
+from finetune.lock import claim
+claim(Path(sys.argv[1])); print("held", flush=True); time.sleep(100)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds a run's folder."""
+    command = [sys.executable, "-c", HOLD, str(outputs(tmp_path))]
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": child.ROOT}
+    process = subprocess.Popen(command, **options)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+
+
+def test_a_second_notebook_on_a_run_says_so_and_touches_nothing(tiny, tmp_path, holder):
+    before = checksums(outputs(tmp_path))
+    code, shown = run(tiny, tmp_path)
+    assert code == 2 and f"is in use by another notebook: process {holder.pid} on " in shown
+    with pytest.raises(UserError, match="in use by another notebook"):
+        require_unused(outputs(tmp_path))
+    assert checksums(outputs(tmp_path)) == before
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    require_unused(outputs(tmp_path))
+    claim(outputs(tmp_path))  # a dead process holds nothing
+
+
+def test_where_there_are_no_locks_a_living_process_is_seen(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock, "fcntl", None)
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        claim(outputs(tmp_path))
+    holder.kill()
+    holder.wait()
+    claim(outputs(tmp_path))
+
+
+@pytest.mark.parametrize(("ago", "held"), [(5, True), (lock.STALE - 5, True), (lock.STALE + 5, 0)])
+def test_another_machine_is_seen_by_its_heartbeat(tmp_path, ago, held):
+    told = {"host": "another-machine", "pid": 7, "time": time.time() - ago}
+    (tmp_path / lock.FILE).write_text(json.dumps(told))
+    if not held:
+        claim(tmp_path)
+        return
+    with pytest.raises(UserError, match=r"process 7 on another-machine, seen \d+ s ago"):
+        claim(tmp_path)
+    assert json.loads((tmp_path / lock.FILE).read_text()) == told
+
+
+def test_the_heart_beats_until_the_folder_is_released(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    claim(tmp_path)
+    first = json.loads((tmp_path / lock.FILE).read_text())
+    time.sleep(0.3)
+    assert json.loads((tmp_path / lock.FILE).read_text())["time"] > first["time"]
+    assert first["pid"] == os.getpid()
+    release()
+    assert (tmp_path / lock.FILE).read_text() == ""
+
+
+# -------- disks ---------------------------------------------------------------------------
+
+
+def test_each_folder_is_counted_on_its_own_disk(tmp_path, small_disk):
+    needs = {"small": (small_disk / "a" / "b", 0.001), "large": (tmp_path / "c", 0.001)}
+    lines = list(check_disks(needs))
+    assert [mark for mark, _ in lines] == ["✓", "✓"]
+    needs["more"] = small_disk / "m", 0.1
+    (mark, text), (other, _) = check_disks(needs)
+    assert (mark, other) == ("✗", "✓") and "small 0.0, more 0.1" in text and str(small_disk) in text
+
+
+def test_a_folder_below_a_drive_that_is_not_mounted_is_refused(place, settings):
+    cfg = settings(output_dir="/content/drive/MyDrive/runs")
+    told = [text for mark, text in check_folders(cfg) if mark == "✗"]
+    assert "output_dir = '/content/drive/MyDrive/runs' is on Google Drive, which is not" in told[0]
+    (place / "work" / "content" / "drive" / "MyDrive").mkdir(parents=True)
+    assert not list(check_folders(cfg))
+
+
+LOCALE = """
+import json, locale, sys; from pathlib import Path
+import torch
+from finetune.data import read_rows
+from finetune.headless import defaults
+from finetune.card import model_card
+from qlora_helpers import Settings
+assert locale.getpreferredencoding(False) == "ANSI_X3.4-1968", locale.getpreferredencoding(False)
+folder = Path(sys.argv[1])
+changes = {"data_files": str(folder / "*.jsonl"), "output_dir": str(folder), "on_bad_rows": "skip"}
+cfg = Settings(**defaults() | changes)
+rows = read_rows(cfg)
+assert rows[0]["prompt"] == "Gr\\u00fc\\u00dfe \\U0001f642"
+from finetune.save import write_texts
+write_texts(folder, "\\u2026 \\U0001f642", {"name": "\\u00fc"})
+"""
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    row = {"prompt": "Grüße 🙂", "completion": "日本"}
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps(row, ensure_ascii=False) + "\nkaputt …\n", encoding="utf-8"
+    )
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONIOENCODING"] = "utf-8"  # what is shown is a notebook's affair
+    command = [sys.executable, "-c", LOCALE, str(tmp_path)]
+    options = {"env": os.environ | environment, "cwd": child.ROOT, "capture_output": True}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "… 🙂"
+
+
+# -------- a fuzz of folders ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_in_fifty_random_arrangements_nothing_of_the_users_is_lost(tmp_path, defaults):
+    """The first fifty of `python tests/faults/folders.py`."""
+    import folders as fuzz
+
+    model = fuzz.Model(tmp_path)
+    results = [fuzz.case(number, model, defaults) for number in range(50)]
+    assert not [text for result in results for text in result.wrong]
+    assert sum(result.merged for result in results) >= 20
+    assert sum(bool(result.refusals) for result in results) >= 10

@@ -1,0 +1,346 @@
+"""What is certain to fail later is told before training; a real HTTP server stands in as Hub."""
+
+import contextlib
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import child
+import huggingface_hub.constants
+import pytest
+import torch
+from hub import Hub
+
+from finetune import access, folders, preflight
+from finetune.base_model import base_model_path, cache_of, cached_gb, cached_where
+from finetune.lock import release
+from finetune.save import push_adapter
+from qlora_helpers import UserError
+
+TOKEN = "hf_" + "s3cret" * 5
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Hub() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr("finetune.hub.REQUEST_SECONDS", 5)
+        monkeypatch.setattr("finetune.hub.RETRY_WAITS", ())
+        yield server
+    release()
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("finetune.hub.REQUEST_SECONDS", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (f"https://huggingface.co/{MISTRAL}", f"is an address; the Hub's id is '{MISTRAL}'"),
+        (f"https://huggingface.co/{MISTRAL}/tree/main", f"the Hub's id is '{MISTRAL}'"),
+        ("~/models/none", "there is no folder"),
+        ("/content/models/none", "there is no folder"),
+        ("./none", "there is no folder"),
+        ("mistral ai/Mistral", "cannot be the id of a model"),
+        ("a/b/c", "cannot be the id of a model"),
+        ("owner/name.git", "cannot be the id of a model"),
+        ("empty", "has no config.json, no weights, no tokenizer. It also hides the Hub's model"),
+        ("./empty", "has no config.json, no weights, no tokenizer."),
+        ("half", "has no weights. It also hides"),
+        ("owner/name", "no such folder here, and no such repository"),
+    ],
+)
+def test_a_base_model_that_cannot_be_is_told_why(settings, hub, tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    hub.refuse["auth-check"] = (404, "RepoNotFound")
+    for file in ("empty/notes.txt", "half/config.json", "half/tokenizer.json"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text("{}")
+    mark, text = access.check_base_model(settings(base_model=name), TOKEN)
+    assert mark == "✗" and words in text
+
+
+def test_a_folder_is_found_under_home_and_under_content(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path / "m", tmp_path / "content" / "m"):
+        folder.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            (folder / file).write_text("{}")
+    for name, folder in (("~/m", tmp_path / "m"), ("/content/m", tmp_path / "content" / "m")):
+        cfg = settings(base_model=name)
+        assert access.check_base_model(cfg, None)[0] == "✓"
+        assert base_model_path(cfg) == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "mark", "words"),
+    [
+        ({}, "✓", "can be downloaded"),
+        ({"auth-check": (403, "GatedRepo")}, "✗", "is gated: accept its terms at"),
+        ({"auth-check": (404, "RepoNotFound")}, "✗", "no such repository that this token"),
+        ({"auth-check": (403,)}, "✗", "this token may not read"),
+        ({"auth-check": (500,)}, "?", "the Hub cannot be asked (HfHubHTTPError) and no copy"),
+    ],
+)
+def test_the_hubs_answers_about_a_base_model(settings, hub, tmp_path, refuse, mark, words):
+    hub.refuse = refuse
+    found = access.check_base_model(settings(model_cache=str(tmp_path)), TOKEN)
+    assert found[0] == mark and words in found[1]
+
+
+def test_a_dead_token_is_called_dead(settings, hub, tmp_path):
+    hub.refusal = b'{"error": "Invalid credentials in Authorization header"}'
+    hub.refuse = {"": (401,)}
+    cfg = settings(model_cache=str(tmp_path), backup_to="hub")
+    for look in (access.check_base_model, access.check_push, access.check_copies):
+        mark, text = look(cfg, TOKEN)
+        assert mark == "✗" and "does not accept this token (401), it is wrong, expired" in text
+
+
+def cached(cache: Path, shards=2) -> None:
+    """A whole Mistral in a cache, as huggingface_hub lays it out: two shards of 1 MiB."""
+    folder = cache / f"models--{MISTRAL.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1" * 40)
+    index = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+    files = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors.index.json": index}
+    files |= {f"model-{n}.safetensors": "x" * 2**20 for n in range(1, shards + 1)}
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
+
+
+@pytest.mark.parametrize("where", ["ours", "ordinary"])
+def test_without_a_hub_a_whole_copy_in_either_cache_is_used_and_not_counted(
+    settings, no_hub, tmp_path, monkeypatch, where
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "ordinary"))
+    cfg = settings(model_cache=str(tmp_path / "ours"))
+    cached(tmp_path / where, shards=1)
+    assert cached_where(cfg) is None and access.check_base_model(cfg, None)[0] == "?"
+    cached(tmp_path / where / "x")  # elsewhere it helps nobody
+    assert cached_where(cfg) is None
+    (tmp_path / where / f"models--{MISTRAL.replace('/', '--')}").rename(tmp_path / "half")
+    cached(tmp_path / where)
+    assert cached_where(cfg) == cache_of(cfg) == tmp_path / where
+    assert access.check_base_model(cfg, None) == (
+        "✓",
+        f"base model {MISTRAL} is in the cache here: nothing to download",
+    )
+    assert cached_gb(cfg) == 2 / 2**10
+    assert access.base_model_gb(cfg, None) == (2 / 2**10, 0.0, "in the cache")
+
+
+SCOPES = [{"entity": {"type": "user", "name": "ada"}, "permissions": ["repo.content.read"]}]
+
+
+def fine(*permissions, name="ada"):
+    scopes = [{"entity": {"type": "user", "name": name}, "permissions": list(permissions)}]
+    return {"role": "fineGrained", "fineGrained": {"scoped": scopes}}
+
+
+@pytest.mark.parametrize(
+    ("access_token", "mark", "words"),
+    [
+        ({"role": "write"}, "✓", "copied to the private repository ada/mistral-qlora-checkpoints"),
+        ({"role": "read"}, "✗", "can only read"),
+        (fine("repo.content.read"), "✗", "may read but not write"),
+        (fine("repo.content.read", "repo.write"), "✓", "ada/mistral-qlora-checkpoints"),
+        (fine("repo.write", name="lab"), "!", "does not list write access to ada's"),
+    ],
+)
+def test_a_token_that_cannot_write_keeps_no_copies(settings, hub, access_token, mark, words):
+    hub.user["auth"] = {"accessToken": access_token}
+    found = preflight.check_backup(settings(backup_to="hub"), TOKEN)
+    assert found[0] == mark and words in found[1]
+    assert access.check_push(settings(), TOKEN)[0] == mark
+
+
+def test_another_models_files_in_the_repository_are_named(settings, hub):
+    hub.repos["ada/mine"] = {"private": True}
+    files = ["adapter_model.safetensors", "README.md", ".gitattributes", "model.safetensors"]
+    hub.files["ada/mine"] = dict.fromkeys([*files, "pytorch_model.bin"], b"x")
+    mark, text = access.check_push(settings(hub_repo="mine"), TOKEN)
+    assert mark == "!" and text.endswith(
+        "other files that stay: model.safetensors, pytorch_model.bin"
+    )
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        del hub.files["ada/mine"][name]
+    assert access.check_push(settings(hub_repo="mine"), TOKEN)[1].endswith("its files are replaced")
+
+
+def test_without_a_token_pushing_is_skipped_with_a_line(settings, capsys):
+    assert access.check_push(settings(), None)[0] == "!"
+    assert push_adapter(settings(), None) is None
+    assert capsys.readouterr().out.startswith("Not pushed, because there is no token. The adapter")
+
+
+def card(monkeypatch, capability, built, name="Tesla P100"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    gpu = types.SimpleNamespace(name=name, total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "mark"),
+    [
+        ((6, 0), ["sm_75", "sm_80", "sm_90a", "compute_90"], "✗"),
+        ((7, 5), ["sm_75", "sm_80", "sm_90"], "✓"),
+        ((8, 9), ["sm_75", "sm_80", "sm_90"], "✓"),  # binaries of 8.0 run on 8.9
+        ((8, 0), ["sm_75", "sm_86"], "✗"),  # and not the other way round
+        ((12, 0), ["sm_75", "sm_90", "compute_90"], "✓"),  # compiled when it is first used
+        ((6, 0), [], "✓"),  # nothing is known
+    ],
+)
+def test_a_gpu_without_kernels_is_refused(monkeypatch, settings, capability, built, mark):
+    card(monkeypatch, capability, built)
+    assert preflight.check_gpu(settings())[0] == mark
+    if mark == "✗" and capability == (6, 0):
+        text = preflight.check_gpu(settings())[1]
+        assert "Tesla P100 (compute capability 6.0) is too old" in text and "begin at 7.5" in text
+
+
+def test_wandb_without_a_key_never_waits_for_one(settings, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    sys.modules["wandb"].__spec__ = types.SimpleNamespace(name="wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = settings(report_to="wandb")
+    (mark, text), *_ = preflight.check_logger(cfg)
+    assert mark == "✗" and "WANDB_API_KEY" in text
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert not list(preflight.check_logger(cfg))
+    (tmp_path / ".netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert not list(preflight.check_logger(cfg))
+    assert not list(preflight.check_logger(settings()))
+
+
+def test_kaggles_small_disk_is_counted_as_small(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**43))
+    assert folders.free_gb(Path("/kaggle/working/model_cache")) == pytest.approx(19.5, abs=0.1)
+    assert folders.free_gb(tmp_path) == 8192
+    needs = {"download": (Path("/kaggle/working/model_cache"), 30.0)}
+    ((mark, text),) = folders.check_disks(needs)
+    assert mark == "✗" and "model_cache = '/tmp/model_cache'" in text
+
+
+@pytest.mark.parametrize("name", ["my run", "a/b", "-x", "x--y", "run.git", "é", "x" * 97, "a..b"])
+def test_a_run_name_that_the_hub_refuses_is_told_in_words(settings, name):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    validate_repo_id("a_b.c-d")
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        assert name in ("a/b", "é")  # an owner of its own; and what its pattern lets through
+    with pytest.raises(UserError) as caught:
+        settings(run_name=name)
+    assert "letters, digits and single '-', '.' or '_' between them" in str(caught.value)
+    assert "pattern" not in str(caught.value)
+
+
+def test_all_that_is_wrong_is_told_at_once_and_the_folder_is_not_touched(settings, hub, tmp_path):
+    (tmp_path / "file").write_text("x")
+    cfg = settings(
+        base_model="./none",
+        output_dir=str(tmp_path / "file" / "x"),
+        merged_dir=str(tmp_path),
+        merge=True,
+        backup_to="hub",
+    )
+    with pytest.raises(UserError) as caught:
+        preflight.preflight(cfg, None)
+    for words in (
+        "file is a file, not a folder",
+        "merged_dir = ",
+        "no folder",
+        "backup_to = 'hub'",
+    ):
+        assert words in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# -------- the order of events, and what is pushed -----------------------------------------
+
+LATER = {
+    "curves": ("finetune.report", "plot_curves", 1),
+    "answers": ("finetune.answers", "generate_answers", 2),
+    "scores": ("finetune.answers", "scores", 1),
+    "table": ("finetune.answers", "show_comparison", 1),
+    "report": ("finetune.report", "write_report", 1),
+    "card": ("finetune.save", "complete_adapter", 1),
+}
+
+
+def pushed_run(tiny, folder, *fault, **changes):
+    folder.mkdir(exist_ok=True)
+    settings = tiny(folder, push_to_hub=True, backup_to="drive", epochs=1, **changes)
+    (folder / "content" / "drive" / "MyDrive").mkdir(parents=True, exist_ok=True)
+    with Hub() as hub:
+        environment = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url}
+        code, shown = child.run(settings, folder / "log", fault, environment)
+    return code, shown, hub, folder / "outputs" / "faults"
+
+
+def test_the_adapter_is_sealed_copied_and_pushed_before_the_first_answer(tiny, tmp_path):
+    code, shown, hub, _ = pushed_run(tiny, tmp_path, "tell_calls")
+    assert code == 0, shown
+    events = ["CALL train", "Adapter: ", "final_model is copied", "On the Hub: ", "CALL answers"]
+    events += ["CALL curves", "CALL scores", "Report: "]
+    after = shown[shown.index("CALL train") :]
+    places = [after.index(event) for event in events[:4]]
+    assert places == sorted(places)
+    assert all(after.index(event) > places[-1] for event in events[4:])
+    assert "| exact answers |" in hub.files["ada/faults"]["README.md"].decode()
+    assert hub.asked("/commit/") == 2
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_what_fails_later_leaves_the_pushed_adapter_whole(tiny, tmp_path, what):
+    code, shown, hub, run = pushed_run(tiny, tmp_path, "fail_in", *LATER[what])
+    assert code == 1 and f"planted in {LATER[what][1]}" in shown
+    sent = hub.files["ada/faults"]
+    final = run / "final_model"
+    weights = (final / "adapter_model.safetensors").read_bytes()
+    assert sent["adapter_model.safetensors"] == weights
+    copy = tmp_path / "content/drive/MyDrive/qlora_checkpoints/faults/final_model"
+    assert (copy / "adapter_model.safetensors").read_bytes() == weights
+    assert len(list(run.glob("*.zip"))) == 1
+    assert "has not been asked the held-out rows yet" in sent["README.md"].decode()
+    code, shown, hub, run = pushed_run(tiny, tmp_path)
+    assert code == 0 and "nothing is trained again" in shown, shown
+    assert "| exact answers |" in (final / "README.md").read_text()
+    assert (final / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_public_repository_is_refused_and_no_line_publishes(
+    settings, hub, undisturbed, tmp_path, capsys
+):
+    import shutil
+
+    cfg = settings(base_model="embedded", run_name="open", output_dir=str(tmp_path / "my 'runs'"))
+    shutil.copytree(undisturbed[1] / "outputs" / "faults" / "final_model", cfg.final_model)
+    hub.repos["ada/open"] = {"private": False}
+    assert push_adapter(cfg, TOKEN) is None
+    shown = capsys.readouterr().out
+    assert "exists and is public" in shown and "hf upload" not in shown
+    hub.repos["ada/open"] = {"private": True}
+    hub.refuse["/commit/"] = (403,)
+    assert push_adapter(cfg, TOKEN) is None
+    line = next(text for text in capsys.readouterr().out.splitlines() if "hf upload" in text)
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {line.strip()}"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert words[:5] == ["hf", "upload", "ada/open", str(cfg.final_model), "."]
+    assert "tokenizer*" in words and "*.bin" not in line
