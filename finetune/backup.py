@@ -30,8 +30,9 @@ def superseded(names: Iterable[str], folder: Path) -> list[str]:
 
 
 def back_up(settings: Settings, folder: Path) -> None:
-    """Copy a checkpoint or the final model to where `backup_to` says; a failure is told and costs
-    nothing else.
+    """Copy a checkpoint or the final model to where `backup_to` says.
+
+    A failure is told and costs nothing else.
     """
     if settings.backup_to == "none":
         return
@@ -44,8 +45,8 @@ def back_up(settings: Settings, folder: Path) -> None:
         print(f"{folder.name} is copied to {where}")
     except Exception as error:
         print(
-            f"{folder.name} is NOT copied to {settings.backup_to} ({short(error)}). It is safe "
-            f"here: {folder}"
+            f"{folder.name} is NOT copied to {settings.backup_to} ({short(error)}). "
+            f"It is safe here: {folder}"
         )
 
 
@@ -69,18 +70,19 @@ def purpose_of(name: str) -> str:
 
 
 def backup_repo(settings: Settings, api: HfApi) -> str:
-    """The repository for copies. A branch is as public as its repository, so it is one of its own,
-    always private.
+    """The repository for copies: one of its own, always private.
+
+    A branch of the adapter's repository would be as public as that.
     """
     return hub_repo_id(settings, api.whoami()["name"]) + "-checkpoints"
 
 
 def copy_to_hub(settings: Settings, folder: Path) -> str:
     """Add the folder and remove the superseded ones in one commit: no copy is ever half there.
-    Returns the repository.
 
-    A checkpoint's optimizer and random states are pickles of torch, without which nothing resumes:
-    they go to this private repository alone, and are loaded with `weights_only`.
+    Returns the repository. A checkpoint's optimizer and random states are pickles of torch, without
+    which nothing resumes: they go to this private repository alone, and are loaded with
+    `weights_only`.
     """
     api = hub_api()
     repo = with_retries(lambda: backup_repo(settings, api))
@@ -93,11 +95,10 @@ def copy_to_hub(settings: Settings, folder: Path) -> str:
 
 
 def fetch_backup(settings: Settings) -> None:
-    """Bring the copies of this run back to a machine that has none; they are checked like all
-    others afterwards.
+    """Bring the copies of this run back to a machine that has none.
 
-    Raises `UserError` if the Hub cannot say whether there are any: beginning anew could replace
-    them.
+    They are checked like all others afterwards. Raises `UserError` if the Hub cannot say whether
+    there are any: beginning anew could replace them.
     """
     if settings.backup_to == "drive":
         copies = drive_folder(settings)
@@ -121,6 +122,6 @@ def fetch_backup(settings: Settings) -> None:
         return
     except Exception as error:
         raise UserError(
-            f"The Hub cannot be asked for this run's checkpoints ({short(error)}). Run this cell "
-            "again later; or set backup_to = 'none', to begin without them."
+            f"The Hub cannot be asked for this run's checkpoints ({short(error)}). "
+            "Run this cell again later; or set backup_to = 'none', to begin without them."
         ) from None

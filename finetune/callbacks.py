@@ -62,8 +62,8 @@ class KeepSafe(TrainerCallback):
         raise UserError(
             f"Training stopped at step {step}: {what} is not finite. The last good checkpoint: "
             f"{next(whole, 'none')}\nLower learning_rate (half is a good start) and run all again: "
-            "with resume = 'anyway' it continues from that checkpoint, with a new run_name it "
-            "begins anew."
+            "with resume = 'anyway' it continues from that checkpoint, "
+            "with a new run_name it begins anew."
         )
 
     def on_pre_optimizer_step(
@@ -165,8 +165,8 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
         last = last_good_checkpoint(settings.run_dir)
         raise UserError(
             f"The disk is full: {settings.run_dir} could not be written to. Saved before: "
-            f"{last.name if last else 'nothing'}. Free some space, then run this cell again: it "
-            "continues from there."
+            f"{last.name if last else 'nothing'}. "
+            "Free some space, then run this cell again: it continues from there."
         ) from None
     finally:
         if main:

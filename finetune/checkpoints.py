@@ -39,8 +39,9 @@ NOT_TRAINING = {
 
 
 def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
-    """What two runs must share for one to continue the other: the settings that matter, and hashes
-    of the tokens.
+    """What two runs must share for one to continue the other.
+
+    That is: the settings that matter, and hashes of the tokens.
     """
 
     def digest(data: Any) -> str:
@@ -88,8 +89,7 @@ def remembered(folder: Path, purpose: str) -> dict[str, Any]:
 
 @main_first
 def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
-    """The folder to continue from, as `trainer.train(resume_from_checkpoint=…)` takes it, or None
-    to begin.
+    """The folder for `trainer.train(resume_from_checkpoint=…)` to continue from, or None to begin.
 
     Prints what it decided and why. The finished run itself comes back as `final_model`. Copies are
     fetched from `backup_to` if nothing usable is here. Raises `UserError` if data or settings
@@ -117,9 +117,8 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
             return begin(run_dir, trainer.model, f"{why} ({'; '.join(changed)})")
         raise UserError(
             listed(f"{last} is of an unfinished run with other data or settings:", changed)
-            + "\nEither choose a new run_name, to begin a run of its own; or put the old values "
-            "back, to continue; or "
-            "set resume = 'anyway', to continue with the new ones."
+            + "\nEither choose a new run_name, to begin a run of its own; or put the old "
+            "values back, to continue; or set resume = 'anyway', to continue with the new ones."
         )
     trainer.args.eval_on_start = False  # its result is in the log already
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")

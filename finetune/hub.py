@@ -29,8 +29,8 @@ def _colab_token() -> tuple[str | None, str]:
     except ImportError:
         return None, ""
     how = (
-        "click the key on Colab's left edge, add a secret named HF_TOKEN, and switch 'Notebook "
-        "access' on"
+        "click the key on Colab's left edge, add a secret named HF_TOKEN, "
+        "and switch 'Notebook access' on"
     )
     try:
         return userdata.get("HF_TOKEN"), ""
@@ -40,8 +40,8 @@ def _colab_token() -> tuple[str | None, str]:
         return (
             None,
             (
-                "Colab's secret HF_TOKEN is not open to this notebook: click the key, switch "
-                "'Notebook access' on."
+                "Colab's secret HF_TOKEN is not open to this notebook: "
+                "click the key, switch 'Notebook access' on."
             ),
         )
     except userdata.TimeoutException:
@@ -59,8 +59,8 @@ def _kaggle_token() -> tuple[str | None, str]:
         return (
             None,
             (
-                f"Kaggle has no secret HF_TOKEN ({type(error).__name__}): Add-ons › Secrets › Add "
-                "secret."
+                f"Kaggle has no secret HF_TOKEN ({type(error).__name__}): "
+                "Add-ons › Secrets › Add secret."
             ),
         )
 
@@ -75,12 +75,12 @@ def _typed_token() -> tuple[str | None, str]:
 
 
 def sign_in(needed: bool = True) -> str | None:
-    """Find a Hugging Face token, put it into this process's environment, and say where it came
-    from.
+    """Put a Hugging Face token into this process's environment, and say where it was found.
 
-    Looks in the environment (`HF_TOKEN`), Colab's secrets, Kaggle's secrets and the token that `hf
-    auth login` stored; asks, hidden, only if `needed`. Returns None without one, which is enough
-    for a public or local base model. The token itself is never printed, and never given to git.
+    Looks in the environment (`HF_TOKEN`), Colab's secrets, Kaggle's secrets and the token that
+    `hf auth login` stored; asks, hidden, only if `needed`. Returns None without one, which is
+    enough for a public or local base model. The token itself is never printed, and never given to
+    git.
     """
     sources = {
         "the environment": lambda: (os.environ.get("HF_TOKEN"), ""),
@@ -109,8 +109,6 @@ PUSHED_FILES = [
     *("adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"),
     *("chat_template.jinja", "generation_config.json", "README.md", "run.json", "checksums.json"),
 ]
-
-
 CARD_FILES = ["README.md", "run.json", "checksums.json"]
 
 
@@ -121,8 +119,7 @@ def hub_repo_id(settings: Settings, user: str) -> str:
 
 
 def hub_api(token: str | None = None) -> HfApi:
-    """The Hub's client with a time limit on every request: as it comes, huggingface_hub waits for
-    ever.
+    """The Hub's client with a time limit on every request: by itself it waits for ever.
 
     60 s without a byte end a request; an upload that moves has all the time it needs.
     huggingface_hub before 1.0 is on requests, later on httpx, whose limits are set in different
@@ -156,14 +153,13 @@ def status_of(error: Exception) -> int | None:
 
 
 RETRY_WAITS = (2, 5, 15, 30)  # seconds before each further try
-
-
 RETRY_SECONDS = 600  # after so long no further try is begun
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error of the Hub's client may be gone later: too many requests, a server's fault,
-    no connection.
+    """Whether an error of the Hub's client may be gone later.
+
+    That is: too many requests, a server's fault, no connection.
     """
     if status := status_of(error):
         return status in (408, 429) or status >= 500
@@ -176,11 +172,10 @@ def passes(error: Exception) -> bool:
 
 
 def with_retries(call: Callable[[], Any]) -> Any:
-    """`call()`, tried again after `RETRY_WAITS` for errors that may pass; raises the last error, or
-    any other at once.
+    """`call()`, tried again after `RETRY_WAITS` for errors that may pass.
 
-    huggingface_hub repeats some requests by itself, but neither the making of a repository nor a
-    commit.
+    Raises the last error, or any other at once. huggingface_hub repeats some requests by itself,
+    but neither the making of a repository nor a commit.
     """
     began = time.monotonic()
     for wait in (*RETRY_WAITS, None):
@@ -195,8 +190,9 @@ def with_retries(call: Callable[[], Any]) -> Any:
 
 
 def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
-    """Make `repo` if it is not there; raises `UserError` if it is there and public where `private`
-    is wanted.
+    """Make `repo` if it is not there.
+
+    Raises `UserError` if it is there and public where `private` is wanted.
     """
     with_retries(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if private and not with_retries(lambda: api.model_info(repo)).private:

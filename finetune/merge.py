@@ -26,13 +26,12 @@ from qlora_helpers import Settings, UserError, locate
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight of base and adapter in one, under the base model's names, one at a time, on the
-    model's device.
+    """Each weight of base and adapter in one, under the base model's names, one at a time.
 
-    4-bit weights are dequantised: the adapter was trained against these, not against the weights
-    that they were made from. On the embedded model, validation loss was 0.053 with the adapter,
-    0.053 merged so, and 0.243 merged into the 16-bit weights (`tests/bench/merge.py`). Tied weights
-    come once.
+    They are on the model's device. 4-bit weights are dequantised: the adapter was trained against
+    these, not against the weights that they were made from. On the embedded model, validation loss
+    was 0.053 with the adapter, 0.053 merged so, and 0.243 merged into the 16-bit weights
+    (`tests/bench/merge.py`). Tied weights come once.
     """
     base = model.get_base_model()
     for name, parameter in base.named_parameters():
@@ -59,8 +58,9 @@ def with_delta(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 def write_shards(
     weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype, shard: int
 ) -> None:
-    """Write weights in `dtype` as safetensors of about `shard` bytes each, with their index; holds
-    one at a time.
+    """Write weights in `dtype` as safetensors of about `shard` bytes each, with their index.
+
+    Holds one at a time.
     """
     files, waiting, size = [], {}, 0
 
@@ -98,12 +98,12 @@ def check_merge(
     rows: Sequence[dict],
     max_new_tokens: int,
 ) -> bool:
-    """Whether the merged model in `folder` says over `rows` what `model` (adapter on base) says;
-    prints the figures.
+    """Whether the merged model in `folder` says over `rows` what `model` (adapter on base) says.
 
-    Logits at the trained positions, each less its mean, are compared by root mean square: merged
-    against adapter, and adapter against base for scale. Greedy answers are told, not judged: in 16
-    bits a near tie may go the other way. What does not fit on the GPU is offloaded.
+    Prints the figures. Logits at the trained positions, each less its mean, are compared by root
+    mean square: merged against adapter, and adapter against base for scale. Greedy answers are
+    told, not judged: in 16 bits a near tie may go the other way. What does not fit on the GPU is
+    offloaded.
     """
     examples = [encode_example(tokenizer, row["prompt"], row["completion"]) for row in rows]
     prompts = [row["prompt"] for row in rows]
@@ -123,10 +123,10 @@ def check_merge(
         merged, answers = logits(whole), generate_answers(whole, tokenizer, prompts, max_new_tokens)
     difference = (merged - tuned).square().mean().sqrt().item()
     print(
-        f"Merged against adapter: logits differ by {difference:.4f}; training changed them by "
-        f"{effect:.4f}."
-        f" Same likeliest token {(merged.argmax(-1) == tuned.argmax(-1)).float().mean():.1%},"
-        f" same answer {sum(a == b for a, b in zip(answers, texts, strict=True))} of {len(texts)}."
+        f"Merged against adapter: logits differ by {difference:.4f}; "
+        f"training changed them by {effect:.4f}. "
+        f"Same likeliest token {(merged.argmax(-1) == tuned.argmax(-1)).float().mean():.1%}, "
+        f"same answer {sum(a == b for a, b in zip(answers, texts, strict=True))} of {len(texts)}."
     )
     return difference <= max(MERGE_LIMIT * effect, MERGE_NOISE)
 
@@ -155,8 +155,8 @@ def merge_adapter(
         shutil.copy(settings.final_model / "run.json", work)
         if not check_merge(model, tokenizer, work, rows, settings.max_new_tokens):
             raise UserError(
-                "The merge is not what was trained; it is deleted. The adapter: "
-                f"{settings.final_model}"
+                "The merge is not what was trained; it is deleted. "
+                f"The adapter: {settings.final_model}"
             )
         seal(work, "merged", settings.run_name)
     return folder

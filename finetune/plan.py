@@ -23,8 +23,9 @@ from qlora_helpers import Settings, UserError, listed
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """What one run will do; `steps` are optimizer steps, `peak` GiB, `seconds` of the whole run,
-    `table` for people.
+    """What one run will do.
+
+    `steps` are optimizer steps, `peak` GiB, `seconds` of the whole run, `table` for people.
     """
 
     cut: Cut
@@ -42,9 +43,8 @@ class Plan:
     def __str__(self) -> str:
         text = (
             f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch), warm-up over the first "
-            f"{self.warmup_steps:,}\n"
-            f"Each step: {self.cut.micro_batch} rows × {self.accumulation}, {self.cut.layout}; "
-            f"{self.why}"
+            f"{self.warmup_steps:,}\nEach step: {self.cut.micro_batch} rows × "
+            f"{self.accumulation}, {self.cut.layout}; {self.why}"
         )
         if not self.table:
             return text
@@ -63,8 +63,7 @@ class Plan:
 
 
 def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan:
-    """Time real passes over the data's longest and typical micro-batches, and choose the fastest
-    cut that fits.
+    """Time the longest and typical micro-batches in real passes; choose the fastest cut that fits.
 
     The effective batch is the contract: every cut gives the same update but for rounding. Weights,
     random states and gradients are left as they were. What was measured is kept in the run's folder
@@ -78,8 +77,7 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
         fits = max(n for n in range(1, ranks + 1) if step % n == 0)
         raise UserError(
             f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
-            "set batch_size × "
-            f"gradient_accumulation to a multiple of {ranks}."
+            f"set batch_size × gradient_accumulation to a multiple of {ranks}."
         )
     if is_spread():
         measured = plan_unmeasured(settings, model)
@@ -105,15 +103,16 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
 
 
 def plan_unmeasured(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
-    """What a spread model trains by: at most `batch_size` rows at once on each GPU, all layers
-    recomputed.
+    """What a spread model trains by, unmeasured.
+
+    At most `batch_size` rows at once on each GPU, all layers recomputed.
     """
     share = settings.effective_batch // processes()[1]
     size = max(n for n in range(1, settings.batch_size + 1) if share % n == 0)
     cut = Cut(size, True, flat_attention(model), len(checkpointable(model)))
     why = (
-        "all layers recomputed: as set, not measured, because the base model is spread over "
-        "the GPUs"
+        "all layers recomputed: as set, not measured, "
+        "because the base model is spread over the GPUs"
     )
     return {
         "cut": dataclasses.asdict(cut),
@@ -151,8 +150,9 @@ def planned_for(
 
 
 def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier plan of this run measured, if it was about the same; says what has changed if
-    not.
+    """What an earlier plan of this run measured, if it was about the same.
+
+    Says what has changed if not.
     """
     path = settings.run_dir / "plan.json"
     if settings.resume == "never" or not path.exists():

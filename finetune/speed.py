@@ -28,8 +28,7 @@ from finetune.machine import is_sharded, is_spread
 
 
 def keep_dense(model: PreTrainedModel, keep: bool) -> None:
-    """Keep all 4-bit weights dequantised beside themselves (3.5 times their size), or drop that
-    copy again.
+    """Keep a dequantised copy beside all 4-bit weights (3.5 times their size), or drop it again.
 
     The numbers are the very ones that every pass would dequantise, so nothing changes but the time
     it takes.
@@ -40,11 +39,10 @@ def keep_dense(model: PreTrainedModel, keep: bool) -> None:
 
 
 def fuse_lora(model: PreTrainedModel) -> int:
-    """Train plain LoRA layers through `LoraMatmul`, and other 4-bit layers from their dense copy;
-    return how many.
+    """Train plain LoRA layers through `LoraMatmul`; return how many.
 
-    Only training passes change: without gradients, with the adapter off, or for variants (DoRA),
-    PEFT's own code runs.
+    Other 4-bit layers train from their dense copy. Only training passes change: without gradients,
+    with the adapter off, or for variants (DoRA), PEFT's own code runs.
     """
     lora = [
         m
@@ -92,11 +90,11 @@ def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
 
 
 def fuse_loss(causal: PreTrainedModel) -> str:
-    """Let a causal LM compute its training loss from the trained positions alone, in pieces; "" if
-    it cannot.
+    """Let a causal LM compute its training loss from the trained positions alone, in pieces.
 
-    The logits of a 4096-token row take 0.5 GB in fp32, and those of prompt tokens are never used.
-    Models that scale or cap their logits keep their own way.
+    Returns what was switched on, "" if it cannot. The logits of a 4096-token row take 0.5 GB in
+    fp32, and those of prompt tokens are never used. Models that scale or cap their logits keep
+    their own way.
     """
     scaled = (
         "final_logit_softcapping",
@@ -121,30 +119,30 @@ def fuse_loss(causal: PreTrainedModel) -> str:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != -100
         head = self.get_output_embeddings()
-        weight = (
-            head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
-        )  # in parts by FSDP
+        # FSDP has it in parts.
+        weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
         loss = FrozenHeadLoss.apply(hidden[trained], weight, head.bias, labels[:, 1:][trained])
         return CausalLMOutput(
             loss=loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
         )
 
-    causal.forward = types.MethodType(
-        forward, causal
-    )  # as a method: `generate` looks at its signature
+    # As a method: `generate` looks at its signature.
+    causal.forward = types.MethodType(forward, causal)
     return "loss over trained tokens"
 
 
 def padded_attention(model: PreTrainedModel) -> str:
-    """What computes attention over padded rows: "sdpa", or "eager" where transformers has no other
-    for this model.
+    """What computes attention over padded rows: "sdpa", or "eager".
+
+    The latter where transformers has no other for this model.
     """
     return "sdpa" if model.get_base_model()._supports_sdpa else "eager"
 
 
 def flat_attention(model: PreTrainedModel) -> str:
-    """What computes attention over rows end to end: "varlen", or as for padded ones where that is
-    not this model's.
+    """What computes attention over rows end to end: "varlen", or as for padded ones.
+
+    The latter where "varlen" is not this model's.
     """
     config = model.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None)
@@ -158,18 +156,16 @@ def flat_attention(model: PreTrainedModel) -> str:
 
 
 def use_fast_kernels(model: PreTrainedModel) -> str:
-    """Give a LoRA model the faster of equal computations that this machine has; return what was
-    switched on.
+    """Give a LoRA model the faster of equal computations that this machine has.
 
-    Everywhere: `LoraMatmul` and a loss over the trained tokens alone. On a GPU: Liger's RMSNorm,
-    RoPE and SwiGLU.
+    Returns what was switched on. Everywhere: `LoraMatmul` and a loss over the trained tokens alone.
+    On a GPU: Liger's RMSNorm, RoPE and SwiGLU.
     """
     if is_spread() and not is_sharded():
         return "nothing: this process does not train"
     causal = model.get_base_model()
-    causal.config.use_cache = (
-        False  # with a cache transformers lets rows that lie end to end see each other
-    )
+    # With a cache transformers lets rows that lie end to end see each other.
+    causal.config.use_cache = False
     used = [f"fused LoRA in {fuse_lora(model)} layers", fuse_loss(causal)]
     if has_varlen():
         AttentionInterface.register("varlen", varlen_attention)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 from finetune.batches import StepSampler, row_lengths, split_batch, with_void_row
-from finetune.files import BEING_WRITTEN, is_free, remove
+from finetune.files import BEING_WRITTEN
 from finetune.machine import free_cache, processes
 from finetune.plan import Plan
 from finetune.speed import adapter_to_fp32, keep_dense, recompute_layers
@@ -33,12 +33,11 @@ def one_gpu(args: TrainingArguments) -> TrainingArguments:
 
 
 def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
-    """Make a freshly built `SFTTrainer` train by the plan: order of rows, recomputed layers, fp32
-    adapter, loss.
+    """Make a freshly built `SFTTrainer` train by the plan.
 
-    TRL's own `compute_loss` also gathers entropy and accuracy of every micro-batch, and waits for
-    the GPU four times to do so; the Trainer's plain one is used. Its loss is over the step's
-    trained tokens, whatever the cut.
+    That is: order of rows, recomputed layers, fp32 adapter, loss. TRL's own `compute_loss` also
+    gathers entropy and accuracy of every micro-batch, and waits for the GPU four times to do so;
+    the Trainer's plain one is used. Its loss is over the step's trained tokens, whatever the cut.
     """
     adapter_to_fp32(trainer.model)
     recompute_layers(trainer.model, plan.cut.recomputed_layers)
@@ -48,9 +47,8 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     sampler = StepSampler(lengths, settings.effective_batch, settings.seed, plan.cut)
     if sampler.processes > 1:
         trainer.train_dataset = with_void_row(trainer.train_dataset)
-    if (
-        trainer.is_fsdp_enabled
-    ):  # its own casts would round the adapter's weights and the positions' frequencies
+    # FSDP's own casts would round the adapter's weights and the positions' frequencies.
+    if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         trainer.save_model = functools.partial(save_gathered, trainer)
         trainer._load_from_checkpoint = functools.partial(load_gathered, trainer)
@@ -63,9 +61,8 @@ def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
     trainer.create_model_card = lambda *_, **__: None
     trainer._save_checkpoint = functools.partial(save_marked, trainer, trainer._save_checkpoint)
     survive_out_of_memory(trainer)
-    trainer.accelerator.dataloader_config.non_blocking = (
-        True  # else a batch waits for the step before it
-    )
+    # Else a batch waits for the step before it.
+    trainer.accelerator.dataloader_config.non_blocking = True
     trim_steps(trainer)
 
 
@@ -73,16 +70,15 @@ def save_marked(trainer: Any, save: Callable, *args: Any, **kwargs: Any) -> None
     """Save a checkpoint in a folder that says, until it is sealed, that it is being written."""
     folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if trainer.args.should_save:
-        if not is_free(folder) and not (folder / BEING_WRITTEN).exists():
-            remove(folder, "checkpoint")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / BEING_WRITTEN).touch()
     save(*args, **kwargs)
 
 
 def save_gathered(trainer: Any, output_dir: str, _internal_call: bool = False) -> None:
-    """Save the adapter that FSDP has taken apart; the Trainer would gather the whole base model to
-    do that.
+    """Save the adapter that FSDP has taken apart.
+
+    The Trainer would gather the whole base model to do that.
     """
     weights = {
         name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad
@@ -93,8 +89,9 @@ def save_gathered(trainer: Any, output_dir: str, _internal_call: bool = False) -
 
 
 def load_gathered(trainer: Any, folder: str, model: Any = None) -> None:
-    """Load what `save_gathered` saved, each process its part (accelerate 1.15's own way waits for
-    ever for a LoRA).
+    """Load what `save_gathered` saved, each process its part.
+
+    accelerate 1.15's own way waits for ever for a LoRA.
     """
     saved = load_file(f"{folder}/adapter_model.safetensors")
     for name, weight in trainer.model.named_parameters():
@@ -104,19 +101,17 @@ def load_gathered(trainer: Any, folder: str, model: Any = None) -> None:
 
 
 def trim_steps(trainer: Any) -> None:
-    """Spare each step its walks over all of the model's modules, which on short rows leave the GPU
-    idle.
+    """Spare each step its walks over all of the model's modules.
 
-    To set the training mode, to clear and to clip gradients and to count FLOP, the Trainer visits
-    every module, frozen ones too: 100 of 360 ms a step in a profile of Mistral-7B. The trained
-    weights are enough; nothing uses the FLOP.
+    On short rows they leave the GPU idle. To set the training mode, to clear and to clip gradients
+    and to count FLOP, the Trainer visits every module, frozen ones too: 100 of 360 ms a step in a
+    profile of Mistral-7B. The trained weights are enough; nothing uses the FLOP.
     """
     step, trainer.floating_point_ops = trainer.training_step, lambda inputs: 0.0
 
     def training_step(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if "zero_grad" not in vars(
-            model
-        ):  # `model` is what the Trainer has made of it by now: DDP's, for one
+        # `model` is what the Trainer has made of it by now: DDP's, for one.
+        if "zero_grad" not in vars(model):
             trim(trainer, model)
         return step(model, *args, **kwargs)
 
@@ -142,16 +137,14 @@ def trim(trainer: Any, model: Any) -> None:
 
 
 def survive_out_of_memory(trainer: Any) -> None:
-    """If memory runs out in a micro-batch, take its gradients back and do it again in halves, and
-    all later ones too.
+    """If memory runs out in a micro-batch, take its gradients back and do it again in halves.
 
-    The loss is normalised by the trained tokens of the whole step, so halves add up to the same
-    gradient: the micro-batch is halved, the accumulation doubled, and the effective batch stays.
-    Raises `UserError` if one row alone does not fit.
+    All later ones go in halves too. The loss is normalised by the trained tokens of the whole step,
+    so halves add up to the same gradient: the micro-batch is halved, the accumulation doubled, and
+    the effective batch stays. Raises `UserError` if one row alone does not fit.
     """
-    if (
-        processes()[1] > 1
-    ):  # the other processes would wait for ever for the halves that they do not have
+    # The other processes would wait for ever for the halves that they do not have.
+    if processes()[1] > 1:
         return
     step, pieces = trainer.training_step, [1]
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -171,9 +164,8 @@ def survive_out_of_memory(trainer: Any) -> None:
         if pieces[0] < 2 * cut:
             pieces[0] = 2 * cut
             print(
-                f"Memory ran out: each micro-batch now goes in {pieces[0]} parts; the "
-                "effective "
-                "batch is unchanged."
+                f"Memory ran out: each micro-batch now goes in {pieces[0]} parts; "
+                "the effective batch is unchanged."
             )
         return sum(part(model, half, count, 2 * cut) for half in halves)
 

@@ -65,9 +65,7 @@ class Trial:
 
 
 class Trials:
-    """Measures cuts on the model at hand, from one row upwards as long as that pays, within a time
-    budget.
-    """
+    """Measures cuts on the model at hand, from one row up while that pays, within a time budget."""
 
     def __init__(self, settings: Settings, model: Any, examples: Any, lengths: Sequence[int]):
         self.settings, self.model, self.lengths, self.real_lengths = (
@@ -84,9 +82,8 @@ class Trials:
         self.epochs = math.ceil(steps / per_epoch)
         self.layers, self.gpu = len(checkpointable(model)), torch.cuda.is_available()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.limit = (
-            memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30
-        )  # AdamW's two moments come later
+        # AdamW's two moments come later.
+        self.limit = memory_limit(settings.memory_limit_gb) - 8 * trained / 2**30
         self.tried: list[Trial] = []
 
     def choose(self) -> Trial:
@@ -95,9 +92,8 @@ class Trials:
         with untouched(self.model):
             padding = self.padding(self.sizes()[-1])
             varlen, padded = attention == "varlen", padded_attention(self.model)
-            apart = (varlen or padding > 0.02) and self.keeps_rows_apart(
-                attention
-            )  # this also compiles the attention
+            # This also compiles the attention.
+            apart = (varlen or padding > 0.02) and self.keeps_rows_apart(attention)
             self.deadline = time.monotonic() + (45 if self.gpu else 20)
             if apart:
                 self.climb(
@@ -119,9 +115,8 @@ class Trials:
             longest = max(self.lengths)
             raise UserError(
                 f"Out of memory: one row of {longest:,} tokens does not fit into "
-                f"{self.limit:.1f} GB, even with every "
-                f"layer recomputed. Set max_length = {longest // 2} in the hyperparameter cell, "
-                "or use a larger GPU."
+                f"{self.limit:.1f} GB, even with every layer recomputed. Set max_length = "
+                f"{longest // 2} in the hyperparameter cell, or use a larger GPU."
             )
         return self.best()
 
@@ -148,13 +143,13 @@ class Trials:
         whole, noise, change = (
             t.norm().item() for t in (logits[0], logits[1] - logits[0], logits[2] - logits[1])
         )
-        return (
-            change <= 3 * noise + 1e-4 * whole
-        )  # a GPU may compute the same thing differently each time
+        # A GPU may compute the same thing differently each time.
+        return change <= 3 * noise + 1e-4 * whole
 
     def sizes(self, tokens: int = 0) -> list[int]:
-        """Rows at once that divide the effective batch, with `tokens` or more; a CPU gains nothing
-        from many.
+        """Rows at once that divide the effective batch, with `tokens` or more.
+
+        A CPU gains nothing from many.
         """
         step, mean = (
             self.settings.effective_batch // processes()[1],
@@ -164,9 +159,7 @@ class Trials:
         return [n for n in found if n * mean >= tokens] or found[-1:]
 
     def climb(self, cuts: Iterable[Cut]) -> None:
-        """Measure cuts in turn until one is slower than the one before or must recompute more, or
-        time is up.
-        """
+        """Measure cuts until one is slower or recomputes more than the last, or time is up."""
         last, again = math.inf, self.layers
         for cut in cuts:
             if self.fitting() and time.monotonic() > self.deadline:
@@ -199,10 +192,9 @@ class Trials:
         return 2.2 * sum(math.prod(shape) for shape in shapes) / 2**30
 
     def measure(self, cut: Cut, most: int) -> Trial:
-        """Recompute as few layers as memory demands, then time the longest and two typical
-        micro-batches of `cut`.
+        """Time the longest and two typical micro-batches of `cut`.
 
-        Gives up where more than `most` layers must be recomputed.
+        Recomputes as few layers as memory demands; gives up where more than `most` must be.
         """
         sampler = StepSampler(
             self.real_lengths, self.settings.effective_batch, self.settings.seed, cut
@@ -236,11 +228,10 @@ class Trials:
         return [*range(first, self.layers, max(1, self.layers // 8)), self.layers]
 
     def layers_to_recompute(self, cut: Cut, batches: list[list[int]]) -> int:
-        """The fewest layers to recompute for the longest micro-batch, from two passes over a
-        smaller one.
+        """The fewest layers to recompute for the longest micro-batch.
 
-        With `t` tokens and `r` of `L` layers recomputed, the peak is about `base + t · (rest + (L -
-        r) · layer)`.
+        From two passes over a smaller one: with `t` tokens and `r` of `L` layers recomputed, the
+        peak is about `base + t · (rest + (L - r) · layer)`.
         """
         probe = next((rows for rows in batches if self.tokens(cut, rows) > 1000), batches[-1])
         half, tokens, worst = (
@@ -259,8 +250,9 @@ class Trials:
         return cut.size([self.lengths[row] for row in rows])
 
     def timed(self, cut: Cut, rows: Sequence[int]) -> tuple[float, float, float]:
-        """Seconds of one real forward and backward pass (the second of two), GiB before it and at
-        its peak.
+        """Seconds of one real forward and backward pass, GiB before it and at its peak.
+
+        On a GPU the second of two passes counts.
         """
         recompute_layers(self.model, cut.recomputed_layers)
         self.model.set_attn_implementation(cut.attention)
@@ -284,9 +276,7 @@ class Trials:
     def epoch_seconds(
         self, cut: Cut, batches: list[list[int]], measured: Mapping[int, float]
     ) -> float:
-        """Seconds of an epoch: each micro-batch as the line between the measured ones (seconds by
-        tokens) has it.
-        """
+        """Seconds of an epoch, interpolating `measured` (seconds by tokens) per micro-batch."""
         sizes = [self.tokens(cut, rows) for rows in batches]
         passes = math.ceil(len(self.real_lengths) / cut.micro_batch) / processes()[1]
         each = np.interp(sizes, *zip(*sorted(measured.items()), strict=True)).mean()
@@ -298,8 +288,8 @@ class Trials:
         layers = f"{again} of {self.layers} layers recomputed" if again else "no layer recomputed"
         kept = ", base weights kept dense" if chosen.cut.dense else ""
         return (
-            f"{layers}{kept}: the fastest of {len(self.fitting())} measured within "
-            f"{self.limit:.1f} GB"
+            f"{layers}{kept}: the fastest of {len(self.fitting())} "
+            f"measured within {self.limit:.1f} GB"
         )
 
 
