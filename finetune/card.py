@@ -1,4 +1,4 @@
-"""Section 14: the README of an adapter or a merged model."""
+"""Sections 11 and 14: the README of an adapter or a merged model."""
 
 from __future__ import annotations
 

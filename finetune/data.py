@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from finetune.files import telling_if_full
 from finetune.lock import claim, is_run
 from finetune.machine import main_first
 from finetune.rows import LONGEST_LINE, parse_row
@@ -134,15 +135,10 @@ def read_rows(settings: Settings) -> Dataset:
     claim(settings.run_dir)
     files, folder = find_files(settings.data_files), settings.run_dir / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    reader, writing = (
-        RowReader(files, settings.run_dir / "data.rejected.jsonl"),
-        folder / ".rows.writing",
-    )
-    schema = pa.schema([(name, pa.string()) for name in ("prompt", "completion", "where")])
-    with pa.OSFile(str(writing), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        rows = iter(reader)
-        while batch := list(itertools.islice(rows, 256)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    reader = RowReader(files, settings.run_dir / "data.rejected.jsonl")
+    writing = folder / ".rows.writing"
+    with telling_if_full(folder, "Nothing was trained."):
+        write_rows(reader, writing)
     reader.report(settings.on_bad_rows)
     if not reader.format:
         raise UserError(f"The files hold no rows: {', '.join(file.name for file in files)}")
@@ -153,6 +149,15 @@ def read_rows(settings: Settings) -> Dataset:
     for note in data_notes(rows):
         print(f"! {note}")
     return rows
+
+
+def write_rows(rows: Iterable[dict[str, str]], file: Path) -> None:
+    """Write rows to an Arrow file, 256 at a time."""
+    schema = pa.schema([(name, pa.string()) for name in ("prompt", "completion", "where")])
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        rows = iter(rows)
+        while batch := list(itertools.islice(rows, 256)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
 def keep_new(writing: Path, final: Path) -> Path:

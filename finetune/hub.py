@@ -1,4 +1,4 @@
-"""Section 3: sign in; and the Hub's client with time limits, retries and whole commits."""
+"""Section 3: sign in. And the Hub's client: time limits, retries, whole commits, no paths."""
 
 from __future__ import annotations
 

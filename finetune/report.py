@@ -16,7 +16,7 @@ from pandas import DataFrame, Series, concat, json_normalize
 
 from finetune.answers import score_lines, show_comparison
 from finetune.data import find_files
-from finetune.files import file_hash
+from finetune.files import file_hash, telling_if_full
 from qlora_helpers import Settings
 
 
@@ -104,9 +104,10 @@ def write_report(
     run = {**run, "data": data, "sha256": hashes}
     answers = {"log": log, "answers": table.to_dict("records")}
     text = json.dumps(run | answers, indent=1, ensure_ascii=False)
-    (settings.run_dir / "run.json").write_text(text + "\n", encoding="utf-8")
     page = settings.run_dir / "report.html"
-    page.write_text(report_page(settings, run, table, log), encoding="utf-8")
+    with telling_if_full(settings.run_dir, f"The adapter is safe: {settings.final_model}."):
+        (settings.run_dir / "run.json").write_text(text + "\n", encoding="utf-8")
+        page.write_text(report_page(settings, run, table, log), encoding="utf-8")
     return page
 
 

@@ -1,4 +1,4 @@
-"""Section 14: the adapter's folder, its card, and the push."""
+"""Sections 11 and 14: the adapter's folder, and the push."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def snapshot(root: Path) -> dict[str, str]:
 
 def pick(chance: random.Random, root: Path, used: list[str], fresh: str) -> str:
     """Where a setting points: a new folder, one that another setting has, one in it, or a link."""
-    kind = chance.choice(["fresh"] * 9 + ["nested", "deep", "same", "link", "relative", "here"])
+    kind = chance.choice(["fresh"] * 11 + ["nested", "deep", "same", "link", "relative", "here"])
     known = chance.choice(used) if used else fresh
     if kind == "nested":
         return f"{known}/{fresh}"

@@ -186,6 +186,19 @@ def test_a_disk_that_fills_up_in_a_merge_is_told_in_words(
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
+def test_a_disk_that_is_full_of_rows_is_told_in_words(small_disk, tmp_path, settings):
+    from finetune.data import read_rows
+
+    row = json.dumps({"prompt": "a", "completion": "b" * 1000})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4000)
+    cfg = settings(data_files=str(tmp_path / "*.jsonl"), output_dir=str(small_disk))
+    child.fill_up(str(small_disk), 1_000_000)
+    with pytest.raises(
+        UserError, match=r"The disk is full: .*/data could not .* Nothing was train"
+    ):
+        read_rows(cfg)
+
+
 # -------- folders of ours -----------------------------------------------------------------
 
 
@@ -511,5 +524,5 @@ def test_in_fifty_random_arrangements_nothing_of_the_users_is_lost(tmp_path, def
     model = fuzz.Model(tmp_path)
     results = [fuzz.case(number, model, defaults) for number in range(50)]
     assert not [text for result in results for text in result.wrong]
-    assert sum(result.merged for result in results) >= 20
+    assert sum(result.merged for result in results) >= 15
     assert sum(bool(result.refusals) for result in results) >= 10
