@@ -283,5 +283,5 @@ def telling_if_full(folder: Path, left: str) -> Iterator[None]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-N` folders directly in `folder`, the highest step first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\D+\d+", path.name)]
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)

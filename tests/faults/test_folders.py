@@ -273,6 +273,7 @@ def outputs(folder: Path) -> Path:
 
 def test_folders_of_others_in_the_run_are_kept_and_the_run_is_the_same(tiny, tmp_path, undisturbed):
     theirs = ["checkpoint-500", "checkpoint-2-keep", "checkpoint-2", "final_model", "checkpoint-x"]
+    theirs += ["checkpoint-best-2", "checkpoint--3"]
     for name in theirs:
         (outputs(tmp_path) / name).mkdir(parents=True)
         (outputs(tmp_path) / name / "weights.bin").write_text(name)
@@ -281,7 +282,7 @@ def test_folders_of_others_in_the_run_are_kept_and_the_run_is_the_same(tiny, tmp
     assert result_of(tmp_path) == undisturbed[0]
     kept = sorted(path.parent.name for path in outputs(tmp_path).rglob("weights.bin"))
     moved = ["checkpoint-2-kept", "checkpoint-500-kept", "final_model-kept"]
-    assert kept == sorted([*moved, "checkpoint-2-keep", "checkpoint-x"])
+    assert kept == sorted([*moved, *theirs[-2:], "checkpoint-2-keep", "checkpoint-x"])
     assert all(f"{name.removesuffix('-kept')} is moved aside to {name}" in shown for name in moved)
     assert {path.name for path in checkpoints(outputs(tmp_path))} >= {"checkpoint-6"}
 

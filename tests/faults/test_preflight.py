@@ -138,9 +138,6 @@ def test_without_a_hub_a_whole_copy_in_either_cache_is_used_and_not_counted(
     assert access.base_model_gb(cfg, None) == (2 / 2**10, 0.0, "in the cache")
 
 
-SCOPES = [{"entity": {"type": "user", "name": "ada"}, "permissions": ["repo.content.read"]}]
-
-
 def fine(*permissions, name="ada"):
     scopes = [{"entity": {"type": "user", "name": name}, "permissions": list(permissions)}]
     return {"role": "fineGrained", "fineGrained": {"scoped": scopes}}
