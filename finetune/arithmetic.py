@@ -10,48 +10,40 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
 class LoraMatmul(torch.autograd.Function):
-    """`x Wᵀ + scale · dropout(x) Aᵀ Bᵀ` and its gradients for x, A and B.
+    """`x Wᵀ + b + scale · x Aᵀ Bᵀ` and its gradients for x, A and B.
 
-    That is PEFT's LoRA of a frozen 4-bit layer. `x` is [..., in], `A` [r, in], `B` [out, r]. PEFT
-    does it in nine kernels forward, clones the result and keeps a dropped copy of `x` for the
-    backward pass; this takes four, adds in place, and keeps of dropout only its mask.
+    That is PEFT's LoRA of a frozen 4-bit layer, without dropout. `x` is [..., in], `A` [r, in], `B`
+    [out, r]. PEFT does it in nine kernels forward and clones the result; this takes four and adds
+    in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, A: Any, B: Any, layer: Any, scale: float, dropout: float) -> Any:
-        """`layer` is the frozen `Linear4bit`, `dropout` a probability."""
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: Linear4bit, scale: float) -> Any:
+        """`layer` holds W and b."""
         flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
-        dropped, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
-        low = (dropped @ A.t()).mul_(scale)
-        out = (flat @ dense_weight(layer).t()).addmm_(low, B.t())
-        ctx.save_for_backward(flat, kept, low, A, B)
-        ctx.layer, ctx.scale, ctx.dropout = layer, scale, dropout
+        low = (flat @ A.t()).mul_(scale)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        out = torch.nn.functional.linear(flat, dense_weight(layer), bias).addmm_(low, B.t())
+        ctx.save_for_backward(flat, low, A, B)
+        ctx.layer, ctx.scale = layer, scale
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple:
-        """Gradients of x, A and B; the weight is frozen."""
-        flat, kept, low, A, B = ctx.saved_tensors
-        g, g_x, grown = grad.reshape(-1, grad.shape[-1]), None, 1 / (1 - ctx.dropout)
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """Gradients of x, A and B; the layer is frozen."""
+        flat, low, A, B = ctx.saved_tensors
+        g, g_x = grad.reshape(-1, grad.shape[-1]), None
         g_low, g_B = (g @ B).mul_(ctx.scale), g.t() @ low
-        dropped = flat
-        if kept is not None:
-            # It returns its first argument · mask · scale, which for `x` is dropout(x) once more.
-            dropped = torch.ops.aten.native_dropout_backward(flat, kept, grown)
-        g_A = g_low.t() @ dropped
         if ctx.needs_input_grad[0]:
-            g_x = g @ dense_weight(ctx.layer)
-            if kept is None:
-                g_x.addmm_(g_low, A)
-            else:
-                g_x.addcmul_(g_low @ A, kept, value=grown)
-            g_x = g_x.view(*grad.shape[:-1], -1)
-        return g_x, g_A, g_B, None, None, None
+            g_x = (g @ dense_weight(ctx.layer)).addmm_(g_low, A).view(*grad.shape[:-1], -1)
+        return g_x, g_low.t() @ flat, g_B, None, None
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -91,15 +83,14 @@ class FrozenHeadLoss(torch.autograd.Function):
         return saved.float().mul_(grad).to(saved.dtype), None, None, None, None
 
 
-def dense_weight(layer: Any) -> Any:
-    """The weight of a `Linear4bit`, [out, in], in its computing type.
+def dense_weight(layer: Linear4bit) -> Tensor:
+    """The layer's weight, [out, in], in its computing type.
 
     It is the copy that `keep_dense` keeps, or else is dequantised now.
     """
     if (kept := getattr(layer, "dense", None)) is not None:
         return kept
-    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
-    return dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype)
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
 
 
 def varlen_attention(

@@ -16,7 +16,6 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import constants, try_to_load_from_cache
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from finetune.files import edit_json, is_free, new_folder, seal
@@ -134,13 +133,6 @@ def storage(dtype: torch.dtype) -> torch.dtype:
 def linear_4bit(model: PreTrainedModel) -> list[Any]:
     """The model's layers in 4 bits."""
     return [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
-
-
-def bare(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` itself; raises `UserError` if it has an adapter, which a second one would sit on."""
-    if isinstance(model, PeftModel):
-        raise UserError("This model has its adapter already: run section 7 again before this one.")
-    return model
 
 
 def ready_to_shard(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import math
 import random
@@ -45,8 +46,8 @@ class Collator:
     """Rows to one micro-batch: padded, [rows, longest], or, if `flat`, end to end, [1, tokens].
 
     Padding stands on the right, where no real token of a causal model sees it, so no mask is
-    needed. Flat rows carry `position_ids`, from which transformers builds a block-diagonal mask,
-    and the cumulative lengths that varlen needs.
+    needed. Flat rows carry `position_ids`, from which transformers builds a block-diagonal mask
+    (unless there is a cache), and the cumulative lengths that varlen needs.
     """
 
     def __init__(self, cut: Cut, pad: int):
@@ -65,6 +66,7 @@ class Collator:
             "input_ids": torch.tensor([[*itertools.chain(*ids)]]),
             "labels": torch.tensor([[*itertools.chain(*labels)]]),
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "use_cache": False,
         }
         if self.cut.attention == "varlen":
             ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -79,6 +81,7 @@ class Collator:
         return {
             "input_ids": torch.tensor([row + [self.pad] * (width - len(row)) for row in ids]),
             "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+            "use_cache": False,
         }
 
 
@@ -120,14 +123,13 @@ class StepSampler:
 
         The longest that is left goes to the one with fewest tokens so far.
         """
-        count = len(rows) // self.cut.micro_batch
-        hands: list[list[int]] = [[] for _ in range(count)]
-        tokens = [0] * count
+        hands: list[list[int]] = [[] for _ in range(len(rows) // self.cut.micro_batch)]
+        unfilled = [(0, number) for number in range(len(hands))]  # tokens, hand: a heap
         for row in reversed(rows):
-            unfilled = (n for n in range(count) if len(hands[n]) < self.cut.micro_batch)
-            hand = min(unfilled, key=tokens.__getitem__)
-            hands[hand].append(row)
-            tokens[hand] += self.lengths[row]
+            tokens, number = heapq.heappop(unfilled)
+            hands[number].append(row)
+            if len(hands[number]) < self.cut.micro_batch:
+                heapq.heappush(unfilled, (tokens + self.lengths[row], number))
         return [*itertools.chain(*hands)]
 
     def steps(self, epoch: int) -> list[list[int]]:
@@ -185,19 +187,17 @@ def steps_of(settings: Settings, rows: int) -> tuple[int, int]:
 def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     """A collated micro-batch, padded or flat, as up to `parts` smaller ones of whole rows."""
     if "position_ids" not in batch:
-        sizes = min(parts, len(batch["input_ids"]))
-        chunks = {name: tensor.chunk(sizes) for name, tensor in batch.items()}
-        columns = zip(*chunks.values(), strict=True)
-        return [dict(zip(chunks, values, strict=True)) for values in columns]
+        ids, labels = (batch[name].chunk(parts) for name in ("input_ids", "labels"))
+        return [{**batch, "input_ids": i, "labels": n} for i, n in zip(ids, labels, strict=True)]
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     edges = [*starts[:: -(-len(starts) // parts)], batch["input_ids"].shape[1]]
     result = []
     for first, last in itertools.pairwise(edges):
         names = ("input_ids", "labels", "position_ids")
-        piece = {name: batch[name][:, first:last] for name in names}
+        piece = {**batch, **{name: batch[name][:, first:last] for name in names}}
         if "cu_seq_lens_q" in batch:
             ends = [start - first for start in [*starts, edges[-1]] if first <= start <= last]
-            cu = torch.tensor(ends, dtype=torch.int32, device=piece["input_ids"].device)
+            cu = batch["cu_seq_lens_q"].new_tensor(ends)
             piece |= {"cu_seq_lens_q": cu, "max_length_q": int(cu.diff().max())}
         result.append(piece)
     return result

@@ -213,11 +213,3 @@ class Speed(TrainerCallback):
             self.began, self.seconds, self.tokens = now, 0.0, 0
             logs.update(speed)
             state.log_history[-1].update(speed)
-
-
-def log_speed(trainer: Any) -> None:
-    """Let `trainer` log its speed; call it after `follow_plan`, before training.
-
-    The callback stands first, so that TensorBoard sees the number.
-    """
-    trainer.callback_handler.callbacks.insert(0, Speed(trainer._get_train_sampler()))

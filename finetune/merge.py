@@ -20,7 +20,6 @@ from finetune.files import new_folder, seal, telling_if_full
 from finetune.folders import require_mergeable
 from finetune.machine import free_cache
 from finetune.save import write_for_others
-from finetune.speed import keep_dense
 from finetune.tokens import encode_example
 from qlora_helpers import Settings, UserError, locate
 
@@ -144,7 +143,6 @@ def merge_adapter(
     main memory holds one shard of 2 GB. Raises `UserError` if the check fails.
     """
     require_mergeable(settings)
-    keep_dense(model, False)
     folder = locate(settings.merged_dir)
     left = f"The adapter is safe: {settings.final_model}."
     with telling_if_full(folder, left), new_folder(folder, "merged") as work:

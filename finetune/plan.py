@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from pandas import DataFrame
-from transformers import PreTrainedModel
+from peft import PeftModel
 
 from finetune.batches import Cut, row_lengths, steps_of
 from finetune.machine import is_spread, processes, resolve_precision, versions
-from finetune.speed import checkpointable, flat_attention
+from finetune.speed import checkpointable, own_attention
 from finetune.trials import Trials
 from qlora_helpers import Settings, UserError, listed
 
@@ -62,7 +63,7 @@ class Plan:
         return f"<pre>{self}</pre>" + style.apply(lambda column: mark).to_html()
 
 
-def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan:
+def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     """Time the longest and typical micro-batches in real passes; choose the fastest cut that fits.
 
     The effective batch is the contract: every cut gives the same update but for rounding. Weights,
@@ -70,24 +71,21 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     and used again, by a resumed run too, while GPU, rows and settings are the same. Raises
     `UserError` if one row does not fit with every layer recomputed.
     """
-    step, lengths = settings.effective_batch, row_lengths(examples)
+    step, lengths, ranks = settings.effective_batch, row_lengths(data), processes()[1]
     per_epoch, steps = steps_of(settings, len(lengths))
-    ranks = processes()[1]
     if step % ranks:
         fits = max(n for n in range(1, ranks + 1) if step % n == 0)
         raise UserError(
             f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
             f"set batch_size × gradient_accumulation to a multiple of {ranks}."
         )
+    found = None
     if is_spread():
-        measured = plan_unmeasured(settings, model)
-    else:
-        about, found = planned_for(settings, model, lengths), None
-        if processes()[0] == 0:
-            found = planned_before(settings, about) or measure_plan(
-                settings, model, examples, lengths, about
-            )
-        measured = broadcast_object_list([found])[0]
+        found = plan_unmeasured(settings, model)
+    elif processes()[0] == 0:
+        about = planned_for(settings, model, lengths)
+        found = planned_before(settings, about) or measure_plan(settings, model, data, about)
+    measured = broadcast_object_list([found])[0]
     cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
     return Plan(
         cut=cut,
@@ -102,49 +100,27 @@ def make_plan(settings: Settings, model: PreTrainedModel, examples: Any) -> Plan
     )
 
 
-def plan_unmeasured(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
-    """What a spread model trains by, unmeasured.
-
-    At most `batch_size` rows at once on each GPU, all layers recomputed.
-    """
+def plan_unmeasured(settings: Settings, model: PeftModel) -> dict[str, Any]:
+    """What a spread model trains by: at most `batch_size` rows at once, all layers recomputed."""
     share = settings.effective_batch // processes()[1]
     size = max(n for n in range(1, settings.batch_size + 1) if share % n == 0)
-    cut = Cut(size, True, flat_attention(model), len(checkpointable(model)))
-    why = (
-        "all layers recomputed: as set, not measured, "
-        "because the base model is spread over the GPUs"
-    )
-    return {
-        "cut": dataclasses.asdict(cut),
-        "epoch_seconds": 0.0,
-        "peak": 0.0,
-        "why": why,
-        "table": [],
-    }
+    cut = Cut(size, False, own_attention(model), len(checkpointable(model)))
+    why = "all layers recomputed: not measured, because the base model is spread over the GPUs"
+    told = {"cut": dataclasses.asdict(cut), "why": why}
+    return told | {"epoch_seconds": 0.0, "peak": 0.0, "table": []}
 
 
-def planned_for(
-    settings: Settings, model: PreTrainedModel, lengths: Sequence[int]
-) -> dict[str, Any]:
+def planned_for(settings: Settings, model: PeftModel, lengths: Sequence[int]) -> dict[str, Any]:
     """All that a plan depends on; its figures are of no use where one of these has changed."""
-    names = (
-        "batch_size",
-        "gradient_accumulation",
-        "gradient_checkpointing",
-        "memory_limit_gb",
-        "seed",
-        "max_steps",
-    )
+    names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb")
+    names += ("seed", "max_steps")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    size = [sum(p.numel() for p in model.parameters()), len(checkpointable(model))]
     return {name: getattr(settings, name) for name in names} | {
         "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
         "processes": processes()[1],
         "rows": hashlib.sha256(repr(list(lengths)).encode()).hexdigest()[:16],
-        "model": [
-            resolve_precision(settings.bf16)[0],
-            sum(p.numel() for p in model.parameters()),
-            len(checkpointable(model)),
-        ],
+        "model": [resolve_precision(settings.bf16)[0], *size],
         "versions": versions(),
     }
 
@@ -165,34 +141,26 @@ def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, An
         if was.get(name) != now
     ]
     if changed:
-        print(
-            listed("Planned anew, because of what has changed since this run was planned:", changed)
-        )
+        why = "Planned anew, because of what has changed since this run was planned:"
+        print(listed(why, changed))
         return None
     print("As planned before for this run (plan.json in its folder).")
     return saved
 
 
 def measure_plan(
-    settings: Settings,
-    model: PreTrainedModel,
-    examples: Any,
-    lengths: Sequence[int],
-    about: Mapping[str, Any],
+    settings: Settings, model: PeftModel, data: Dataset, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Measure, choose, and keep what was found."""
-    trials = Trials(settings, model, examples, lengths)
-    chosen = trials.choose()
+    trials = Trials(settings, model, data)
+    chosen, tokens, step = trials.choose(), sum(trials.lengths), settings.effective_batch
     measured = {
         "about": about,
         "cut": dataclasses.asdict(chosen.cut),
         "epoch_seconds": chosen.seconds,
         "peak": chosen.peak,
         "why": trials.why(chosen),
-        "table": [
-            trial.row(sum(lengths), settings.effective_batch, trial is chosen)
-            for trial in trials.tried
-        ],
+        "table": [trial.row(tokens, step, trial is chosen) for trial in trials.tried],
     }
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(measured, indent=1) + "\n"

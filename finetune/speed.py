@@ -1,16 +1,27 @@
-"""Section 8: every change to a model. No other room replaces forwards, classes or hooks."""
+"""Section 8: every change to a model, compared with the model's own and taken back by `undo`.
+
+No other room replaces forwards, classes or hooks.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.metadata
 import importlib.util
+import sys
 import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -21,94 +32,148 @@ from finetune.arithmetic import (
     has_varlen,
     varlen_attention,
     varlen_mask,
-    varlen_options,
 )
 from finetune.base_model import linear_4bit
-from finetune.machine import is_sharded, is_spread
+from finetune.batches import Collator, Cut, row_lengths
+from finetune.compare import Comparison, allowed, apart, jolted, on_device, shaken, unnoticed
+from finetune.machine import autocast, free_cache, is_spread, short
+
+ABSENT = object()
 
 
-def keep_dense(model: PreTrainedModel, keep: bool) -> None:
-    """Keep a dequantised copy beside all 4-bit weights (3.5 times their size), or drop it again.
+class Change:
+    """Notes what the code inside a `with` replaces on a LoRA model, so that it can be put back.
 
-    The numbers are the very ones that every pass would dequantise, so nothing changes but the time
-    it takes.
+    Looked at are the attributes of all modules, of their configurations, and of the file that
+    defines the model's class, in which Liger replaces functions.
     """
-    for layer in linear_4bit(model):
-        layer.dense = None
-        layer.dense = dense_weight(layer) if keep else None
+
+    def __init__(self, model: PeftModel):
+        modules = [*model.modules()]
+        configs = [getattr(module, "config", None) for module in modules]
+        configs = {id(c): c for c in configs if isinstance(c, PretrainedConfig)}
+        source = sys.modules[type(model.get_base_model()).__module__]
+        self.holders = [*modules, *configs.values(), source]
+        self.replaced: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def __enter__(self) -> Change:
+        self.before = [dict(vars(holder)) for holder in self.holders]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for holder, before in zip(self.holders, self.before, strict=True):
+            for name in before.keys() | vars(holder).keys():
+                old = before.get(name, ABSENT)
+                if name != "training" and vars(holder).get(name, ABSENT) is not old:
+                    self.replaced[id(holder), name] = (holder, old)
+        del self.before
+
+    def keep(self, model: PeftModel) -> None:
+        """Leave it in place, to be found by `undo(model)`."""
+        for key, found in self.replaced.items():
+            vars(model).setdefault("_replaced", {}).setdefault(key, found)
+
+    def undo(self) -> None:
+        """Put back what was there."""
+        for (_, name), (holder, old) in self.replaced.items():
+            if old is ABSENT:
+                vars(holder).pop(name, None)
+            else:
+                vars(holder)[name] = old
 
 
-def fuse_lora(model: PreTrainedModel) -> int:
-    """Train plain LoRA layers through `LoraMatmul`; return how many.
+@contextlib.contextmanager
+def reversibly(model: PeftModel) -> Iterator[None]:
+    """What the code inside replaces stays until `undo(model)`."""
+    with Change(model) as change:
+        yield
+    change.keep(model)
 
-    Other 4-bit layers train from their dense copy. Only training passes change: without gradients,
-    with the adapter off, or for variants (DoRA), PEFT's own code runs.
+
+@contextlib.contextmanager
+def taken_back(model: PeftModel) -> Iterator[None]:
+    """What the code inside replaces is put back at its end, however that comes."""
+    change = Change(model)
+    try:
+        with change:
+            yield
+    finally:
+        change.undo()
+        free_cache()
+
+
+def undo(model: PeftModel) -> None:
+    """Leave `model` as PEFT made it: without what this room replaced, and accelerate's autocast."""
+    keep_dense(model, False)
+    change = Change(model)
+    change.replaced = vars(model).pop("_replaced", {})
+    change.undo()
+    for name in ("forward", "_original_forward", "_own_attention"):
+        vars(model).pop(name, None)
+
+
+def bare(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The base model alone, as it was loaded, if an adapter is on it already."""
+    if not isinstance(model, PeftModel):
+        return model
+    undo(model)
+    return model.unload()
+
+
+def use_fast_kernels(model: PeftModel, data: Dataset, precision: str) -> str:
+    """Give a LoRA model the faster of equal computations that this machine has; say which.
+
+    They are a loss over the trained tokens alone, `LoraMatmul`, and on a GPU Liger's RMSNorm, RoPE
+    and SwiGLU. Each is compared with the model's own on a few of the encoded rows `data`, in
+    `precision` ('bf16', 'fp16', 'fp32'), and left out where they differ by more than rounding.
     """
-    lora = [
-        m
-        for m in model.modules()
-        if isinstance(m, LoraLinear4bit) and not getattr(m, "lora_variant", None)
-    ]
-    for layer in lora:
-        layer.forward = functools.partial(_lora_forward, layer, layer.forward)
-    inside = {id(layer.base_layer) for layer in lora}
-    for layer in linear_4bit(model):
-        if id(layer) not in inside and layer.bias is None:
-            layer.forward = functools.partial(_frozen_forward, layer, layer.forward)
-    return len(lora)
+    undo(model)
+    if is_spread():
+        return "nothing: spread over GPUs, the model computes in its own way"
+    with unnoticed(model), shaken(model):
+        compare = Comparison(model, data, precision)
+        told = [try_out(model, compare, fuse) for fuse in (fuse_loss, fuse_lora, use_liger)]
+    return "; ".join(filter(None, told)) or "nothing"
 
 
-def _lora_forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = (
-        layer.training
-        and torch.is_grad_enabled()
-        and not layer.disable_adapters
-        and not layer.merged
-    )
-    if (
-        not plain
-        or len(layer.active_adapters) != 1
-        or args
-        or kwargs
-        or layer.base_layer.bias is not None
-    ):
-        return original(x, *args, **kwargs)
-    name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
-    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    dropout = getattr(layer.lora_dropout[name], "p", 0.0)
-    with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
-        out = LoraMatmul.apply(x.to(compute), A, B, layer.base_layer, layer.scaling[name], dropout)
-    return out.to(x.dtype)
+def try_out(
+    model: PeftModel, compare: Comparison, fuse: Callable[[PeftModel], Callable[[], str]]
+) -> str:
+    """Make a change; keep it if it runs and computes the same. Returns words about it.
 
-
-def _frozen_forward(layer: Any, original: Any, x: Any) -> Any:
-    return (
-        original(x)
-        if getattr(layer, "dense", None) is None
-        else torch.nn.functional.linear(x, layer.dense)
-    )
-
-
-def fuse_loss(causal: PreTrainedModel) -> str:
-    """Let a causal LM compute its training loss from the trained positions alone, in pieces.
-
-    Returns what was switched on, "" if it cannot. The logits of a 4096-token row take 0.5 GB in
-    fp32, and those of prompt tokens are never used. Models that scale or cap their logits keep
-    their own way.
+    `fuse` returns what tells, after a pass, what runs and where; "" for nothing.
     """
-    scaled = (
-        "final_logit_softcapping",
-        "logit_scale",
-        "logits_scaling",
-        "output_multiplier",
-        "lm_head_multiplier",
-    )
-    if any(getattr(causal.config, name, None) not in (None, 1, 1.0) for name in scaled):
-        return ""
-    head = causal.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.weight.requires_grad:  # 4-bit, or trained
-        return ""
-    original = causal.forward
+    change, words, why = Change(model), "", ""
+    try:
+        with change:
+            tell = fuse(model)
+        far, words = compare.distance(), tell()
+        if not far <= allowed(compare.noise):
+            why = f"{far:.2g} from the model's own, where rounding is {compare.noise:.2g}"
+    except Exception as error:  # whatever a model's own code makes of what it does not know
+        why = short(error)
+    finally:
+        if words and not why:
+            change.keep(model)
+        else:
+            change.undo()
+    return f"not {fuse.__name__.split('_')[1]} ({why})" if why else words
+
+
+def body(causal: PreTrainedModel) -> PreTrainedModel:
+    """A causal LM without its head."""
+    return causal.model if causal.base_model is causal else causal.base_model
+
+
+def fuse_loss(model: PeftModel) -> Callable[[], str]:
+    """Let a causal LM compute its loss from the trained positions alone, in pieces.
+
+    The logits of a 4096-token row take 0.5 GB in fp32, and those of prompt tokens are never used.
+    """
+    causal, ran = model.get_base_model(), set()
+    head, original = causal.get_output_embeddings(), causal.forward
+    if type(head) is not nn.Linear or head.weight.requires_grad:  # 4-bit, or trained
+        return str
 
     @functools.wraps(type(causal).forward)
     def forward(
@@ -116,84 +181,164 @@ def fuse_loss(causal: PreTrainedModel) -> str:
     ) -> Any:
         if labels is None:
             return original(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        ran.add(id(self))
+        hidden = body(self)(*args, **kwargs).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != -100
         head = self.get_output_embeddings()
-        # FSDP has it in parts.
-        weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
-        loss = FrozenHeadLoss.apply(hidden[trained], weight, head.bias, labels[:, 1:][trained])
-        return CausalLMOutput(
-            loss=loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
-        )
+        targets = labels[:, 1:][trained]
+        loss = FrozenHeadLoss.apply(hidden[trained], head.weight, head.bias, targets)
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=loss / count)
 
     # As a method: `generate` looks at its signature.
     causal.forward = types.MethodType(forward, causal)
-    return "loss over trained tokens"
+    return lambda: "loss over trained tokens" if ran else ""
 
 
-def padded_attention(model: PreTrainedModel) -> str:
-    """What computes attention over padded rows: "sdpa", or "eager".
+def fuse_lora(model: PeftModel) -> Callable[[], str]:
+    """Let LoRA layers train through `LoraMatmul`.
 
-    The latter where transformers has no other for this model.
+    Without gradients, with the adapter off or merged, and with dropout, PEFT's own code runs.
     """
-    return "sdpa" if model.get_base_model()._supports_sdpa else "eager"
+    layers, ran = [m for m in model.modules() if isinstance(m, LoraLinear4bit)], set()
+    for layer in layers:
+        layer.forward = functools.partial(_lora_forward, layer, layer.forward, ran)
+    return lambda: f"fused LoRA in {len(ran)} of {len(layers)} layers" if ran else ""
 
 
-def flat_attention(model: PreTrainedModel) -> str:
-    """What computes attention over rows end to end: "varlen", or as for padded ones.
+def _lora_forward(
+    layer: LoraLinear4bit, own: Callable, ran: set[int], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    off = not torch.is_grad_enabled() or layer.disable_adapters or layer.merged
+    if off or len(layer.active_adapters) != 1 or args or kwargs:
+        return own(x, *args, **kwargs)
+    name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
+    if type(layer.lora_dropout[name]) is not nn.Identity:
+        return own(x)
+    ran.add(id(layer))
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
+        out = LoraMatmul.apply(x.to(compute), A, B, layer.base_layer, layer.scaling[name])
+    return out.to(x.dtype)
 
-    The latter where "varlen" is not this model's.
-    """
-    config = model.config.get_text_config()
-    capped = getattr(config, "attn_logit_softcapping", None)
-    if (
-        not has_varlen()
-        or capped
-        or (getattr(config, "sliding_window", None) and "is_causal" in varlen_options())
-    ):
-        return padded_attention(model)
-    return "varlen"
 
+def use_liger(model: PeftModel) -> Callable[[], str]:
+    """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU, where it knows the model."""
+    if not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
+        return str
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-def use_fast_kernels(model: PreTrainedModel) -> str:
-    """Give a LoRA model the faster of equal computations that this machine has.
-
-    Returns what was switched on. Everywhere: `LoraMatmul` and a loss over the trained tokens alone.
-    On a GPU: Liger's RMSNorm, RoPE and SwiGLU.
-    """
-    if is_spread() and not is_sharded():
-        return "nothing: this process does not train"
     causal = model.get_base_model()
-    # With a cache transformers lets rows that lie end to end see each other.
-    causal.config.use_cache = False
-    used = [f"fused LoRA in {fuse_lora(model)} layers", fuse_loss(causal)]
-    if has_varlen():
-        AttentionInterface.register("varlen", varlen_attention)
-        AttentionMaskInterface.register("varlen", varlen_mask)
-        used.append("variable-length attention")
-    if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(
-            causal, fused_linear_cross_entropy=False, cross_entropy=False
-        )
-        used.append("Liger RMSNorm, RoPE, SwiGLU")
-    return ", ".join(part for part in used if part)
+    _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
+    changed = sum(module._get_name().startswith("Liger") for module in causal.modules())
+    return lambda: f"Liger's kernels in {changed} modules" if changed else ""
 
 
-def checkpointable(model: PreTrainedModel) -> list[Any]:
+def keep_dense(model: PeftModel, keep: bool) -> None:
+    """Compute with a dequantised copy of all 4-bit weights (3.5 times their size), or drop it.
+
+    The numbers are the very ones that every pass would dequantise, so nothing changes but the time
+    it takes.
+    """
+    if change := vars(model).pop("_dense", None):
+        change.undo()
+    if keep:
+        with Change(model) as change:
+            for layer in linear_4bit(model):
+                layer.dense = dense_weight(layer)
+                layer.forward = functools.partial(_dense_forward, layer)
+        vars(model)["_dense"] = change
+
+
+def _dense_forward(layer: Linear4bit, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(layer.compute_dtype)
+    return nn.functional.linear(x.to(layer.compute_dtype), layer.dense, bias).to(x.dtype)
+
+
+def own_attention(model: PeftModel) -> str:
+    """What computes attention as transformers loads the model: "sdpa", or "eager"."""
+    return vars(model).get("_own_attention", model.config._attn_implementation)
+
+
+def attend_by(model: PeftModel, name: str) -> None:
+    """Compute attention by "varlen" (`varlen_attention`), or by one of transformers' own."""
+    vars(model)["_own_attention"] = own_attention(model)
+    AttentionInterface.register("varlen", varlen_attention)
+    AttentionMaskInterface.register("varlen", varlen_mask)
+    with reversibly(model):
+        model.set_attn_implementation(name)
+
+
+def flat_attention(model: PeftModel, data: Dataset, precision: str) -> str:
+    """What computes attention over rows laid end to end: "varlen" or the model's own; "" if none.
+
+    It is the first under which the longest row, laid behind the shortest, gets the hidden states
+    that it has alone. Convolutions, and Bloom's distances, let it see the other row; the varlen
+    kernel knows no sinks, no caps and no dropout. Replaces the model's attention: call it within
+    `taken_back`.
+    """
+    lengths, own = row_lengths(data), own_attention(model)
+    rows = [data[lengths.index(min(lengths))], data[lengths.index(max(lengths))]]
+    alone = last_states(model, rows[1:], Cut(1, False, own), precision)
+    with jolted(model, rows, precision):
+        noise = apart([alone], [last_states(model, rows[1:], Cut(1, False, own), precision)])
+    for name in ["varlen"] * (has_varlen() and not drops_out(model, rows[:1])) + [own]:
+        with contextlib.suppress(Exception):  # a model that takes no `position_ids`
+            states = last_states(model, rows, Cut(2, True, name), precision)
+            if apart([alone], [states]) <= allowed(noise):
+                return name
+    return ""
+
+
+def last_states(
+    model: PeftModel, rows: Sequence[Mapping[str, Any]], cut: Cut, precision: str
+) -> Tensor:
+    """Hidden states of the last row, [its tokens, hidden size], computed as `cut` says."""
+    attend_by(model.eval(), cut.attention)
+    batch = on_device(model, Collator(cut, 0)(rows))
+    del batch["labels"]
+    with torch.no_grad(), autocast(precision):
+        states = body(model.get_base_model())(**batch).last_hidden_state
+    tokens = len(rows[-1]["input_ids"])
+    return (states[0, -tokens:] if cut.flat else states[-1, :tokens]).float()
+
+
+def drops_out(model: PeftModel, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the base model, in training, computes the same row differently each time."""
+    batch = on_device(model, Collator(Cut(1, False, ""), 0)(rows))
+    del batch["labels"]
+    model.train()
+    with torch.no_grad(), model.disable_adapter(), autocast("fp32"):
+        one, other = (body(model.get_base_model())(**batch)[0].float() for _ in "12")
+    model.eval()
+    return apart([one], [other]) > 0.01
+
+
+def checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The decoder layers, each of which can be recomputed on its own."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def recompute_layers(model: PreTrainedModel, count: int) -> None:
-    """Gradient checkpointing (non-reentrant) of the first `count` decoder layers alone."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for number, layer in enumerate(checkpointable(model)):
-        layer.gradient_checkpointing = number < count
+def recompute_layers(model: PeftModel, count: int) -> None:
+    """Gradient checkpointing (non-reentrant) of the first `count` decoder layers alone.
+
+    transformers' own switch also makes the embeddings' output require a gradient.
+    """
+    with reversibly(model):
+        for number, layer in enumerate(checkpointable(model)):
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            layer.gradient_checkpointing = number < count
 
 
-def adapter_to_fp32(model: PreTrainedModel) -> None:
+def compute_by(model: PeftModel, cut: Cut) -> None:
+    """Compute as `cut` says: attention, recomputed layers, dense copy."""
+    attend_by(model, cut.attention)
+    recompute_layers(model, cut.recomputed_layers)
+    if cut.dense != ("_dense" in vars(model)):
+        keep_dense(model, cut.dense)
+
+
+def adapter_to_fp32(model: nn.Module) -> None:
     """Hold the adapter's weights in fp32; call it after the trainer is built.
 
     TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in

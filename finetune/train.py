@@ -3,157 +3,110 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import trl
+from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from finetune.batches import StepSampler, row_lengths, split_batch, with_void_row
+from finetune.batches import Collator, StepSampler, row_lengths, split_batch, with_void_row
+from finetune.callbacks import Speed
 from finetune.files import BEING_WRITTEN
 from finetune.machine import free_cache, processes
 from finetune.plan import Plan
-from finetune.speed import adapter_to_fp32, keep_dense, recompute_layers
-from qlora_helpers import Settings, UserError
+from finetune.speed import adapter_to_fp32, compute_by, keep_dense
+from qlora_helpers import UserError
 
 
-def one_gpu(args: TrainingArguments) -> TrainingArguments:
-    """`args` for a process that trains on one GPU, however many it sees (Kaggle has two T4).
+class PlannedTrainer(trl.SFTTrainer):
+    """`trl.SFTTrainer` for encoded rows that trains as a plan says, and spares what nobody reads.
 
-    The Trainer would copy the model to all of them by DataParallel, which 4-bit weights do not
-    survive (`Trainer._wrap_model`).
+    The loss of a micro-batch is summed over its trained tokens and divided by those of the whole
+    step, so that it makes no difference how a step is cut. TRL's own `compute_loss` also gathers
+    entropy and accuracy of every micro-batch, and waits for the GPU four times to do so; the
+    Trainer's plain one is used. The router of a mixture of experts gets no auxiliary loss: it would
+    depend on the cut.
     """
-    args._n_gpu = min(1, args.n_gpu)
-    return args
 
+    compute_loss = Trainer.compute_loss
+    prediction_step = Trainer.prediction_step
 
-def follow_plan(trainer: Any, plan: Plan, settings: Settings) -> None:
-    """Make a freshly built `SFTTrainer` train by the plan.
+    def __init__(
+        self,
+        model: PeftModel,
+        args: trl.SFTConfig,
+        plan: Plan,
+        processing_class: PreTrainedTokenizerBase,
+        train_dataset: Dataset,
+        **kwargs: Any,
+    ):
+        step = plan.cut.micro_batch * plan.accumulation * processes()[1]
+        self.sampler = StepSampler(row_lengths(train_dataset), step, args.seed, plan.cut)
+        self.parts, self.trained = 1, []
+        super().__init__(
+            model,
+            for_encoded_rows(args),
+            train_dataset=with_void_row(train_dataset) if processes()[1] > 1 else train_dataset,
+            data_collator=Collator(plan.cut, processing_class.eos_token_id),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        model.config.get_text_config().output_router_logits = False
+        adapter_to_fp32(model)
+        compute_by(model, plan.cut)
+        self.model_accepts_loss_kwargs = True
+        # Else a batch waits for the step before it.
+        self.accelerator.dataloader_config.non_blocking = True
+        if self.is_fsdp_enabled:  # its casts would round the adapter and the positions' frequencies
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        # First, so that TensorBoard sees the number.
+        self.callback_handler.callbacks.insert(0, Speed(self.sampler))
 
-    That is: order of rows, recomputed layers, fp32 adapter, loss. TRL's own `compute_loss` also
-    gathers entropy and accuracy of every micro-batch, and waits for the GPU four times to do so;
-    the Trainer's plain one is used. Its loss is over the step's trained tokens, whatever the cut.
-    """
-    adapter_to_fp32(trainer.model)
-    recompute_layers(trainer.model, plan.cut.recomputed_layers)
-    keep_dense(trainer.model, plan.cut.dense)
-    trainer.model.set_attn_implementation(plan.cut.attention)
-    lengths = row_lengths(trainer.train_dataset)
-    sampler = StepSampler(lengths, settings.effective_batch, settings.seed, plan.cut)
-    if sampler.processes > 1:
-        trainer.train_dataset = with_void_row(trainer.train_dataset)
-    # FSDP's own casts would round the adapter's weights and the positions' frequencies.
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        trainer.save_model = functools.partial(save_gathered, trainer)
-        trainer._load_from_checkpoint = functools.partial(load_gathered, trainer)
-        trainer._load_best_model = lambda: None  # the process that follows loads it (`finished`)
-    trainer._get_train_sampler = lambda *_: sampler
-    trainer.model_accepts_loss_kwargs = True
-    trainer.compute_loss = types.MethodType(Trainer.compute_loss, trainer)
-    trainer.prediction_step = types.MethodType(Trainer.prediction_step, trainer)
-    # TRL's own README.md would say something else about the model, in the user's run folder.
-    trainer.create_model_card = lambda *_, **__: None
-    trainer._save_checkpoint = functools.partial(save_marked, trainer, trainer._save_checkpoint)
-    survive_out_of_memory(trainer)
-    # Else a batch waits for the step before it.
-    trainer.accelerator.dataloader_config.non_blocking = True
-    trim_steps(trainer)
+    def _get_train_sampler(self, *_: Any) -> StepSampler:
+        return self.sampler
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None of TRL's in the run's folder, which would say something else about the model."""
 
-def save_marked(trainer: Any, save: Callable, *args: Any, **kwargs: Any) -> None:
-    """Save a checkpoint in a folder that says, until it is sealed, that it is being written."""
-    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    if trainer.args.should_save:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / BEING_WRITTEN).touch()
-    save(*args, **kwargs)
+    def floating_point_ops(self, inputs: Any) -> float:
+        """Counting walks over all modules in every micro-batch, and nothing uses it."""
+        return 0.0
 
+    def training_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Gradients of a micro-batch, in parts once memory has run out; returns its loss.
 
-def save_gathered(trainer: Any, output_dir: str, _internal_call: bool = False) -> None:
-    """Save the adapter that FSDP has taken apart.
+        All modules are put into training mode at first (`from_pretrained` leaves those of the base
+        model in evaluation mode) and when the model has left it, not each time as the Trainer does:
+        walks over all modules leave the GPU idle on short rows, 100 of 360 ms a step in a profile
+        of Mistral-7B.
+        """
+        if not (self.trained and model.training and self.model.training):
+            model.train()
+            self.trained = [p for p in model.parameters() if p.requires_grad]
+        pieces = split_batch(inputs, self.parts) if self.parts > 1 else [inputs]
+        return sum(self.part(model, piece, num_items_in_batch, self.parts) for piece in pieces)
 
-    The Trainer would gather the whole base model to do that.
-    """
-    weights = {
-        name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad
-    }
-    weights = {name: weight.full_tensor().cpu() for name, weight in weights.items()}
-    if trainer.args.should_save:
-        trainer.model.save_pretrained(output_dir, state_dict=weights)
+    def part(self, model: nn.Module, inputs: Mapping[str, Any], count: Any, parts: int) -> Tensor:
+        """Gradients of one of `parts`; if memory runs out, they are taken back and halves come.
 
-
-def load_gathered(trainer: Any, folder: str, model: Any = None) -> None:
-    """Load what `save_gathered` saved, each process its part.
-
-    accelerate 1.15's own way waits for ever for a LoRA.
-    """
-    saved = load_file(f"{folder}/adapter_model.safetensors")
-    for name, weight in trainer.model.named_parameters():
-        if weight.requires_grad:
-            whole = saved[name.replace(".default.", ".")].to(weight.device, weight.dtype)
-            weight.data.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
-
-
-def trim_steps(trainer: Any) -> None:
-    """Spare each step its walks over all of the model's modules.
-
-    On short rows they leave the GPU idle. To set the training mode, to clear and to clip gradients
-    and to count FLOP, the Trainer visits every module, frozen ones too: 100 of 360 ms a step in a
-    profile of Mistral-7B. The trained weights are enough; nothing uses the FLOP.
-    """
-    step, trainer.floating_point_ops = trainer.training_step, lambda inputs: 0.0
-
-    def training_step(model: Any, *args: Any, **kwargs: Any) -> Any:
-        # `model` is what the Trainer has made of it by now: DDP's, for one.
-        if "zero_grad" not in vars(model):
-            trim(trainer, model)
-        return step(model, *args, **kwargs)
-
-    trainer.training_step = training_step
-
-
-def trim(trainer: Any, model: Any) -> None:
-    """`trim_steps` for the model that is trained, once the Trainer has wrapped it."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def set_mode(mode: bool = True) -> Any:  # an evaluation sets the mode of `trainer.model` alone
-        same = model.training == trainer.model.training == mode
-        return model if same else type(model).train(model, mode)
-
-    def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        trainer.accelerator.unscale_gradients()
-        return torch.nn.utils.clip_grad_norm_(trained, max_norm, norm_type)
-
-    model.zero_grad = lambda set_to_none=True: [setattr(p, "grad", None) for p in trained]
-    model.train = set_mode
-    if not trainer.is_fsdp_enabled:
-        trainer.accelerator.clip_grad_norm_ = clip
-
-
-def survive_out_of_memory(trainer: Any) -> None:
-    """If memory runs out in a micro-batch, take its gradients back and do it again in halves.
-
-    All later ones go in halves too. The loss is normalised by the trained tokens of the whole step,
-    so halves add up to the same gradient: the micro-batch is halved, the accumulation doubled, and
-    the effective batch stays. Raises `UserError` if one row alone does not fit.
-    """
-    # The other processes would wait for ever for the halves that they do not have.
-    if processes()[1] > 1:
-        return
-    step, pieces = trainer.training_step, [1]
-    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-
-    def part(model: Any, inputs: Mapping[str, Any], count: Any, cut: int) -> Any:
-        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+        The loss is divided by the trained tokens of the whole step, so halves add up to the same
+        gradient, and the effective batch stays. Raises `UserError` if one row alone does not fit.
+        """
+        if processes()[1] > 1:  # the others would wait for ever for halves that they do not have
+            return self.passes(model, inputs, count)
+        before = [None if p.grad is None else p.grad.clone() for p in self.trained]
         with contextlib.suppress(torch.OutOfMemoryError):
-            return step(model, inputs, count)
-        for parameter, grad in zip(parameters, before, strict=True):
+            return self.passes(model, inputs, count)
+        for parameter, grad in zip(self.trained, before, strict=True):
             parameter.grad = grad
         free_cache()
         halves = split_batch(inputs, 2)
@@ -161,23 +114,84 @@ def survive_out_of_memory(trainer: Any) -> None:
             raise UserError(
                 "Out of memory on a single row. Lower max_length, or close what else uses the GPU."
             )
-        if pieces[0] < 2 * cut:
-            pieces[0] = 2 * cut
+        if self.parts < 2 * parts:
+            self.parts = 2 * parts
             print(
-                f"Memory ran out: each micro-batch now goes in {pieces[0]} parts; "
+                f"Memory ran out: each micro-batch now goes in {self.parts} parts; "
                 "the effective batch is unchanged."
             )
-        return sum(part(model, half, count, 2 * cut) for half in halves)
+        return sum(self.part(model, half, count, 2 * parts) for half in halves)
 
-    def whole(model: Any, inputs: Mapping[str, Any], count: Any = None) -> Any:
-        return sum(part(model, piece, count, pieces[0]) for piece in split_batch(inputs, pieces[0]))
+    def passes(self, model: nn.Module, inputs: Mapping[str, Any], count: Any) -> Tensor:
+        """One forward and backward pass; returns the loss."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        self.accelerator.backward(loss)
+        return loss.detach()
 
-    trainer.training_step = whole
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.is_fsdp_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, in a folder that says, until it is sealed, that it is being written."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / BEING_WRITTEN).touch()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; under FSDP the adapter alone is gathered, not the whole base model."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = {n: p.full_tensor().cpu() for n, p in self.trainable().items()}
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=weights)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # accelerate 1.15's own way waits for ever for a LoRA.
+        saved = load_file(f"{resume_from_checkpoint}/adapter_model.safetensors")
+        for name, weight in self.trainable().items():
+            whole = saved[name.replace(".default.", ".")].to(weight.device, weight.dtype)
+            weight.data.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:  # else the process that follows loads it (`finished`)
+            super()._load_best_model()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained weights by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def free_memory(self) -> None:
+        """Give back what the optimizer and a dense copy hold; log and settings stay."""
+        keep_dense(self.model, False)
+        for holder in (self, self.callback_handler):
+            holder.optimizer = holder.lr_scheduler = None
+        self.accelerator.free_memory()
+        free_cache()
 
 
-def free_optimizer(trainer: Any) -> None:
-    """Give back the memory of a trainer's optimizer; what it logged and its settings stay."""
-    for holder in (trainer, trainer.callback_handler):
-        holder.optimizer = holder.lr_scheduler = None
-    trainer.accelerator.free_memory()
-    free_cache()
+def for_encoded_rows(args: trl.SFTConfig) -> trl.SFTConfig:
+    """`args` with what `PlannedTrainer` always needs.
+
+    It trains on one GPU, however many this process sees (Kaggle has two T4): the Trainer would copy
+    the model to all of them by DataParallel, which 4-bit weights do not survive
+    (`Trainer._wrap_model`).
+    """
+    args.max_length, args.dataset_kwargs = None, {"skip_prepare_dataset": True}
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # older, newer
+        setattr(args, name, False)  # layers are recomputed one by one
+    args.loss_type = "nll"  # trl's default replaces the model's forward in some versions
+    args.ddp_find_unused_parameters = False  # every adapter weight takes part in every step
+    args.logging_nan_inf_filter = False  # a NaN is not logged as 0
+    args._n_gpu = min(1, args.n_gpu)
+    return args

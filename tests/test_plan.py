@@ -1,313 +1,26 @@
-"""Sections 8, 10 and 11: every way of computing a step is the same training, in real NF4 on the
-CPU.
-"""
+"""Sections 10 and 11: every way of cutting a step is the same training, in real NF4 on the CPU."""
 
 import dataclasses
+import gc
 import itertools
 import math
 import random
-import types
-from pathlib import Path
+import weakref
 
-import datasets
-import peft
 import pytest
 import torch
 import transformers
 import trl
+from architectures import random_model
+from computing import FLAT, PADDED, close, in_nf4, rows, tiny, with_lora
 
-from finetune.arithmetic import FrozenHeadLoss, varlen_attention, varlen_mask, varlen_options
-from finetune.base_model import mend_cpu_gradients
-from finetune.batches import Collator, Cut, StepSampler
+from finetune.batches import Collator, Cut, StepSampler, split_batch
 from finetune.plan import make_plan
 from finetune.report import history
-from finetune.speed import (
-    checkpointable,
-    flat_attention,
-    fuse_lora,
-    fuse_loss,
-    keep_dense,
-    recompute_layers,
-    use_fast_kernels,
-)
-from finetune.train import follow_plan, survive_out_of_memory, trim_steps
+from finetune.speed import checkpointable, undo, use_fast_kernels
+from finetune.train import PlannedTrainer
 from finetune.trials import Trials
 from qlora_helpers import UserError
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def tiny(dropout=0.0, layers=3, **lora):
-    """A model of Mistral's architecture with random weights, in real NF4 and fp32 compute, with
-    LoRA.
-    """
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=None,
-    )
-    plain = transformers.MistralForCausalLM(config)
-    folder = Path("content/tiny_mistral")
-    plain.save_pretrained(folder)
-    nf4 = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    mend_cpu_gradients(model)
-    recipe = {
-        "task_type": "CAUSAL_LM",
-        "r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": dropout,
-        "target_modules": TARGETS,
-    }
-    config = peft.LoraConfig(**recipe | lora)
-    model = peft.get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-def rows(n=37, seed=1, longest=60):
-    """Encoded rows of random ids: prompts untrained, lengths from 5 to `longest`."""
-    chance = random.Random(seed)
-    found = []
-    for _ in range(n):
-        ids = [chance.randrange(3, 500) for _ in range(chance.randrange(5, longest))]
-        start = chance.randrange(1, len(ids) - 1)
-        found.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
-    return datasets.Dataset.from_list(found)
-
-
-def gradients(model, batch, **kwargs):
-    model.zero_grad()
-    model.train()
-    loss = model(**batch, num_items_in_batch=50, **kwargs).loss
-    loss.backward()
-    return loss.detach(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
-
-
-def close(one, other, tolerance):
-    norm = sum((a - other[n]).norm() ** 2 for n, a in one.items()) ** 0.5
-    assert (
-        one.keys() == other.keys()
-        and norm <= tolerance * sum(a.norm() ** 2 for a in one.values()) ** 0.5
-    )
-
-
-PADDED, FLAT = Cut(4, False, "sdpa"), Cut(4, True, "sdpa")
-
-
-def test_fused_lora_and_loss_equal_pefts_and_transformers_own():
-    model, batch = tiny(), Collator(PADDED, 2)(list(rows(4)))
-    loss, expected = gradients(model, batch)
-    assert fuse_lora(model) == 12 and fuse_loss(model.get_base_model())
-    fused_loss, found = gradients(model, batch)
-    assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
-    assert len(found) == 24
-    close(found, expected, 1e-5)
-
-
-@pytest.mark.parametrize("logits", [150, 2**26])
-def test_the_frozen_heads_loss_and_gradient_are_cross_entropys(logits):
-    torch.manual_seed(0)
-    weight, bias, targets = torch.randn(50, 8), torch.randn(50), torch.randint(50, (10,))
-    found, expected = (
-        torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        for _ in "ab"
-    )
-    loss = FrozenHeadLoss.apply(found, weight, bias, targets, logits)
-    wanted = torch.nn.functional.cross_entropy(
-        expected @ weight.t() + bias, targets, reduction="sum"
-    )
-    (2 * loss).backward()
-    (2 * wanted).backward()
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
-    assert torch.allclose(found.grad, expected.grad, atol=1e-5)
-    with torch.no_grad():
-        assert FrozenHeadLoss.apply(found[:0], weight, bias, targets[:0]) == 0
-
-
-def test_the_frozen_heads_loss_keeps_its_types_in_the_trainers_bf16():
-    chance = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 8, generator=chance).bfloat16() for n in (10, 50))
-    found, expected = hidden.clone().requires_grad_(), hidden.float().requires_grad_()
-    targets = torch.arange(10)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = FrozenHeadLoss.apply(found, weight, None, targets)
-    loss.backward()
-    wanted = torch.nn.functional.cross_entropy(
-        expected @ weight.float().t(), targets, reduction="sum"
-    )
-    wanted.backward()
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
-    assert (found.grad - expected.grad).norm() < 0.01 * expected.grad.norm()
-
-
-def test_fused_dropout_is_pefts_to_the_bit():
-    model, batch = tiny(dropout=0.4), Collator(PADDED, 2)(list(rows(4)))
-    torch.manual_seed(5)
-    loss, expected = gradients(model, batch)
-    fuse_lora(model)
-    torch.manual_seed(5)
-    fused_loss, found = gradients(model, batch)
-    assert fused_loss == pytest.approx(loss.item(), rel=1e-6)
-    close(found, expected, 1e-5)
-    torch.manual_seed(6)
-    assert gradients(model, batch)[0] != pytest.approx(loss.item(), rel=1e-6)
-
-
-def test_a_variant_of_lora_keeps_pefts_own_code():
-    model = tiny(use_dora=True)
-    assert fuse_lora(model) == 0
-
-
-def test_answers_and_a_switched_off_adapter_use_the_original_code():
-    model, ids = tiny(), torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        on, (off, _) = model(ids).logits, (None, None)
-        with model.disable_adapter():
-            off = model(ids).logits
-        use_fast_kernels(model)
-        assert torch.equal(model(ids).logits, on) and not torch.equal(on, off)
-        with model.disable_adapter():
-            assert torch.equal(model.train()(ids).logits, off)
-        assert model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (
-            1,
-            6,
-        )
-
-
-def test_a_dense_copy_changes_no_bit_and_is_dropped_again():
-    model, batch = tiny(), Collator(PADDED, 2)(list(rows(4)))
-    use_fast_kernels(model)
-    loss, expected = gradients(model, batch)
-    keep_dense(model, True)
-    assert sum(getattr(m, "dense", None) is not None for m in model.modules()) == 21
-    dense_loss, found = gradients(model, batch)
-    assert dense_loss == loss and all(torch.equal(found[n], g) for n, g in expected.items())
-    keep_dense(model, False)
-    assert not any(getattr(m, "dense", None) is not None for m in model.modules())
-
-
-@pytest.mark.parametrize("cut", [PADDED, FLAT, dataclasses.replace(FLAT, attention="eager")])
-@pytest.mark.parametrize("layers", [0, 2, 3])
-def test_layouts_and_recomputed_layers_give_the_same_gradients(cut, layers):
-    model, data = tiny(), list(rows(4))
-    use_fast_kernels(model)
-    one_by_one = [gradients(model, Collator(Cut(1, False, "sdpa"), 2)([row])) for row in data]
-    expected = {n: sum(g[n] for _, g in one_by_one) for n in one_by_one[0][1]}
-    model.set_attn_implementation(cut.attention)
-    recompute_layers(model, layers)
-    assert [layer.gradient_checkpointing for layer in checkpointable(model)] == [True] * layers + [
-        False
-    ] * (3 - layers)
-    loss, found = gradients(model, Collator(cut, 2)(data))
-    assert loss == pytest.approx(sum(part.item() for part, _ in one_by_one), rel=1e-5)
-    close(found, expected, 1e-4)
-
-
-def test_rows_end_to_end_do_not_see_each_other_where_the_model_computes_its_loss_itself():
-    model, data = tiny(), list(rows(4))
-    model.config.final_logit_softcapping = 30.0
-    assert "trained tokens" not in use_fast_kernels(model)
-    one_by_one = [
-        gradients(model, Collator(Cut(1, False, "sdpa"), 2)([row]))[0].item() for row in data
-    ]
-    assert gradients(model, Collator(FLAT, 2)(data))[0] == pytest.approx(sum(one_by_one), rel=1e-5)
-
-
-SIZE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-GQA = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
-OTHERS = {
-    "Qwen3": (SIZE | GQA, True),
-    "Gemma2": (SIZE | GQA, True),  # without sdpa, and with a cap on its logits
-    "Bloom": (SIZE, False),  # it has distances in place of positions
-    "Lfm2": (SIZE | GQA | {"layer_types": ["conv", "full_attention"]}, False),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_only_models_that_keep_rows_apart_get_them_end_to_end(planning, name):
-    torch.manual_seed(0)
-    settings, apart = OTHERS[name]
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**settings)
-    )
-    model = peft.get_peft_model(
-        model, peft.LoraConfig(target_modules=["q_proj", "query_key_value"])
-    )
-    use_fast_kernels(model)
-    plan = make_plan(planning(), model, rows(40))
-    assert any(row["layout"].startswith("end to end") for row in plan.table) == apart
-
-
-def test_a_layout_that_lets_rows_see_each_other_would_be_noticed():
-    model, data = tiny(), list(rows(4))
-    use_fast_kernels(model)
-    loss, _ = gradients(model, Collator(FLAT, 2)(data))
-    leaking = Collator(FLAT, 2)(data)
-    leaking["position_ids"] = torch.arange(leaking["input_ids"].shape[1])[None]
-    assert gradients(model, leaking)[0] != pytest.approx(loss.item(), rel=1e-4)
-
-
-def varlen_by_hand(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
-):
-    """torch's kernel as its page describes it, row by row:
-    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
-    """
-    assert enable_gqa and cu_seq_q is cu_seq_k and max_q == max_k == max(cu_seq_q.diff())
-    parts, (back, ahead) = [], window_size
-    for start, end in itertools.pairwise(cu_seq_q.tolist()):
-        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
-        k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
-        at = torch.arange(end - start)
-        seen = at[None] - at[:, None] <= ahead
-        seen &= (at[:, None] - at[None] <= back) | (back < 0)
-        parts.append(
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-        )
-    return torch.cat(parts, 1).transpose(0, 1)
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_the_varlen_kernel_is_asked_for_what_the_model_computes(monkeypatch, window):
-    model, data = tiny(), list(rows(4))
-    model.config.sliding_window = window
-    loss, expected = gradients(model, Collator(FLAT, 2)(data), use_cache=False)
-    transformers.AttentionInterface.register("varlen", varlen_attention)
-    transformers.AttentionMaskInterface.register("varlen", varlen_mask)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
-    varlen_options.cache_clear()
-    model.set_attn_implementation("varlen")
-    found_loss, found = gradients(
-        model, Collator(dataclasses.replace(FLAT, attention="varlen"), 2)(data)
-    )
-    assert found_loss == pytest.approx(loss.item(), rel=1e-6)
-    close(found, expected, 1e-5)
-
-
-def test_a_model_whose_attention_the_varlen_kernel_does_not_have_keeps_sdpa(monkeypatch):
-    model = tiny()
-    monkeypatch.setattr("finetune.speed.has_varlen", lambda: True)
-    assert flat_attention(model) == "varlen"
-    model.config.attn_logit_softcapping = 50.0
-    assert flat_attention(model) == "sdpa"
 
 
 @pytest.mark.parametrize("cut", [PADDED, FLAT, Cut(16, True, "sdpa"), Cut(1, False, "sdpa")])
@@ -354,42 +67,44 @@ def planning(settings, tmp_path):
     return lambda **changes: settings(**{"output_dir": str(tmp_path), "bf16": False} | changes)
 
 
-def train(model, settings, plan, data, folder, **changes):
-    """Steps through TRL's trainer as the notebook builds it; returns losses and the adapter."""
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=plan.cut.micro_batch,
-        gradient_accumulation_steps=plan.accumulation,
-        max_steps=plan.steps,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=plan.warmup_steps,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=settings.seed,
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        "content/model_cache/SmolLM2-135M-Instruct"
-    )
-    trainer = trl.SFTTrainer(
-        model,
-        args,
-        train_dataset=data,
-        data_collator=Collator(plan.cut, 2),
-        processing_class=tokenizer,
-    )
-    follow_plan(trainer, plan, settings)
-    for name, value in changes.items():
-        setattr(trainer, name, value(trainer))
+@pytest.fixture(scope="module")
+def built(smollm_tokenizer):
+    """Makes the trainer as the notebook does, for a few steps at a rate that shows differences."""
+
+    def make(model, settings, plan, data, folder, kind=PlannedTrainer, **changes):
+        args = {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": plan.cut.micro_batch,
+            "per_device_eval_batch_size": plan.cut.micro_batch,
+            "gradient_accumulation_steps": plan.accumulation,
+            "max_steps": plan.steps,
+            "learning_rate": 2e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": plan.warmup_steps,
+            "bf16": False,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": settings.seed,
+        }
+        return kind(
+            model,
+            trl.SFTConfig(**args | changes),
+            plan,
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=smollm_tokenizer,
+        )
+
+    return make
+
+
+def trained(trainer):
+    """Losses and the adapter after training."""
     trainer.train()
-    adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    adapter = {n: p.detach().clone() for n, p in trainer.trainable().items()}
     return history(trainer.state.log_history, "loss")[1], adapter
 
 
@@ -411,12 +126,13 @@ CUTS = [
 ]
 
 
-def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
+def test_every_cut_trains_the_same_adapter(planning, built, tmp_path):
     cfg, data, results = planning(max_steps=20), rows(90), []
     for cut in CUTS:
         model = tiny()
-        use_fast_kernels(model)
-        results.append(train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path))
+        use_fast_kernels(model, data, "fp32")
+        plan = plan_for(cfg, model, data, cut)
+        results.append(trained(built(model, cfg, plan, data, tmp_path)))
     losses, adapter = results[0]
     assert len(losses) == 20 and losses[-1] < losses[0]
     for other, weights in results[1:]:
@@ -424,55 +140,75 @@ def test_every_cut_trains_the_same_adapter(planning, smollm_path, tmp_path):
         close(weights, adapter, 1e-4)
 
 
+@pytest.mark.parametrize("again", [0, 2, 3])
+def test_as_many_layers_are_recomputed_as_planned(planning, built, tmp_path, again):
+    """trl and transformers would have all of them recomputed, unless told."""
+    cfg, data, model = planning(max_steps=2), rows(32), tiny()
+    use_fast_kernels(model, data, "fp32")
+    cut = Cut(16, True, "sdpa", recomputed_layers=again)
+    trainer, passes = built(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path), []
+    for number, layer in enumerate(checkpointable(model)):
+        norm = layer.input_layernorm
+        norm.register_forward_hook(lambda *_, number=number: passes.append(number))
+    trainer.train()
+    assert sorted(passes) == sorted(2 * [*range(3), *range(again)])
+
+
+class Walking(PlannedTrainer):
+    """With the Trainer's own steps, which walk over all modules in each."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        return transformers.Trainer.training_step(self, model, inputs, num_items_in_batch)
+
+    _clip_grad_norm = transformers.Trainer.__dict__.get("_clip_grad_norm")
+
+
 def test_steps_without_the_walks_over_all_modules_train_the_same(
-    planning, smollm_path, tmp_path, monkeypatch
+    planning, built, tmp_path, monkeypatch
 ):
-    cfg, data, results = planning(max_steps=4, lora_dropout=0.1), rows(40), []
-    clipped = []
+    cfg, data, results, clipped = planning(max_steps=4, lora_dropout=0.1), rows(40), [], []
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grad_norm_",
-        lambda *a, **k: clipped.append(clip(*a, **k)) or clipped[-1],
-    )
-    for trimmed in (True, False):
-        if not trimmed:
-            monkeypatch.setattr("finetune.train.trim_steps", lambda trainer: None)
+    noting = lambda *a, **k: clipped.append(clip(*a, **k)) or clipped[-1]  # noqa: E731
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting)
+    for kind in (PlannedTrainer, Walking):
         model = tiny(dropout=0.1)
-        use_fast_kernels(model)
-        low = {"args": lambda trainer: setattr(trainer.args, "max_grad_norm", 0.2) or trainer.args}
-        results.append(
-            train(model, cfg, plan_for(cfg, model, data, CUTS[1]), data, tmp_path, **low)
-        )
-    assert (
-        len(clipped) == 8 and min(clipped) > 0.2
-    )  # both ways clip, and there is something to clip
-    assert results[0][0] == results[1][0]
-    assert all((results[0][1][name] == weight).all() for name, weight in results[1][1].items())
+        plan = plan_for(cfg, model, data, CUTS[1])
+        results.append(trained(built(model, cfg, plan, data, tmp_path, kind, max_grad_norm=0.2)))
+    # Both ways clip, and there is something to clip.
+    assert len(clipped) == 8 and min(clipped) > 0.2
+    (losses, adapter), (other, weights) = results
+    assert losses == other and len(losses) == 4
+    assert all(torch.equal(adapter[name], weight) for name, weight in weights.items())
 
 
-def test_a_step_after_an_evaluation_trains_with_dropout_again():
-    inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))
-    wrapped = torch.nn.Sequential(
-        inner
-    )  # as DDP wraps it; the Trainer evaluates the inner model alone
-    trainer = types.SimpleNamespace(
-        model=inner, training_step=lambda model: model.train(), is_fsdp_enabled=True
-    )
-    trim_steps(trainer)
-    for _ in range(2):
-        trainer.training_step(wrapped)
-        assert all(module.training for module in wrapped.modules())
-        inner.eval()
-    wrapped.eval()
-    assert not any(module.training for module in wrapped.modules())
+@pytest.mark.parametrize("began", [True, False])
+def test_every_module_trains_from_the_first_step_and_again_after_an_evaluation(
+    planning, built, tmp_path, began
+):
+    """`from_pretrained` leaves the base model's modules in evaluation mode."""
+    cfg, data, model = planning(max_steps=3), rows(32), tiny(dropout=0.1)
+    plan = plan_for(cfg, model, data, CUTS[1])
+    model.train(began)
+    for module in list(model.modules())[1:]:
+        module.eval()
+    when = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": began}
+    trainer, seen = built(model, cfg, plan, data, tmp_path, **when), []
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            seen.append({module.training for module in model.modules()})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert seen == [{True}] * 3
 
 
-def test_planning_leaves_everything_as_it_was_to_the_bit(planning, smollm_path, tmp_path):
+def test_planning_leaves_everything_as_it_was_to_the_bit(planning, built, tmp_path):
     cfg, data, results = planning(max_steps=3, lora_dropout=0.1, resume="never"), rows(40), []
     for planned in (False, True):
         model = tiny(dropout=0.1)
-        use_fast_kernels(model)
+        use_fast_kernels(model, data, "fp32")
         model.eval()
         fixed = plan_for(cfg, tiny(), data, Cut(4, False, "sdpa"))
         torch.manual_seed(3)
@@ -480,7 +216,7 @@ def test_planning_leaves_everything_as_it_was_to_the_bit(planning, smollm_path, 
             make_plan(cfg, model, data)
             assert model.training is False and all(p.grad is None for p in model.parameters())
         drawn = torch.rand(3)
-        results.append((drawn, *train(model, cfg, fixed, data, tmp_path)))
+        results.append((drawn, *trained(built(model, cfg, fixed, data, tmp_path))))
     (drawn, losses, adapter), (drawn_after, losses_after, adapter_after) = results
     assert torch.equal(drawn, drawn_after) and losses == losses_after
     assert all(torch.equal(weight, adapter_after[name]) for name, weight in adapter.items())
@@ -488,7 +224,7 @@ def test_planning_leaves_everything_as_it_was_to_the_bit(planning, smollm_path, 
 
 def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
     model, data = tiny(), rows(50)
-    use_fast_kernels(model)
+    use_fast_kernels(model, data, "fp32")
     plan = make_plan(planning(batch_size=3, gradient_accumulation=5, epochs=2), model, data)
     assert plan.cut.micro_batch * plan.accumulation == 15
     assert (plan.steps_per_epoch, plan.steps) == (4, 8)
@@ -505,7 +241,7 @@ def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
 ):
     model, data, measured, choose = tiny(), rows(40), [], Trials.choose
     monkeypatch.setattr(Trials, "choose", lambda self: measured.append(1) or choose(self))
-    use_fast_kernels(model)
+    use_fast_kernels(model, data, "fp32")
     first = make_plan(planning(), model, data)
     assert make_plan(planning(epochs=2), model, data).table == first.table and len(measured) == 1
     assert "As planned before" in capsys.readouterr().out
@@ -517,53 +253,137 @@ def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
     assert len(measured) == 3
 
 
+def test_a_plan_for_one_row(planning):
+    model, data = tiny(), rows(1)
+    use_fast_kernels(model, data, "fp32")
+    plan = make_plan(planning(epochs=2), model, data)
+    assert (plan.steps_per_epoch, plan.steps) == (1, 2)
+    assert plan.cut.micro_batch * plan.accumulation == 16
+
+
+def test_a_plan_for_a_model_without_gradient_checkpointing(planning, monkeypatch):
+    model, data = tiny(), rows(20)
+    monkeypatch.setattr("finetune.speed.GradientCheckpointingLayer", int)
+    use_fast_kernels(model, data, "fp32")
+    plan = make_plan(planning(gradient_checkpointing=True), model, data)
+    assert plan.cut.recomputed_layers == 0 and plan.seconds > 0
+
+
+def test_the_steps_of_a_large_effective_batch_are_dealt_in_the_time_of_a_sort():
+    """Comparing each of 200,000 rows with each of 100,000 micro-batches would take hours."""
+    lengths = [5 + row * 7919 % 997 for row in range(200_000)]
+    order = [*StepSampler(lengths, 200_000, 7, Cut(2, True, "sdpa"))]
+    assert sorted(order) == list(range(200_000))
+    pairs = [lengths[a] + lengths[b] for a, b in zip(order[::2], order[1::2], strict=True)]
+    assert max(pairs) - min(pairs) <= 20
+
+
+def test_an_interrupted_plan_leaves_nothing_behind(planning, monkeypatch):
+    model, data = tiny(), rows(40)
+    use_fast_kernels(model, data, "fp32")
+    model.eval()
+    replaced, cfg = dict(vars(model)["_replaced"]), planning()
+    timed, calls = Trials.timed, itertools.count()
+
+    def stop(self, *args):
+        found = timed(self, *args)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Trials, "timed", stop)
+    attention, states = model.config._attn_implementation, torch.random.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(cfg, model, data)
+    assert not (cfg.run_dir / "plan.json").exists() and not model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert model.config._attn_implementation == attention
+    assert torch.equal(torch.random.get_rng_state(), states)
+    assert not any(vars(m).get("gradient_checkpointing") for m in model.modules())
+    assert replaced.items() <= vars(model)["_replaced"].items()
+    assert make_plan(cfg, model, data).table
+
+
+def test_a_trainer_that_is_let_go_is_freed_with_its_optimizer(planning, built, tmp_path):
+    cfg, data, model = planning(max_steps=2), rows(20), tiny()
+    use_fast_kernels(model, data, "fp32")
+    trainer = built(model, cfg, plan_for(cfg, model, data, CUTS[1]), data, tmp_path)
+    trainer.train()
+    alive = weakref.ref(trainer), weakref.ref(trainer.optimizer.optimizer)
+    del trainer
+    gc.collect()
+    assert [thing() for thing in alive] == [None, None]
+    undo(model)
+    assert not {"zero_grad", "forward", "train"} & vars(model).keys()
+
+
+def test_the_router_of_a_mixture_of_experts_has_no_loss_of_its_own(planning, built, tmp_path):
+    """It is a product of means over a micro-batch, so it would depend on the cut."""
+    cfg, data, results = planning(max_steps=2), rows(32), []
+    for cut in (Cut(2, False, "sdpa"), Cut(16, True, "sdpa")):
+        base = random_model("Mixtral", output_router_logits=True, router_aux_loss_coef=1.0)
+        model = with_lora(in_nf4(base))
+        use_fast_kernels(model, data, "fp32")
+        plan = plan_for(cfg, model, data, cut)
+        results.append(trained(built(model, cfg, plan, data, tmp_path)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    close(results[1][1], results[0][1], 1e-4)
+
+
+class OutOfMemory(PlannedTrainer):
+    """Runs out of memory after the backward pass of every micro-batch of more than two rows."""
+
+    def passes(self, model, inputs, count):
+        loss = super().passes(model, inputs, count)
+        flat = inputs.get("position_ids")
+        many = len(inputs["input_ids"]) if flat is None else int((flat == 0).sum())
+        if many > 2:
+            raise torch.OutOfMemoryError("planted")
+        return loss
+
+
 @pytest.mark.parametrize("cut", [Cut(8, False, "sdpa"), Cut(8, True, "sdpa")])
 def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(
-    planning, smollm_path, tmp_path, capsys, cut
+    planning, built, tmp_path, capsys, cut
 ):
     cfg, data, results = planning(max_steps=4), rows(64), []
-
-    def failing(trainer):
-        """Runs out of memory after the backward pass of every micro-batch of more than two rows."""
-        inner = trainer.training_step
-
-        def step(model, inputs, count=None):
-            loss = inner(model, inputs, count)
-            many = (
-                inputs.get("position_ids", torch.zeros(1, 0)).eq(0).sum()
-                if cut.flat
-                else len(inputs["input_ids"])
-            )
-            if many > 2:
-                raise torch.OutOfMemoryError("planted")
-            return loss
-
-        trainer.training_step = step
-        survive_out_of_memory(trainer)
-        return trainer.training_step
-
-    for changes in ({}, {"training_step": failing}):
+    for kind in (PlannedTrainer, OutOfMemory):
         model = tiny()
-        use_fast_kernels(model)
-        results.append(
-            train(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path, **changes)
-        )
+        use_fast_kernels(model, data, "fp32")
+        plan = plan_for(cfg, model, data, cut)
+        results.append(trained(built(model, cfg, plan, data, tmp_path, kind)))
     (losses, adapter), (losses_after, adapter_after) = results
     assert losses_after == pytest.approx(losses, abs=1e-5)
     close(adapter_after, adapter, 1e-4)
-    assert (
-        capsys.readouterr().out.count("Memory ran out") == 2
-    )  # 8 rows to 4, 4 to 2, and never again
+    # 8 rows to 4, 4 to 2, and never again.
+    assert capsys.readouterr().out.count("Memory ran out") == 2
 
 
-def test_a_single_row_that_does_not_fit_is_a_clear_error():
-    class Failing:
-        model = torch.nn.Linear(1, 1)
-
-        def training_step(self, *_):
+def test_a_single_row_that_does_not_fit_is_a_clear_error(planning, built, tmp_path):
+    class Full(PlannedTrainer):
+        def passes(self, *_):
             raise torch.OutOfMemoryError
 
-    trainer = Failing()
-    survive_out_of_memory(trainer)
+    cfg, data, model = planning(max_steps=1), rows(8), tiny()
+    trainer = built(model, cfg, plan_for(cfg, model, data, CUTS[0]), data, tmp_path, Full)
     with pytest.raises(UserError, match=r"single row\. Lower max_length"):
-        trainer.training_step(None, Collator(PADDED, 2)(list(rows(1))))
+        trainer.train()
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_parts_of_a_micro_batch_are_whole_rows_in_their_order(parts, attention):
+    data = list(rows(7))
+    whole = Collator(Cut(7, True, attention), 2)(data)
+    pieces = split_batch(whole, parts)
+    assert len(pieces) == min(parts, 7) - (parts == 3) * 0
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(torch.cat([piece[name] for piece in pieces], 1), whole[name])
+    for piece in pieces:
+        assert piece["position_ids"][0, 0] == 0 and piece["use_cache"] is False
+        if attention == "varlen":
+            starts = (piece["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+            assert piece["cu_seq_lens_q"].tolist() == [*starts, piece["input_ids"].shape[1]]
+            assert piece["max_length_q"] == max(piece["cu_seq_lens_q"].diff())
+    padded = split_batch(Collator(Cut(7, False, "sdpa"), 2)(data), parts)
+    assert sum(len(piece["labels"]) for piece in padded) == 7

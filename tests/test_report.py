@@ -23,7 +23,7 @@ from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by bein
 
 from finetune.answers import Answer, compare, scores, validation_loss
 from finetune.batches import Cut, StepSampler
-from finetune.callbacks import log_speed
+from finetune.callbacks import Speed
 from finetune.plan import Plan
 from finetune.report import compare_runs, history, plot_curves, what_it_learned, write_report
 from finetune.save import manifest
@@ -97,7 +97,7 @@ def train(folder, base, tokenizer, **changes):
     adapter_to_fp32(model)
     sampler = StepSampler([len(row["input_ids"]) for row in rows[:16]], 4, 0, Cut(4, False, "sdpa"))
     trainer._get_train_sampler = lambda *_: sampler
-    log_speed(trainer)
+    trainer.callback_handler.callbacks.insert(0, Speed(sampler))
     return model, trainer, rows
 
 
@@ -205,14 +205,10 @@ def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epo
         StepSampler([10, 20, 30, 40, 50], 2, 0, PLAN.cut),
         iter(range(0, 1000, 2)),
     )
-    trainer = SimpleNamespace(
-        callback_handler=SimpleNamespace(callbacks=[]), _get_train_sampler=lambda *_: sampler
-    )
     monkeypatch.setattr(
         "finetune.callbacks.time", SimpleNamespace(perf_counter=lambda: next(clock))
     )
-    log_speed(trainer)
-    (speed,), found = trainer.callback_handler.callbacks, []
+    speed, found = Speed(sampler), []
     for epoch in range(2):
         speed.on_epoch_begin()
         for step in range(1, 4):

@@ -8,13 +8,12 @@ import trl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune.base_model import mend_cpu_gradients
-from finetune.batches import Collator
 from finetune.machine import free_cache, memory_in_use
 from finetune.plan import make_plan
 from finetune.report import history
 from finetune.speed import use_fast_kernels
 from finetune.tokens import encode_rows
-from finetune.train import follow_plan, free_optimizer, one_gpu
+from finetune.train import PlannedTrainer, for_encoded_rows
 
 ROWS = [
     {"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(22)
@@ -23,8 +22,8 @@ ROWS = [
 
 def train(model, tokenizer, cfg, folder):
     """The notebook's sections 10 and 11 over `ROWS`, in fp32; returns the trainer and the plan."""
-    use_fast_kernels(model)
     data = encode_rows(ROWS, tokenizer)
+    use_fast_kernels(model, data, "fp32")
     plan = make_plan(cfg, model, data)
     args = trl.SFTConfig(
         output_dir=str(folder),
@@ -36,21 +35,14 @@ def train(model, tokenizer, cfg, folder):
         lr_scheduler_type="cosine",
         warmup_steps=plan.warmup_steps,
         bf16=False,
-        gradient_checkpointing=False,
         save_strategy="no",
         eval_strategy="no",
         logging_steps=1,
         report_to="tensorboard",
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
         disable_tqdm=True,
         use_cpu=True,
     )
-    collator = Collator(plan.cut, tokenizer.eos_token_id)
-    trainer = trl.SFTTrainer(
-        model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer
-    )
-    follow_plan(trainer, plan, cfg)
+    trainer = PlannedTrainer(model, args, plan, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     return trainer, plan
 
@@ -142,7 +134,7 @@ def test_a_process_that_sees_two_gpus_trains_on_one(nf4_model, smollm_tokenizer,
         assert trained_by(lambda args: args) == 16
     except ValueError as error:
         assert "DataParallel" in str(error)
-    assert trained_by(one_gpu) == 8
+    assert trained_by(for_encoded_rows) == 8
 
 
 def test_what_an_optimizer_held_is_given_back_and_the_log_stays(run):
@@ -150,6 +142,6 @@ def test_what_an_optimizer_held_is_given_back_and_the_log_stays(run):
     free_cache()
     held = memory_in_use()
     adapter = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    free_optimizer(trainer)
+    trainer.free_memory()
     assert held - memory_in_use() == pytest.approx(8 * adapter / 2**30, rel=0.01)
     assert history(trainer.state.log_history, "loss")[0] and trainer.args.seed == 42

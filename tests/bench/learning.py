@@ -29,9 +29,9 @@ from finetune import headless  # noqa: E402
 VARIANTS = {
     "recipe": {},
     "bf16 adapter": {
-        "log_speed(trainer)": "log_speed(trainer)\n"
-        "for weight in filter(lambda p: p.requires_grad, model.parameters()):\n"
-        "    weight.data = weight.data.bfloat16()"
+        "if cfg.early_stopping_patience:": "for weight in trainer.trainable().values():\n"
+        "    weight.data = weight.data.bfloat16()\n"
+        "if cfg.early_stopping_patience:"
     },
     "whole text": {
         "train_dataset=train_data,": (

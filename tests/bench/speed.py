@@ -178,34 +178,33 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
         return trl.SFTTrainer(lora(base_model(path)), recipe(), **common), {}
     if way.startswith("unsloth"):
         return unsloth_trainer(way, path, common)
-    from finetune.batches import Collator, StepSampler
+    from finetune.batches import StepSampler
     from finetune.plan import make_plan
     from finetune.speed import use_fast_kernels
-    from finetune.train import follow_plan
+    from finetune.train import PlannedTrainer
     from qlora_helpers import Settings
 
     if way == "ours-frozen":
         StepSampler.set_epoch = lambda self, epoch: None
     cfg = Settings(**settings(path, limit))
     model = lora(base_model(path))
-    used = use_fast_kernels(model)
+    start = time.perf_counter()
+    used = use_fast_kernels(model, data, "bf16")
+    print(f"compared in {time.perf_counter() - start:.0f} s; {used}", file=sys.stderr)
     start = time.perf_counter()
     plan = make_plan(cfg, model, data)
     planned = time.perf_counter() - start
     print(
         plan,
-        f"\nplanned in {planned:.0f} s; {used}\n" + json.dumps(plan.table, indent=None),
+        f"\nplanned in {planned:.0f} s\n" + json.dumps(plan.table, indent=None),
         file=sys.stderr,
     )
     args = recipe(
         per_device_train_batch_size=plan.cut.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
-        gradient_checkpointing=False,
-        logging_nan_inf_filter=False,
         optim="adamw_torch_fused",
     )
-    trainer = trl.SFTTrainer(model, args, data_collator=Collator(plan.cut, 2), **common)
-    follow_plan(trainer, plan, cfg)
+    trainer = PlannedTrainer(model, args, plan, **common)
     notes = {"cut": str(plan.cut), "planned_seconds": planned, "plan_peak": plan.peak}
     return trainer, notes | {"plan_tokens_per_second": plan.tokens_per_second}
 

@@ -110,9 +110,9 @@ def in_step(step: int, act) -> None:
     """Call `act(model)` in the given step, counted from 1: after the backward pass of its first
     micro-batch.
     """
-    from transformers import Trainer
+    from finetune.train import PlannedTrainer
 
-    original, seen = Trainer.training_step, set()
+    original, seen = PlannedTrainer.training_step, set()
 
     def training_step(self, model, *args, **kwargs):
         loss = original(self, model, *args, **kwargs)
@@ -121,7 +121,7 @@ def in_step(step: int, act) -> None:
             act(model)
         return loss
 
-    Trainer.training_step = training_step
+    PlannedTrainer.training_step = training_step
 
 
 def kill_at(step: int) -> None:
@@ -267,9 +267,8 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
         constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
     torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
-    Trials.best = lambda self: self.fitting()[
-        0
-    ]  # time decides on the cut, and the cut on the last digits
+    # Time decides on the cut, and the cut on the last digits.
+    Trials.best = lambda self: self.fitting()[0]
     if fault:
         FAULTS[fault[0]](*fault[1:])
     code = 0

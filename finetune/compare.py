@@ -1,0 +1,109 @@
+"""Section 8: whether a model computes the same as before something in it was replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+
+from finetune.batches import Collator, Cut, row_lengths
+from finetune.machine import autocast, computing_type, same_randomness
+
+
+@contextlib.contextmanager
+def unnoticed(model: PeftModel) -> Iterator[None]:
+    """Passes inside change no random state and no module's mode, and leave no gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with same_randomness():
+            yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def shaken(model: PeftModel) -> Iterator[None]:
+    """Inside, the adapter is not the zero that it begins as, which would hide mistakes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for weight in trained:
+            weight.add_(torch.randn_like(weight), alpha=0.01)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(trained, before, strict=True):
+                weight.copy_(old)
+
+
+@contextlib.contextmanager
+def jolted(model: PeftModel, rows: Sequence[Mapping[str, Any]], precision: str) -> Iterator[None]:
+    """Inside, the embeddings of the rows' tokens are off by as much as a rounding is at most.
+
+    What that does to a result tells how far apart two equal computations may end.
+    """
+    weight = model.get_input_embeddings().weight.data
+    ids = sorted({token for row in rows for token in row["input_ids"]})
+    before = weight[ids].clone()
+    weight[ids] *= 1 + torch.randn_like(before) * torch.finfo(computing_type(precision)).eps
+    try:
+        yield
+    finally:
+        weight[ids] = before
+
+
+class Comparison:
+    """A LoRA model's own loss and gradients on three short rows, and how far rounding goes."""
+
+    def __init__(self, model: PeftModel, data: Dataset, precision: str):
+        self.model, self.precision = model.eval(), precision
+        lengths = row_lengths(data)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        chosen = sorted({order[0], order[len(order) // 4], order[len(order) // 2]})
+        self.rows = [{n: data[row][n][-256:] for n in ("input_ids", "labels")} for row in chosen]
+        self.own = self.gradients()
+        with jolted(model, self.rows, precision):
+            self.noise = self.distance()
+
+    def distance(self) -> float:
+        """How far the model computes now from its own way, on the same rows; see `apart`."""
+        return apart(self.own, self.gradients())
+
+    def gradients(self) -> list[Tensor | None]:
+        """The loss of the rows, padded, and its gradient for each trained weight."""
+        self.model.zero_grad(set_to_none=True)
+        batch = on_device(self.model, Collator(Cut(len(self.rows), False, ""), 0)(self.rows))
+        with autocast(self.precision):
+            loss = self.model(**batch, num_items_in_batch=100).loss
+        loss.backward()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return [loss.detach(), *(None if p.grad is None else p.grad.clone() for p in trained)]
+
+
+def apart(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+    """Root mean square of the tensors' relative distances; infinite where one of two is absent."""
+    pairs = [*zip(one, other, strict=True)]
+    if any((a is None) != (b is None) for a, b in pairs):
+        return math.inf
+    far = [(a - b).norm() / a.norm().clamp(min=1e-30) for a, b in pairs if a is not None]
+    return torch.stack(far).square().mean().sqrt().item()
+
+
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A micro-batch with its tensors where the model is."""
+    device = next(model.parameters()).device
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+def allowed(noise: float) -> float:
+    """How far apart two equal computations may be, where `jolted` is off by `noise`."""
+    return 1.5 * noise + 1e-4
