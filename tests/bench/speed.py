@@ -196,7 +196,8 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
     planned = time.perf_counter() - start
     print(
         plan,
-        f"\nplanned in {planned:.0f} s\n" + json.dumps(plan.table, indent=None),
+        f"\nplanned in {planned:.0f} s: "
+        + "; ".join(f"{r['rows at once']} {r['layout']} {r['tokens/s']}" for r in plan.table),
         file=sys.stderr,
     )
     args = recipe(
