@@ -16,11 +16,17 @@ import transformers
 import trl
 from architectures import MODELS, known, random_model
 from computing import FLAT, PADDED, close, gradients, in_nf4, rows, tiny, with_lora
+from tiny import tiny_base, tiny_tuned
 
+from finetune.answers import generate_answers, validation_loss
 from finetune.arithmetic import FrozenHeadLoss, varlen_options
 from finetune.batches import Collator, Cut, StepSampler, row_lengths
-from finetune.compare import Comparison
+from finetune.checkpoints import finished
+from finetune.compare import Comparison, on_device
+from finetune.lock import claim, release
+from finetune.merge import merge_adapter
 from finetune.plan import make_plan
+from finetune.save import manifest, save_adapter
 from finetune.speed import (
     adapter_to_fp32,
     attend_by,
@@ -35,6 +41,7 @@ from finetune.speed import (
     unnoticed,
     use_fast_kernels,
 )
+from finetune.tokens import encode_rows
 from finetune.train import PlannedTrainer
 
 
@@ -371,8 +378,9 @@ def test_every_architecture_trains_as_under_trl_and_peft(
         results.append(two_steps(model, data, way, smollm_tokenizer, tmp_path))
     (logs, grads, adapter), (found_logs, found_grads, found_adapter) = results
     assert len(logs) == 2
-    for wanted, found in zip(logs, found_logs, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-5)
+    for (loss, norm), (found_loss, found_norm) in zip(logs, found_logs, strict=True):
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+        assert found_norm == pytest.approx(norm, rel=1e-5)
     for wanted, found in zip(grads, found_grads, strict=True):
         close(found, wanted, 1e-5)
     close(found_adapter, adapter, 1e-4)
@@ -485,3 +493,51 @@ def test_a_model_that_is_let_go_is_freed():
     gc.collect()
     held = [m for m in gc.get_objects() if isinstance(m, transformers.MistralForCausalLM)]
     assert held == []
+
+
+def forwards(model):
+    """Classes, forwards and hooks, without what libraries keep elsewhere in a model."""
+    found = {}
+    for name, module in model.named_modules():
+        hooks = {k: [*v] for k, v in vars(module).items() if re.fullmatch("_.*_hooks", k)}
+        found[name] = (type(module), id(vars(module).get("forward")), hooks)
+    return found
+
+
+def test_no_other_room_replaces_anything(settings, smollm_tokenizer, tmp_path):
+    """After each function that is given a model: its classes, forwards and hooks as before."""
+    base = tiny_base(tmp_path / "base", smollm_tokenizer)
+    model, row = tiny_tuned(base), {"prompt": "Who?", "completion": "Nobody at all."}
+    data = encode_rows([row | {"prompt": f"Who is {n}?"} for n in range(20)], smollm_tokenizer)
+    changes = {"base_model": base, "output_dir": str(tmp_path), "run_name": "run", "bf16": False}
+    changes |= {"max_steps": 2, "merged_dir": str(tmp_path / "merged")}
+    cfg, args = settings(**changes), trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    model(**on_device(model, Collator(FLAT, 2)(list(data)[:2])))
+    fast(model, data)
+    claim(cfg.run_dir)
+    before, made = forwards(model), {}
+
+    def unchanged(name, function, *arguments):
+        made[name] = function(*arguments)
+        if name == "trainer":  # trl 1.16 puts a wrapper of its own around the head
+            before["base_model.model"] = forwards(model)["base_model.model"]
+        assert forwards(model) == before, name
+
+    unchanged("plan", make_plan, cfg, model, data)
+    unchanged("loss", validation_loss, model, data)
+    unchanged("answers", generate_answers, model, smollm_tokenizer, ["Who?"], 3)
+
+    def build():
+        options = {"train_dataset": data, "processing_class": smollm_tokenizer}
+        args.max_steps, args.report_to, args.save_strategy = 2, [], "no"
+        return PlannedTrainer(model, args, made["plan"], **options)
+
+    unchanged("trainer", build)
+    unchanged("train", made["trainer"].train)
+    unchanged("run", manifest, cfg, made["trainer"], made["plan"], {})
+    unchanged("save", save_adapter, model, smollm_tokenizer, cfg.final_model, "", made["run"])
+    unchanged("load", finished, made["trainer"], str(cfg.final_model))
+    unchanged("merge", merge_adapter, cfg, model, smollm_tokenizer, [row], "")
+    release()
+    undo(model)
+    assert {name for name in vars(model) if name in ("forward", "_replaced", "_dense")} == set()
