@@ -34,19 +34,19 @@ def tiny(dropout=0.0, layers=3, **lora):
     return with_lora(in_nf4(plain), dropout, **lora)
 
 
-def in_nf4(plain):
-    """A random model saved, and loaded in NF4 with fp32 compute."""
+def in_nf4(plain, dtype=torch.float32):
+    """A random model saved, and loaded in NF4; it computes in `dtype`."""
     nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=KEPT_WHOLE,
     )
     with tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
         model = type(plain).from_pretrained(
-            folder, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
+            folder, quantization_config=nf4, dtype=dtype, device_map={"": "cpu"}
         )
     mend_cpu_gradients(model)
     return model

@@ -7,6 +7,7 @@ import math
 import random
 import weakref
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -19,7 +20,7 @@ from finetune.plan import make_plan
 from finetune.report import history
 from finetune.speed import checkpointable, undo, use_fast_kernels
 from finetune.train import PlannedTrainer
-from finetune.trials import Trials
+from finetune.trials import Trial, Trials
 from qlora_helpers import UserError
 
 
@@ -387,3 +388,88 @@ def test_parts_of_a_micro_batch_are_whole_rows_in_their_order(parts, attention):
             assert piece["max_length_q"] == max(piece["cu_seq_lens_q"].diff())
     padded = split_batch(Collator(Cut(7, False, "sdpa"), 2)(data), parts)
     assert sum(len(piece["labels"]) for piece in padded) == 7
+
+
+def planner(planning, monkeypatch, lengths, gpu=True, limit=40.0, **changes):
+    """`Trials` of a model of 32 layers as a GPU of `limit` GB would see it; passes are made up."""
+    data = [{"input_ids": [5] * n, "labels": [5] * n} for n in lengths]
+    model = tiny()
+    monkeypatch.setattr("finetune.trials.memory_limit", lambda setting: limit)
+    trials = Trials(planning(**changes), model, datasets.Dataset.from_list(data))
+    trials.gpu, trials.layers = gpu, 32
+    return trials
+
+
+@pytest.mark.parametrize(("limit", "again"), [(8.0, 30), (10.0, 28), (20.0, 18), (40.0, 0)])
+def test_as_many_layers_are_recomputed_as_memory_demands(planning, monkeypatch, limit, again):
+    """4 GB of weights, 0.25 MB a token kept anyway, 0.125 MB for each layer that keeps its own."""
+    trials = planner(planning, monkeypatch, [4096] * 16, limit=limit)
+    trained = sum(p.numel() for p in trials.model.parameters() if p.requires_grad)
+    assert trials.limit == pytest.approx(limit - 8 * trained / 2**30, abs=1e-9)
+    trials.limit = limit
+
+    def timed(cut, rows):
+        tokens = trials.sampler(cut).size(rows)
+        peak = 4 + tokens * (256 + 128 * (32 - cut.recomputed_layers)) / 2**20
+        if peak > 80:
+            raise torch.OutOfMemoryError
+        return tokens * (1 + cut.recomputed_layers / 100), 4.0, peak
+
+    monkeypatch.setattr(trials, "timed", timed)
+    # Two rows of 4096 tokens: 2 GB and 1 GB a layer, beside the 4 of the weights.
+    trial = trials.measure(Cut(2, False, "sdpa"), 32)
+    wanted = max(0, 32 - int(limit - 6))
+    assert trial.cut.recomputed_layers == wanted and abs(wanted - again) <= 4
+    assert (trial.peak <= limit and trial.peak > limit - 1) or wanted == 0
+    refused = trials.measure(Cut(2, False, "sdpa"), wanted - 1)
+    assert refused.note == f"would recompute {wanted} layers"
+
+
+def test_seconds_of_an_epoch_are_those_of_its_micro_batches(planning, monkeypatch):
+    """A pass of t tokens takes 0.1 s and 1 ms a token; steps of 16, two rows at once."""
+    lengths = [10, 400, 30, 90, 150, 20, 60, 700] * 5
+    trials = planner(planning, monkeypatch, lengths, gradient_checkpointing=False)
+    cut = Cut(2, False, "sdpa")
+
+    def timed(cut, rows):
+        return 0.1 + 0.001 * trials.sampler(cut).size(rows), 0.0, 1.0
+
+    monkeypatch.setattr(trials, "timed", timed)
+    batches = trials.sampler(cut).micro_batches()
+    expected = sum(0.1 + 0.002 * max(lengths[row] for row in rows) for rows in batches)
+    found = trials.measure(cut, 32)
+    assert found.seconds == pytest.approx(expected, rel=0.05) and found.peak == 1.0
+    row = found.row(sum(lengths), 16, True)
+    assert row["tokens/s"] == round(sum(lengths) / found.seconds)
+    assert row["rows at once"] == "2 × 8" and row[""] == "← chosen"
+
+
+def test_rows_at_once_divide_a_step_and_grow_while_that_pays(planning, monkeypatch):
+    trials = planner(planning, monkeypatch, [300] * 40, batch_size=6, gradient_accumulation=4)
+    assert trials.sizes() == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert trials.sizes(1000) == [4, 6, 8, 12, 24] and trials.sizes(10**6) == [24]
+    trials.gpu, trials.deadline, tried = False, math.inf, []
+    assert trials.sizes() == [1, 2, 3, 4]
+    seconds = {1: 9.0, 2: 5.0, 3: 5.3, 4: 6.0, 6: 1.0}
+
+    def measure(cut, most):
+        tried.append(most)
+        return Trial(
+            dataclasses.replace(cut, recomputed_layers=4 - cut.micro_batch),
+            seconds[cut.micro_batch],
+        )
+
+    monkeypatch.setattr(trials, "measure", measure)
+    trials.climb(Cut(size, True, "sdpa") for size in seconds)
+    assert [trial.seconds for trial in trials.tried] == [9.0, 5.0, 5.3, 6.0]
+    assert trials.best().seconds == 5.0 and tried == [32, 3, 2, 1]
+    trials.deadline = 0.0  # time is up, and there is something that fits
+    trials.climb([Cut(1, True, "sdpa")])
+    assert len(trials.tried) == 4
+
+
+def test_what_fits_nowhere_is_a_clear_error(planning, monkeypatch):
+    trials = planner(planning, monkeypatch, [300] * 20, gpu=False)
+    monkeypatch.setattr(trials, "measure", lambda cut, most: Trial(cut, note="does not fit"))
+    with pytest.raises(UserError, match=r"one row of 300 tokens .* Set max_length = 150 in"):
+        trials.choose()

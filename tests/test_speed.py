@@ -9,7 +9,9 @@ import gc
 import itertools
 import re
 import sys
+import types
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -19,11 +21,12 @@ from computing import FLAT, PADDED, close, gradients, in_nf4, rows, tiny, with_l
 from tiny import tiny_base, tiny_tuned
 
 from finetune.answers import generate_answers, validation_loss
-from finetune.arithmetic import FrozenHeadLoss, varlen_options
+from finetune.arithmetic import FrozenHeadLoss, LoraMatmul, varlen_options
 from finetune.batches import Collator, Cut, StepSampler, row_lengths
 from finetune.checkpoints import finished
 from finetune.compare import Comparison, on_device
 from finetune.lock import claim, release
+from finetune.machine import computing_type
 from finetune.merge import merge_adapter
 from finetune.plan import make_plan
 from finetune.save import manifest, save_adapter
@@ -541,3 +544,52 @@ def test_no_other_room_replaces_anything(settings, smollm_tokenizer, tmp_path):
     release()
     undo(model)
     assert {name for name in vars(model) if name in ("forward", "_replaced", "_dense")} == set()
+
+
+def too_weak(x, A, B, layer, scale):
+    return LoraMatmul.apply(x, A, B, layer, 0.8 * scale)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_an_error_is_told_from_rounding_in_each_precision(monkeypatch, seed, precision):
+    model = with_lora(in_nf4(random_model("Llama"), computing_type(precision)), r=16)
+    for parameter in model.parameters():  # as TRL leaves it
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    data = rows(20, seed=seed)
+    torch.manual_seed(seed)
+    assert "fused LoRA in 8 of 8 layers" in use_fast_kernels(model, data, precision)
+    monkeypatch.setattr("finetune.speed.LoraMatmul", types.SimpleNamespace(apply=too_weak))
+    said = use_fast_kernels(model, data, precision)
+    assert re.search(
+        r"not lora \([\d.e-]+ from the model's own, where rounding is [\d.e-]+\)", said
+    )
+
+
+def test_of_long_rows_the_end_is_compared_where_the_answer_is():
+    ids = [3 + n % 400 for n in range(700)]
+    data = [{"input_ids": ids, "labels": [-100] * 690 + ids[690:]} for _ in range(8)]
+    compare = Comparison(tiny(), datasets.Dataset.from_list(data), "fp32")
+    assert [len(row["labels"]) for row in compare.rows] == [256] * 3
+    assert compare.own[0] > 0 and compare.distance() == 0
+
+
+def test_a_merged_adapter_is_not_added_a_second_time():
+    model, ids = tiny(), torch.tensor([[5, 6, 7, 8]])
+    fast(model)
+    model.merge_adapter()
+    close({"": model(ids).logits}, {"": logits(model, ids)}, 1e-6)
+    model.unmerge_adapter()
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_a_dense_copy_has_the_layers_bias():
+    model = with_lora(in_nf4(random_model("Qwen2")), target_modules=["o_proj"])
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter)
+    loss, expected = gradients(model, Collator(PADDED, 2)(list(rows(4))))
+    keep_dense(model, True)
+    dense_loss, found = gradients(model, Collator(PADDED, 2)(list(rows(4))))
+    assert dense_loss == pytest.approx(loss.item(), rel=1e-6)
+    close(found, expected, 1e-5)
