@@ -13,7 +13,7 @@ from tiny import one_thread, pythons, tiny_base, tiny_tuned  # noqa: F401  `one_
 
 from finetune.answers import trained_logits
 from finetune.base_model import write_config
-from finetune.files import seal
+from finetune.files import read_seal, seal
 from finetune.merge import merge_adapter, merged_weights, write_shards
 from finetune.save import write_for_others
 from finetune.tokens import encode_prompt, encode_rows
@@ -109,6 +109,42 @@ def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(
     with pytest.raises(UserError, match="is not what was trained"):
         merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
     assert [path.name for path in tmp_path.glob("merged*")] == ["merged"] and earlier.exists()
+
+
+@pytest.mark.parametrize(
+    ("factor", "good"), [(0.85, True), (0.75, False), (1.15, True), (1.25, False)]
+)
+def test_a_merge_may_be_a_fifth_off_and_no_more(
+    cfg, base, mistral_tokenizer, factor, good, monkeypatch
+):
+    monkeypatch.setattr("finetune.merge.MERGE_NOISE", 0.0)  # what 16 bits would allow besides
+    torch.manual_seed(0)
+    source = halved(tiny_tuned(base), factor)
+    torch.manual_seed(0)
+    tuned = tiny_tuned(base)
+    monkeypatch.setattr("finetune.merge.merged_weights", lambda _: merged_weights(source))
+    if good:
+        assert merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card").exists()
+        return
+    with pytest.raises(UserError, match="is not what was trained"):
+        merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
+
+
+def test_a_merged_model_answers_with_a_cache_though_its_base_had_none(cfg, base, mistral_tokenizer):
+    tuned = tiny_tuned(base)
+    tuned.config.use_cache = False
+    folder = merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["use_cache"] is True and "quantization_config" not in saved
+    assert tuned.config.use_cache is False
+    generation = json.loads((folder / "generation_config.json").read_text())
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert ids.items() <= generation.items() and generation.get("do_sample", False) is False
+    assert "repetition_penalty" not in generation
+    assert (folder / "README.md").read_text() == "card"
+    assert set(read_seal(folder)["files"]) == {
+        path.name for path in folder.iterdir() if path.name != "checksums.json"
+    }
 
 
 def test_a_merge_that_dies_leaves_nothing_half_made(

@@ -254,6 +254,25 @@ def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
     assert len(measured) == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "warm_up"),
+    [
+        ({"epochs": 5}, 30, 3),  # an epoch has 6 steps, a tenth of which would be 1
+        ({"epochs": 2.5, "warmup_ratio": 0.5}, 15, 8),
+        ({"epochs": 5, "max_steps": 12, "warmup_ratio": 0.25}, 12, 3),
+        ({"epochs": 20, "warmup_ratio": 0.0}, 120, 0),
+    ],
+)
+def test_the_warm_up_is_a_share_of_all_steps(planning, changes, steps, warm_up):
+    model, data = tiny(), rows(90)
+    plan = make_plan(planning(**changes), model, data)
+    assert (plan.steps_per_epoch, plan.steps, plan.warmup_steps) == (6, steps, warm_up)
+    assert plan.logging_steps == max(1, steps // 100)
+    assert plan.seconds == pytest.approx(
+        steps / 6 * sum(map(len, data["labels"])) / plan.tokens_per_second
+    )
+
+
 def test_a_plan_for_one_row(planning):
     model, data = tiny(), rows(1)
     use_fast_kernels(model, data, "fp32")

@@ -5,6 +5,7 @@ in for the Hub.
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -20,9 +21,10 @@ from sums import checksums
 
 from finetune.batches import Cut
 from finetune.card import model_card
+from finetune.files import read_seal, why_unusable
 from finetune.plan import Plan
 from finetune.preflight import check_room, preflight
-from finetune.save import manifest, save_adapter
+from finetune.save import complete_adapter, manifest, save_adapter
 from finetune.tokens import encode_example, encode_prompt
 from qlora_helpers import Settings, UserError
 
@@ -79,6 +81,21 @@ def test_what_is_saved_answers_as_what_was_trained(saved, smollm_path, smollm_to
         ]
         == ids[0].tolist()
     )
+
+
+def test_the_seal_covers_every_file_that_is_saved(saved, tmp_path):
+    """Also after the card and the manifest were written anew."""
+    folder = shutil.copytree(saved[0].final_model, tmp_path / "run" / "final_model")
+    for card in (None, "# Another card"):
+        if card:
+            run = json.loads((folder / "run.json").read_text())
+            complete_adapter(folder, card, run | {"results": {"after": {"exact_match": 0.5}}})
+            assert (folder / "README.md").read_text() == card
+            assert json.loads((folder / "run.json").read_text())["results"]["after"]
+        names = {path.name for path in folder.iterdir()} - {"checksums.json"}
+        assert {"run.json", "README.md", "adapter_model.safetensors"} <= names
+        assert set(read_seal(folder)["files"]) == names
+        assert not why_unusable(folder, "adapter")
 
 
 def test_the_backup_holds_the_folder(saved):

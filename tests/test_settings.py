@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.machine import resolve_precision
-from qlora_helpers import Settings, UserError, locate
+from qlora_helpers import Settings, UserError, listed, locate
 
 
 def test_the_defaults_are_the_recipe(defaults):
@@ -143,3 +143,56 @@ def test_what_follows_from_the_cell_is_printed(settings):
     text = settings(batch_size=2, gradient_accumulation=8, lora_alpha=48).summary("fp16: a reason")
     assert "16 examples a step (2 × 8)" in text and "(scale 1.5)" in text
     assert "fp16: a reason" in text
+
+
+# For each number: a value just inside its bounds and one just outside, on each side that has one.
+BOUNDS = {
+    "validation_fraction": [(1e-9, 0.0), (0.5, 0.5000001)],
+    "max_length": [(16, 15)],
+    "lora_r": [(1, 0)],
+    "lora_alpha": [(1, 0)],
+    "lora_dropout": [(0.0, -1e-9), (0.999999, 1.0)],
+    "learning_rate": [(1e-12, 0.0), (1.0, 1.000001)],
+    "epochs": [(1e-9, 0.0), (1e9, float("inf"))],
+    "max_steps": [(-1, -2)],
+    "batch_size": [(1, 0)],
+    "gradient_accumulation": [(1, 0)],
+    "warmup_ratio": [(0.0, -1e-9), (1.0, 1.000001)],
+    "memory_limit_gb": [(0.0, -1e-9)],
+    "seed": [(0, -1)],
+    "early_stopping_patience": [(0, -1)],
+    "neftune_noise_alpha": [(0.0, -1e-9), (1e9, float("inf"))],
+    "sample_rows": [(1, 0)],
+    "max_new_tokens": [(1, 0)],
+    "run_name": [("a" * 96, "a" * 97)],
+    "hub_repo": [("", "/"), ("a" * 96, "a" * 97), ("o/n", "o/n/m")],
+    "base_model": [("x", "")],
+    "data_files": [("x", "")],
+    "target_modules": [(["q_proj"], []), ("all-linear", "all")],
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_setting_is_taken_up_to_its_bounds_and_no_further(settings, name):
+    for inside, outside in BOUNDS[name]:
+        assert getattr(settings(**{name: inside}), name) == inside
+        with pytest.raises(UserError, match=f"{name} = "):
+            settings(**{name: outside})
+
+
+def test_every_number_of_the_cell_has_its_bounds_tried(defaults):
+    numbers = {name for name, value in defaults.items() if type(value) in (int, float)}
+    assert numbers <= set(BOUNDS)
+
+
+def test_a_list_of_problems_shows_ten_and_counts_the_others():
+    problems = [f"problem {n}" for n in range(1, 1235)]
+    shown = listed("Title:", problems).splitlines()
+    assert shown[0] == "Title:" and shown[1] == "  • problem 1" and shown[10] == "  • problem 10"
+    assert shown[11:] == ["  • … and 1,224 more"]
+    assert listed("Title:", problems[:10]).splitlines()[-1] == "  • problem 10"
+    assert listed("Title:", problems[:11]).splitlines()[-1] == "  • … and 1 more"
+    assert (
+        listed("Title:", problems[:3], shown=2)
+        == "Title:\n  • problem 1\n  • problem 2\n  • … and 1 more"
+    )

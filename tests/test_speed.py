@@ -225,7 +225,10 @@ def test_section_8_again_begins_with_the_base_model_as_it_was_loaded():
     with torch.no_grad(), model.disable_adapter():
         expected = model(ids).logits
     fast(model)
+    compute_by(model, Cut(4, True, "eager", recomputed_layers=2, dense=True))
     base = bare(model)
+    assert base.config._attn_implementation == "sdpa" and "forward" not in vars(base)
+    assert not any(layer.gradient_checkpointing for layer in checkpointable(base))
     assert not any("lora" in name or "dense" in vars(m) for name, m in base.named_modules())
     assert bare(base) is base
     with torch.no_grad():

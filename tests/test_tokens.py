@@ -241,6 +241,18 @@ def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(
         assert answer == [label for label in rows[8]["labels"] if label != -100]
 
 
+def test_a_shortened_row_keeps_the_loss_that_was_asked_for(tokenizer, cfg):
+    words = " ".join(f"word{n}" for n in range(99))
+    rows = [{"where": "a.jsonl:1", "prompt": words, "completion": "short"}, ROWS[0]]
+    data = encode_rows(rows, tokenizer, completion_only_loss=False)
+    settings = cfg(max_length=100, too_long="truncate", completion_only_loss=False)
+    kept = fit_length(data, tokenizer, settings)
+    assert len(kept) == 2 and 90 < kept[1]["length"] <= 100
+    audit_labels(kept, tokenizer, completion_only_loss=False)
+    untrained = [place for place, label in enumerate(kept[1]["labels"]) if label == -100]
+    assert untrained == [0] * bool(untrained)  # at most BOS
+
+
 def test_a_long_row_can_stop_the_run(tokenizer, cfg):
     rows = encode_rows(ROWS, tokenizer)
     with pytest.raises(
