@@ -167,7 +167,7 @@ def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         config.__dict__.pop(name, None)
-    config.use_cache = True  # which training switched off
+    config.use_cache = True  # some bases come without, and answer slowly so
     config.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     theta = saved.get("rope_theta")
