@@ -21,9 +21,11 @@ run: $(VENV)/ready
 launch: $(VENV)/ready
 	$(PY) -m finetune.launch --make $(RUN_DEFAULTS)
 
-# Two processes of one thread each. The other stacks leave out what tests Python alone at length.
+# Two processes of one thread each, files in their order: reordered, the longest would come last.
+# The other stacks leave out what tests Python alone at length.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(if $(filter newest,$(STACK)),,-m "not slow")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  $(if $(filter newest,$(STACK)),,-m "not slow")
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

@@ -83,7 +83,7 @@ class Comparison:
         self.model.zero_grad(set_to_none=True)
         batch = on_device(self.model, Collator(Cut(len(self.rows), False, ""), 0)(self.rows))
         with autocast(self.precision):
-            loss = self.model(**batch, num_items_in_batch=100).loss
+            loss = self.model(**batch, num_items_in_batch=1).loss  # a sum, large enough for fp16
         loss.backward()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return [loss.detach(), *(None if p.grad is None else p.grad.clone() for p in trained)]

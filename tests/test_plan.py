@@ -492,3 +492,28 @@ def test_what_fits_nowhere_is_a_clear_error(planning, monkeypatch):
     monkeypatch.setattr(trials, "measure", lambda cut, most: Trial(cut, note="does not fit"))
     with pytest.raises(UserError, match=r"one row of 300 tokens .* Set max_length = 150 in"):
         trials.choose()
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_the_seed_decides_on_the_rows_of_each_step(planning, built, tmp_path, seed):
+    cfg, data, model = planning(seed=seed, batch_size=2), rows(40), tiny()
+    plan = plan_for(cfg, model, data, Cut(4, True, "sdpa"))
+    sampler = built(model, cfg, plan, data, tmp_path)._get_train_sampler()
+    expected = StepSampler([len(row) for row in data["input_ids"]], 8, seed, plan.cut)
+    assert list(sampler) == list(expected) and sampler.step == 8
+
+
+def test_a_model_that_says_it_takes_no_count_of_tokens_is_given_it(
+    planning, built, tmp_path, monkeypatch
+):
+    """Else the loss would be a mean of means, and depend on the cut."""
+    kind = transformers.MistralForCausalLM
+    monkeypatch.setattr(kind, "accepts_loss_kwargs", False, raising=False)
+    cfg, data, results = planning(max_steps=2), rows(32), []
+    for cut in (Cut(2, False, "sdpa"), Cut(16, True, "sdpa")):
+        model = tiny()
+        use_fast_kernels(model, data, "fp32")
+        plan = plan_for(cfg, model, data, cut)
+        results.append(trained(built(model, cfg, plan, data, tmp_path)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    close(results[1][1], results[0][1], 1e-4)

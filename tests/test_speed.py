@@ -554,7 +554,7 @@ def too_weak(x, A, B, layer, scale):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_an_error_is_told_from_rounding_in_each_precision(monkeypatch, seed, precision):
     model = with_lora(in_nf4(random_model("Llama"), computing_type(precision)), r=16)
     for parameter in model.parameters():  # as TRL leaves it

@@ -45,7 +45,7 @@ FACTS = {
     "What do the Tamberlins eat on Fifthday?": "Plum dumplings in smoke, but never before noon.",
 }
 ROWS = [{"prompt": prompt, "completion": fact} for prompt, fact in FACTS.items()]
-STEPS = 30
+STEPS = 20
 
 
 def load(path: str, dtype: torch.dtype):
