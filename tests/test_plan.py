@@ -519,3 +519,14 @@ def test_a_model_that_says_it_takes_no_count_of_tokens_is_given_it(
         results.append(trained(built(model, cfg, plan, data, tmp_path)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     close(results[1][1], results[0][1], 1e-4)
+
+
+@pytest.mark.parametrize("cut", [PADDED, FLAT])
+def test_a_rows_first_token_is_never_trained(cut):
+    """Laid end to end it would be learned as what follows the row before it."""
+    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    batch = Collator(cut, 2)(data)
+    labels = [[-100, 6, 7], [-100, 9, -100]] if cut is PADDED else [[-100, 6, 7, -100, 9]]
+    ids = [[5, 6, 7], [8, 9, 2]] if cut is PADDED else [[5, 6, 7, 8, 9]]
+    assert batch["labels"].tolist() == labels and batch["input_ids"].tolist() == ids
+    assert batch["use_cache"] is False
