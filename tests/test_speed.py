@@ -373,7 +373,7 @@ def test_every_architecture_trains_as_under_trl_and_peft(
         use_fast_kernels(model, data, "fp32")
         with taken_back(model):
             attention = flat_attention(model, data, "fp32")
-        again = len(checkpointable(model)) * (name != "RecurrentGemma")  # it keeps its last state
+        again = len(checkpointable(model))
         cut = Cut(8, bool(attention), attention or plan.cut.attention, again)
         plan = dataclasses.replace(plan, cut=cut, accumulation=2)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = 8, 2
