@@ -80,6 +80,8 @@ class Trials:
             padding = self.padding(Cut(self.sizes()[-1], False, own))
             if flat == "varlen" or (flat and padding > 0.02):
                 self.climb(Cut(size, True, flat) for size in self.sizes(1000 * self.gpu))
+                if self.gpu and not self.fitting():  # fewer rows than pay, then
+                    self.climb(Cut(size, True, flat) for size in self.sizes())
             if padding < 0.3 or not self.fitting():
                 known = flat == "varlen" and self.fitting()
                 sizes = [self.best().cut.micro_batch] if known else self.sizes()
@@ -98,8 +100,7 @@ class Trials:
     def sizes(self, tokens: int = 0) -> list[int]:
         """Rows at once that divide a process's share of a step, and have `tokens` on average.
 
-        A CPU gains nothing from many. One row is among them where no other number has so many
-        tokens.
+        The most rows alone if no number has so many. A CPU gains nothing from many.
         """
         share, mean = self.settings.effective_batch // processes()[1], np.mean(self.lengths)
         found = [n for n in range(1, min(share, 64 if self.gpu else 4) + 1) if share % n == 0]

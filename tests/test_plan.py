@@ -397,7 +397,7 @@ def test_parts_of_a_micro_batch_are_whole_rows_in_their_order(parts, attention):
     data = list(rows(7))
     whole = Collator(Cut(7, True, attention), 2)(data)
     pieces = split_batch(whole, parts)
-    assert len(pieces) == min(parts, 7) - (parts == 3) * 0
+    assert len(pieces) == min(parts, 7)
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(torch.cat([piece[name] for piece in pieces], 1), whole[name])
     for piece in pieces:
@@ -488,6 +488,22 @@ def test_rows_at_once_divide_a_step_and_grow_while_that_pays(planning, monkeypat
     trials.deadline = 0.0  # time is up, and there is something that fits
     trials.climb([Cut(1, True, "sdpa")])
     assert len(trials.tried) == 4
+
+
+def test_rows_go_end_to_end_in_smaller_numbers_where_those_that_pay_do_not_fit(
+    planning, monkeypatch
+):
+    trials = planner(planning, monkeypatch, [10, 300] * 20)
+    monkeypatch.setattr("finetune.trials.flat_attention", lambda *_: "sdpa")
+    monkeypatch.setattr(trials, "dense_size", lambda: math.inf)
+
+    def measure(cut, most):
+        fits = cut.micro_batch <= 2
+        return Trial(cut, 9.0 - cut.micro_batch - cut.flat) if fits else Trial(cut, note="no")
+
+    monkeypatch.setattr(trials, "measure", measure)
+    assert trials.choose().cut == Cut(2, True, "sdpa")
+    assert [trial.cut.micro_batch for trial in trials.tried[:4]] == [8, 1, 2, 4]
 
 
 def test_what_fits_nowhere_is_a_clear_error(planning, monkeypatch):
