@@ -5,12 +5,14 @@ import re
 import pytest
 import torch
 from tiny import tiny_base, tiny_tuned
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 
 from finetune.answers import (
     Answer,
     batches,
     cache_tokens,
     compare,
+    evaluating,
     generate_answers,
     read_answer,
     scores,
@@ -25,7 +27,7 @@ from qlora_helpers import UserError
 
 
 def test_a_batch_answers_as_each_prompt_does_alone(nf4_model, smollm_tokenizer):
-    model = nf4_model()
+    model = nf4_model(layers=30)
     prompts = [
         "What is the capital of France?",
         "Hi",
@@ -45,13 +47,36 @@ def test_generating_leaves_the_model_in_its_mode(nf4_model, smollm_tokenizer):
         assert model.training is mode
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_model_is_in_its_mode_again_after_an_evaluation_that_was_interrupted(mode):
+    model = torch.nn.Linear(2, 2).train(mode)
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        assert not model.training and not model(torch.ones(2)).requires_grad
+        raise KeyboardInterrupt
+    assert model.training is mode and model(torch.ones(2)).requires_grad
+
+
+def test_answers_are_greedy_and_end_at_the_tokenizers_eos_whatever_the_model_was_saved_with(
+    tmp_path, mistral_tokenizer
+):
+    model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
+    greedy = generate_answers(model, mistral_tokenizer, ["Hi", "What is it?"], 8)
+    assert all(len(answer.text) > 8 for answer in greedy)
+    saved = model.generation_config
+    saved.do_sample, saved.temperature, saved.top_k = True, 9.0, 0
+    saved.eos_token_id = list(range(3, 20_000))  # as a chat model that has other ends of a turn
+    assert generate_answers(model, mistral_tokenizer, ["Hi", "What is it?"], 8) == greedy
+
+
 @pytest.mark.parametrize(
     ("generated", "answer"),
     [
         (" Paris\n\n### End</s>", Answer("Paris", True)),
         (" Paris\n\n### End</s></s></s>", Answer("Paris", True)),
         (" Paris\n\n### End", Answer("Paris", False)),
+        (" Paris\n\n### End \n</s>", Answer("Paris", True)),
         (" ### End of the road</s>", Answer("### End of the road", True)),
+        (" Paris[/INST]\n\n### End</s>", Answer("Paris", True)),
         ("</s>", Answer("", True)),
     ],
 )
@@ -79,6 +104,11 @@ def test_scores_count_exact_answers_and_those_that_stopped():
     after = {"exact_match": 0.75, "f1": 0.75, "stopped": 0.75, "validation_loss": 1.25}
     assert result["before"] == before | {"perplexity": pytest.approx(403.43, abs=0.01)}
     assert result["after"] == after | {"perplexity": pytest.approx(3.4903, abs=1e-4)}
+
+
+def test_a_model_that_learned_nothing_at_all_still_has_scores():
+    result = scores(compare(ROWS, BEFORE, AFTER), {"before": 1000.0, "after": float("inf")})
+    assert all(1e300 < result[when]["perplexity"] < float("inf") for when in ("before", "after"))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +141,30 @@ def test_the_table_shows_the_scores_and_keeps_html_out():
     assert "&lt;b&gt;x" in html and "<b>x" not in html
 
 
+def test_the_table_shows_the_first_rows_shortened_and_marks_exact_answers_after_training():
+    rows = [{"prompt": f"p{i}.", "completion": f"c{i}"} for i in range(12)]
+    rows[4]["prompt"], rows[5]["prompt"] = "y" * 300, "z" * 301
+    before, after = ([Answer("no", False)] * 12 for _ in range(2))
+    before[1], after[2], after[11] = Answer("c1", True), Answer("c2", True), Answer("c11", True)
+    table = compare(rows, before, after)
+    html = show_comparison(table, scores(table, LOSSES)).to_html()
+    assert "p9." in html and "p10." not in html and "p11." not in html
+    assert f">{'y' * 300}<" in html and f">{'z' * 299}…<" in html
+    green = next(rule for rule in html.split("}") if "#d7f0dd" in rule)
+    assert re.findall(r"_row(\d+)_col(\d+)", green) == [("2", "3")]
+    everything = show_comparison(table, scores(table, LOSSES), 12).to_html()
+    assert "p11." in everything and "_row11_col3 {" in everything
+
+
+def test_losses_of_a_model_in_16_bits_are_computed_in_32(tmp_path, mistral_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_base(tmp_path, mistral_tokenizer), dtype=torch.bfloat16
+    )
+    examples = encode_rows([{"prompt": "p", "completion": "c"}], mistral_tokenizer)
+    ((logits, _),) = trained_logits(model, examples)
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+
+
 def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batched(
     tmp_path, mistral_tokenizer
 ):
@@ -137,6 +191,23 @@ def test_batches_hold_rows_of_like_length_and_no_more_tokens_than_asked_for():
     assert batches([3, 3], 6) == [[0, 1]] and batches([3, 3], 5) == [[0], [1]]
 
 
+@pytest.mark.parametrize(
+    ("config", "token"),
+    [
+        (MistralConfig(num_key_value_heads=2, head_dim=32), 2 * 3 * 2 * 32 * 4),
+        (GPTNeoXConfig(), 2 * 3 * 4 * 16 * 4),  # as many keys as heads, as wide as it follows
+    ],
+)
+def test_keys_and_values_are_counted_by_the_models_own_shape(config, token, monkeypatch):
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config.update(shape | {"intermediate_size": 64, "vocab_size": 32})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    monkeypatch.setattr("finetune.answers.free_memory_size", lambda: 3 * 1000 * token / 2**30)
+    assert cache_tokens(model) in (999, 1000)
+    monkeypatch.setattr("finetune.answers.free_memory_size", lambda: 3 * 500 * token / 2**30)
+    assert cache_tokens(model.to(torch.bfloat16)) in (999, 1000)
+
+
 def test_answers_are_batched_by_the_memory_that_is_free(tmp_path, mistral_tokenizer, monkeypatch):
     model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
     token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, fp32
@@ -155,6 +226,7 @@ def test_answers_are_batched_by_the_memory_that_is_free(tmp_path, mistral_tokeni
     ("change", "words"),
     [
         ({"report_to": "wandb"}, "report_to = 'wandb' needs a package.*%pip install wandb"),
+        ({"report_to": "trackio"}, "report_to = 'trackio' needs a package.*%pip install trackio"),
         ({"target_modules": []}, "target_modules = "),
         ({"early_stopping_patience": -1}, "early_stopping_patience = -1"),
     ],

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from finetune.data import RowReader, read_rows, split_rows
+from finetune.data import RowReader, data_notes, read_rows, split_rows
+from finetune.rows import LONGEST_LINE
 from qlora_helpers import UserError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
@@ -58,6 +59,11 @@ MISTAKES = [
         *MISTAKES,
         (b'"text"', "not an object"),
         (b'{"prompt": ["a"], "completion": "b"}', "'prompt' is a list"),
+        (b'{"prompt": {"text": "a"}, "completion": "b"}', "'prompt' is an object"),
+        (b'{"prompt": "a", "completion": true}', "'completion' is true or false"),
+        (b'{"prompt": "a", "completion": 2.5}', "'completion' is a number"),
+        (b'{"prompt": "\\udc4b", "completion": "b"}', "'prompt' holds half of a surrogate pair"),
+        (b"{}", "no 'prompt': its keys are none"),
         (b'{"text": "a"}', "no 'prompt': its keys are 'text'"),
         (b'{"question": "a", "reply": "b"}', "no 'answer': its keys are 'question', 'reply'"),
         (b'{"instruction": "a", "input": 3, "output": "b"}', "'input' is a number"),
@@ -65,6 +71,8 @@ MISTAKES = [
         (b'{"prompt": "' + b"a" * 2**20 + b'"}', "longer than 1,048,576 bytes"),
         (chat(("user", "a")), "'messages' is no conversation"),
         (chat(("user", "a"), ("tool", "b")), "a turn's 'role' is none of"),
+        (chat(("tool", "a"), ("user", "b"), ("assistant", "c")), "a turn's 'role' is none of"),
+        (chat(("user", "a"), ("system", "b")), "the last turn is not the assistant's"),
         (chat(("assistant", "a"), ("user", "b")), "the last turn is not the assistant's"),
         (chat(("user", None), ("assistant", "b")), "a turn's 'content' is null"),
     ],
@@ -90,11 +98,13 @@ def test_ten_different_mistakes_appear_in_one_run_of_the_cell(tmp_path, settings
 def test_bad_lines_are_counted_by_kind_and_all_are_written_down(tmp_path, read):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, *[b"{"] * 12]))
     (tmp_path / "b.jsonl").write_bytes(b"nonsense\n5")
-    with pytest.raises(UserError) as caught:
-        read(tmp_path / "*.jsonl")
+    for _ in range(2):  # the second time, what the first wrote down is not written down again
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / "*.jsonl")
     text = str(caught.value)
     assert text.startswith("14 line(s) cannot be used (13 × broken JSON; 1 × not an object)")
-    assert "a.jsonl:2:" in text and "a.jsonl:11:" in text and "a.jsonl:12:" not in text
+    shown = [line.split(": ")[0] for line in text.splitlines() if "•" in line]
+    assert shown == [f"  • a.jsonl:{n}" for n in range(2, 12)]
     rejected = text.partition("All are in ")[2].splitlines()[0]
     lines = [json.loads(line) for line in Path(rejected).read_text().splitlines()]
     assert [line["line"] for line in lines] == [
@@ -109,10 +119,9 @@ def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_pa
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([b"{", GOOD, b"7"]))
     rows = read(tmp_path / "rows.jsonl", on_bad_rows="skip")
     assert texts(rows) == [json.loads(GOOD)] and rows["where"][0] == "rows.jsonl:2"
-    assert (
-        "Skipped: 2 line(s) cannot be used (1 × broken JSON; 1 × not an object)"
-        in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "Skipped: 2 line(s) cannot be used (1 × broken JSON; 1 × not an object)" in out
+    assert "rows.jsonl:1: broken JSON" in out and "rows.jsonl:3: not an object" in out
     (tmp_path / "rows.jsonl").write_bytes(GOOD)
     read(tmp_path / "rows.jsonl")
     assert "Skipped" not in capsys.readouterr().out
@@ -125,6 +134,13 @@ def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_pa
         (b'{"question": "p", "answer": "c"}', "question/answer", "p"),
         (b'{"instruction": "p", "input": "", "output": "c"}', "instruction/output", "p"),
         (b'{"instruction": "p", "input": "i", "output": "c"}', "instruction/output", "p\n\ni"),
+        (b'{"instruction": "p", "input": null, "output": "c"}', "instruction/output", "p"),
+        (b'{"question": "p", "answer": "c", "input": "i"}', "question/answer", "p"),
+        (
+            b'{"question": "q", "answer": "a", "prompt": "p", "completion": "c"}',
+            "prompt/completion",
+            "p",
+        ),
         (chat(("user", "p"), ("assistant", "c")), "messages", "p"),
         (
             chat(("system", "s"), ("user", "p"), ("assistant", "c")),
@@ -143,7 +159,8 @@ def test_other_formats_are_recognised_by_their_keys_and_said_aloud(
 ):
     (tmp_path / "rows.jsonl").write_bytes(line)
     assert texts(read(tmp_path / "rows.jsonl")) == [{"prompt": prompt, "completion": "c"}]
-    assert f"1 rows ({form}) from rows.jsonl" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"1 rows ({form}) from rows.jsonl" in out and "!" not in out
 
 
 @pytest.mark.parametrize("on_bad_rows", ["stop", "skip"])
@@ -249,6 +266,36 @@ def test_memory_does_not_grow_with_the_file(tmp_path, read):
     assert peak < 12_000_000 and pa.total_allocated_bytes() - before < 2_000_000
 
 
+def test_a_line_may_be_as_long_as_the_limit_and_no_longer(tmp_path, read, capsys):
+    row = b'{"prompt": "a", "completion": "%s"}'
+    longest = row % (b"b" * (LONGEST_LINE - len(row) + 2))
+    assert len(longest) == LONGEST_LINE
+    lines = [longest, longest.replace(b"bb", b"bbb", 1), GOOD]
+    for number, newline in enumerate([b"\n", b"\r\n"]):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_bytes(newline.join(lines))
+        rows = read(file, on_bad_rows="skip")
+        assert list(rows["where"]) == [f"{file.name}:1", f"{file.name}:3"]
+        assert f"{file.name}:2: longer than " in capsys.readouterr().out
+
+
+def test_files_are_read_by_name_whatever_the_folder_lists_first(tmp_path, read):
+    """The order of rows, so the run itself, must be the same on every disk."""
+    (tmp_path / "folder.jsonl").mkdir()
+    for n in (7, 2, 11, 4, 9, 1, 12, 5, 3, 10, 8, 6):
+        (tmp_path / f"{n:02}.jsonl").write_text(
+            json.dumps({"prompt": f"p{n}", "completion": f"c{n}"})
+        )
+    assert list(read(tmp_path / "*.jsonl")["prompt"]) == [f"p{n}" for n in range(1, 13)]
+
+
+def test_a_file_that_was_renamed_is_told_by_its_new_name(tmp_path, read):
+    (tmp_path / "old.jsonl").write_bytes(GOOD)
+    read(tmp_path / "*.jsonl")
+    (tmp_path / "old.jsonl").rename(tmp_path / "new.jsonl")
+    assert list(read(tmp_path / "*.jsonl")["where"]) == ["new.jsonl:1"]
+
+
 def test_no_file_says_where_to_put_one(tmp_path, read):
     with pytest.raises(UserError, match=r"No file matches data_files = .*\n.*Put your JSONL there"):
         read(tmp_path / "*.jsonl")
@@ -279,6 +326,9 @@ def test_exact_duplicates_are_dropped_with_a_count(tmp_path, read, capsys):
     kept = read(write_rows(tmp_path / "rows.jsonl", [(p, c or "x") for p, c in rows]))
     assert list(kept["where"]) == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
     assert "Dropped 2 exact duplicates." in capsys.readouterr().out
+    many = [(f"p{n}", "x") for n in range(30)]
+    kept = read(write_rows(tmp_path / "rows.jsonl", many + many[5:20]))
+    assert list(kept["prompt"]) == [prompt for prompt, _ in many]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +336,10 @@ def test_exact_duplicates_are_dropped_with_a_count(tmp_path, read, capsys):
     [
         (
             ("Say ### Answer: now", "Fine."),
+            "1 row(s) hold a marker of the prompt format: rows.jsonl:1",
+        ),
+        (
+            ("### Question: Who?", "Me."),
             "1 row(s) hold a marker of the prompt format: rows.jsonl:1",
         ),
         (
@@ -313,6 +367,30 @@ def test_what_looks_odd_is_told_with_its_line(tmp_path, read, capsys, row, note)
     )
     out = capsys.readouterr().out
     assert f"! {note}" in out and out.count("!") == 1
+
+
+def test_what_looks_odd_is_counted_and_its_first_lines_are_named():
+    rows = [
+        {"prompt": f"Fra{n}nce", "completion": f"is {n}", "where": f"a.jsonl:{n}"}
+        for n in range(1, 8)
+    ]
+    rows += [{"prompt": f"{n}?", "completion": f"A{n}", "where": "b.jsonl:1"} for n in range(8)]
+    (note,) = data_notes(as_dataset(rows))
+    assert note.startswith("7 row(s) may have a prompt that ends in the middle of a word: ")
+    assert note.endswith(", ".join(f"a.jsonl:{n}" for n in range(1, 6)))
+
+
+@pytest.mark.parametrize("prompt", ["Who is {}?", "Say {} in French"])
+def test_answers_in_lower_case_are_not_odd_by_themselves(prompt):
+    """Neither after a whole prompt, nor where they are the habit of rows by the thousand."""
+    rows = [
+        {"prompt": prompt.format(n), "completion": f"no {n}.", "where": "rows.jsonl:1"}
+        for n in range(2100)
+    ]
+    assert data_notes(as_dataset(rows)) == []
+    if prompt.endswith("?"):
+        rows += [row | {"completion": "N" + row["completion"]} for row in rows]
+        assert data_notes(as_dataset(rows)) == []
 
 
 def test_nothing_looks_odd_in_the_examples(read, capsys):
@@ -347,6 +425,13 @@ def test_adding_rows_moves_none_across_and_no_prompt_is_on_both_sides():
 def test_small_data_always_has_something_on_both_sides(n, fraction):
     rows = [{"prompt": str(i), "completion": "x"} for i in range(n)]
     assert all(map(len, split_rows(as_dataset(rows), fraction)))
+
+
+def test_where_every_prompt_would_be_held_out_one_is_left_to_train_on():
+    rows = as_dataset([{"prompt": str(i), "completion": "x"} for i in range(20)])
+    held = split_rows(rows, 0.5)[1]
+    assert len(held) > 2
+    assert [len(part) for part in split_rows(held, 0.5)] == [1, len(held) - 1]
 
 
 def test_one_prompt_alone_cannot_be_split():

@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from finetune.headless import NOTEBOOK, SMALL, defaults, given_to_make, parse
+from finetune import headless
+from finetune.headless import NOTEBOOK, SMALL, defaults, execute, given_to_make, main, parse
+from qlora_helpers import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,8 +111,128 @@ def test_variables_of_make_itself_are_no_settings(settings_of_make):
     outer = {"MAKEFLAGS": "w -- STACK=colab", "MAKELEVEL": "1"}
     assert settings_of_make("EPOCHS=4", **outer)["epochs"] == 4
     assert given_to_make("") == given_to_make("ks") == []
+    assert given_to_make("s -- STACK:=colab EPOCHS=2 PY=python") == ["EPOCHS=2"]
+
+
+def test_a_setting_that_is_a_word_or_a_truth_value_takes_both():
+    given = [
+        "BF16=True",
+        "GRADIENT_CHECKPOINTING=False",
+        "RESUME=never",
+        "TARGET_MODULES=all-linear",
+    ]
+    settings = {"bf16": True, "gradient_checkpointing": False, "resume": "never"}
+    settings |= {"target_modules": "all-linear"}
+    assert parse(given, defaults()) == settings
+    words = ["BF16=auto", "GRADIENT_CHECKPOINTING=auto", "EPOCHS=9", "EPOCHS=10"]
+    expected = {"bf16": "auto", "gradient_checkpointing": "auto", "epochs": 10}
+    assert parse(words, defaults()) == expected
 
 
 def test_a_name_that_is_no_setting_is_told_with_those_that_are():
     with pytest.raises(SystemExit, match=r"EPOCS=1: no such setting\. There are: BASE_MODEL "):
         parse(["EPOCS=1"], defaults())
+
+
+# -------- a notebook of few cells in the real one's place ---------------------------------
+
+
+@pytest.fixture
+def with_cells(tmp_path, monkeypatch):
+    """Lets `execute` run the real hyperparameter cells and then these, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def make(*sources):
+        notebook = load_notebook_node(str(NOTEBOOK))
+        head = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+        notebook.cells = head + [nbformat.v4.new_code_cell(source) for source in sources]
+        nbformat.write(notebook, tmp_path / "few_cells.ipynb")
+        monkeypatch.setattr(headless, "NOTEBOOK", tmp_path / "few_cells.ipynb")
+
+    return make
+
+
+BAR = """
+import sys
+from IPython.display import HTML, display
+bar = "<div><progress value='{0}'></progress>[{0:>2}/12 00:0{0} &lt; 00:09, Epoch 1/3]</div>"
+shown = display(HTML(bar.format(3)), display_id=True)
+for step in (3, 4, 4, 12):
+    shown.update(HTML(bar.format(step)))
+print("nothing to act on", file=sys.stderr)
+print("Grüße,", end=" "); print(run_name, epochs)
+"""
+
+
+def test_what_cells_print_and_how_far_training_is_is_shown_as_it_happens(
+    with_cells, tmp_path, capsys
+):
+    with_cells(BAR)
+    notebook = execute({"run_name": "mine", "epochs": 7}, tmp_path / "elsewhere")
+    shown = capsys.readouterr().out
+    steps = [line for line in shown.splitlines() if "/12" in line]
+    assert [step.partition("/")[0].strip("[ ") for step in steps] == ["3", "4", "12"]
+    assert "Grüße, mine 7\n" in shown and "nothing to act on" not in shown
+    assert f"Notebook: {tmp_path / 'elsewhere' / 'notebook.html'}" in shown
+    assert "Grüße, mine 7" in (tmp_path / "elsewhere" / "notebook.html").read_text("utf-8")
+    assert nbformat.read(tmp_path / "elsewhere" / "notebook.ipynb", 4) == notebook
+    assert not (tmp_path / "content").exists()
+
+
+def test_what_was_executed_before_a_cell_failed_is_kept(with_cells, tmp_path, capsys):
+    with_cells("print('the first', 2 + 3)", "1 / 0", "print('never')")
+    with pytest.raises(CellExecutionError):
+        execute({"run_name": "mine"})
+    run = tmp_path / "content" / "model_outputs" / "mine"
+    page = (run / "notebook.html").read_text("utf-8")
+    assert "the first 5" in page and "ZeroDivisionError" in page
+    assert "the first 5" in (run / "notebook.ipynb").read_text("utf-8")
+    assert "the first 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cell", "code"),
+    [
+        ("from qlora_helpers import UserError; raise UserError('lora_r = 0: mend it')", 1),
+        ("below = 0\nprint(7 / below)", 1),
+        ("print('all well')", 0),
+    ],
+    ids=["a mistake", "an error", "neither"],
+)
+def test_a_mistake_is_told_in_its_own_words_alone_and_an_error_with_its_line(
+    with_cells, tmp_path, monkeypatch, capsys, cell, code
+):
+    with_cells(cell)
+    monkeypatch.setattr(sys, "argv", ["headless", "RUN_NAME=mine", "OUTPUT_DIR=out"])
+    run = tmp_path / "out" / "mine"
+    if not code:
+        main()
+        curves, adapter = capsys.readouterr().out.splitlines()[-2:]
+        assert curves == f"Curves:   {run / 'curves.png'}"
+        assert adapter == f"Adapter:  {run / 'final_model'}"
+        return
+    with pytest.raises(SystemExit) as caught:
+        main()
+    words = str(caught.value)
+    assert (words == "\nUserError: lora_r = 0: mend it") == ("UserError" in cell)
+    assert ("print(7 / below)" in words and "ZeroDivisionError" in words) == ("below" in cell)
+    assert (run / "notebook.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"run_name": "../up"}, "run_name = '../up'"), ({}, r"did not write \(notebook\.html\)")],
+    ids=["a setting", "a folder of others"],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(
+    with_cells, tmp_path, changes, words
+):
+    with_cells("print('never')")
+    theirs = tmp_path / "runs" / "mine" / "notebook.html"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("my own page")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=words):
+        execute({"run_name": "mine", "output_dir": "runs"} | changes)
+    assert sorted(tmp_path.rglob("*")) == before and theirs.read_text() == "my own page"

@@ -15,6 +15,8 @@ import pytest
 from faults import child
 from safetensors.torch import load_file
 
+from finetune.launch import main
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
@@ -125,6 +127,97 @@ def test_fsdp_trains_as_one_process_does_and_the_process_that_follows_has_its_ad
     code, shown = finish(launch(model, None, "fsdp", **alone))
     assert code == 0 and "nothing is trained again" in shown, shown
     same(result(model, "fsdp"), one)
+
+
+def test_a_process_whose_cell_fails_ends_as_failed_and_at_once(tmp_path):
+    """As the launcher starts it; `LORA_R=0` is refused by the third cell."""
+    command = [sys.executable, "-m", "finetune.launch", "LORA_R=0", f"OUTPUT_DIR={tmp_path}"]
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "lora_r = 0: input should be" in done.stdout and "Preflight" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+STAND_IN = """
+import json, os, sys
+kept = {name: os.environ.get(name) for name in %r}
+with open(%r, "a") as file:
+    print(json.dumps([sys.argv[1:], kept]), file=file)
+sys.exit(%r[len(open(%r).readlines()) - 1])
+"""
+TOLD = ("OMP_NUM_THREADS", "QLORA_SPREAD", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Calls `main` with a stand-in for Python that notes its arguments and ends with `codes`.
+
+    Returns what was started: arguments, and what the environment says; and what `main` ended with.
+    """
+    calls = tmp_path / "calls"
+
+    def run(*arguments, codes=(), **environment):
+        calls.unlink(missing_ok=True)
+        python = tmp_path / "python"
+        script = STAND_IN % (TOLD, str(calls), [*codes, 0, 0], str(calls))
+        python.write_text(f"#!{REAL}\n{script}")
+        python.chmod(0o755)
+        for name in TOLD:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "executable", str(python))
+        monkeypatch.setattr(sys, "argv", ["launch", *arguments])
+        ended = ""
+        try:
+            main()
+        except SystemExit as error:
+            ended = str(error)
+        return [json.loads(line) for line in calls.read_text().splitlines()], ended
+
+    return run
+
+
+REAL = sys.executable
+
+
+def test_as_many_processes_are_launched_as_were_asked_for(started):
+    for gpus, several in ((None, True), ("1", False), ("12", True)):
+        ((words, told),), ended = started("EPOCHS=2", *[f"GPUS={gpus}"] * bool(gpus), "DATA=a=b c")
+        assert words[:2] == ["-m", "accelerate.commands.launch"] and not ended
+        assert words[-4:] == ["--module", "finetune.launch", "EPOCHS=2", "DATA=a=b c"]
+        assert f"--num_processes={gpus or 2}" in words and ("--multi_gpu" in words) == several
+        assert "--config_file" not in words and told["QLORA_SPREAD"] is None
+
+
+def test_processes_share_the_cores_unless_the_user_has_said_how(started):
+    cores = len(os.sched_getaffinity(0))
+    for gpus in (1, 2, 64):
+        ((_, told),), _ = started(f"GPUS={gpus}")
+        assert told["OMP_NUM_THREADS"] == str(cores // gpus or 1)
+    ((_, told),), _ = started("GPUS=1", OMP_NUM_THREADS="77")
+    assert told["OMP_NUM_THREADS"] == "77"
+
+
+@pytest.mark.parametrize("fsdp", ["True", "my/own.yaml"])
+def test_after_fsdp_one_process_does_the_rest(started, fsdp, capsys):
+    ((first, told), (second, then)), ended = started(f"FSDP={fsdp}", "GPUS=4", "EPOCHS=2")
+    file = first[first.index("--config_file") + 1]
+    assert Path(file) == (ROOT / "finetune" / "fsdp.yaml" if fsdp == "True" else Path(fsdp))
+    assert "--multi_gpu" not in first and "--num_processes=4" in first and first[-1] == "EPOCHS=2"
+    assert told["QLORA_SPREAD"] is None and told["ACCELERATE_MIXED_PRECISION"] is None
+    assert second == ["-m", "finetune.launch", "EPOCHS=2"] and not ended
+    assert then["QLORA_SPREAD"] and then["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert "Trained. Now its answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("codes", "calls"), [([1], 1), ([0, 1], 2)])
+def test_when_a_process_fails_what_is_lost_and_what_to_do_is_said(started, tmp_path, codes, calls):
+    options = ("FSDP=True", f"OUTPUT_DIR={tmp_path}", "RUN_NAME=mine")
+    found, ended = started(*options, codes=codes)
+    assert len(found) == calls
+    assert "Nothing that was saved is lost" in ended and ended.endswith(f"in {tmp_path / 'mine'}")
 
 
 def test_more_processes_than_a_step_has_rows_for_say_how_many_work(

@@ -8,6 +8,8 @@ import subprocess
 import pytest
 import torch
 import transformers
+from architectures import random_model
+from computing import in_nf4, with_lora
 from safetensors import safe_open
 from tiny import one_thread, pythons, tiny_base, tiny_tuned  # noqa: F401  `one_thread` works by being here
 
@@ -77,13 +79,38 @@ def test_the_merge_is_the_adapter_on_the_4_bit_base(
         "run.json",
     } <= names
     assert not [name for name in names if name.endswith((".bin", ".part", ".pt"))]
+    assert len([name for name in names if name.endswith(".safetensors")]) == 1  # it is small
+
+
+def test_a_merge_has_every_weight_of_its_base_under_the_names_of_the_base():
+    """Qwen 2 has biases beside the weights that are adapted."""
+    plain = random_model("Qwen2")
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    found = dict(merged_weights(with_lora(in_nf4(plain))))
+    assert found.keys() == dict(plain.named_parameters()).keys()
+    name = "model.layers.1.self_attn.q_proj.bias"
+    assert torch.equal(found[name], plain.get_parameter(name))
+    assert all(found[n].shape == p.shape for n, p in plain.named_parameters())
+
+
+def test_a_merge_is_written_in_the_type_that_the_model_computes_in(cfg, mistral_tokenizer):
+    sizes = {"vocab_size": len(mistral_tokenizer), "max_position_embeddings": 512}
+    tuned = with_lora(in_nf4(random_model("Llama", **sizes), torch.bfloat16), r=4).eval()
+    folder = merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 WRONG = {
-    "base": lambda base, other: tiny_tuned(other),
-    "adapter": lambda base, other: tiny_tuned(base, seed=1),
-    "half of alpha": lambda base, other: halved(tiny_tuned(base)),
-    "no adapter": lambda base, other: halved(tiny_tuned(base), 0),
+    "base": lambda base, other, _: tiny_tuned(other),
+    "adapter": lambda base, other, _: tiny_tuned(base, seed=1),
+    "half of alpha": lambda base, other, _: halved(tiny_tuned(base)),
+    "no adapter": lambda base, other, _: halved(tiny_tuned(base), 0),
+    "the last row alone": lambda base, _, words: with_another_three(tiny_tuned(base), words),
 }
 
 
@@ -94,12 +121,25 @@ def halved(model, factor=0.5):
     return model
 
 
+def with_another_three(model, tokenizer):
+    """The token that comes in no row but the last has another embedding."""
+    ids = [set(row["input_ids"]) for row in encode_rows(ROWS, tokenizer, 512)]
+    (three,) = ids[3] - ids[0] - ids[1] - ids[2]
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[three] = -weight[three]
+    return model
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(
     cfg, base, tmp_path, mistral_tokenizer, wrong, monkeypatch
 ):
     other = tiny_base(tmp_path / "other", mistral_tokenizer, seed=1) if wrong == "base" else ""
-    source = WRONG[wrong](base, other)
+    torch.manual_seed(0)  # of the two adapters, too, nothing else differs
+    source = WRONG[wrong](base, other, mistral_tokenizer)
+    torch.manual_seed(0)
+    tuned = tiny_tuned(base)
     monkeypatch.setattr("finetune.merge.merged_weights", lambda _: merged_weights(source))
     earlier = tmp_path / "merged" / "config.json"
     earlier.parent.mkdir()
@@ -107,7 +147,7 @@ def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(
         path.write_text("{}")
     seal(earlier.parent, "merged", cfg.run_name)
     with pytest.raises(UserError, match="is not what was trained"):
-        merge_adapter(cfg, tiny_tuned(base), mistral_tokenizer, ROWS, "card")
+        merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
     assert [path.name for path in tmp_path.glob("merged*")] == ["merged"] and earlier.exists()
 
 
@@ -137,6 +177,7 @@ def test_a_merged_model_answers_with_a_cache_though_its_base_had_none(cfg, base,
     saved = json.loads((folder / "config.json").read_text())
     assert saved["use_cache"] is True and "quantization_config" not in saved
     assert tuned.config.use_cache is False
+    assert saved["dtype"] == saved["torch_dtype"] == "float32"  # for newer readers and for older
     generation = json.loads((folder / "generation_config.json").read_text())
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert ids.items() <= generation.items() and generation.get("do_sample", False) is False
@@ -145,6 +186,7 @@ def test_a_merged_model_answers_with_a_cache_though_its_base_had_none(cfg, base,
     assert set(read_seal(folder)["files"]) == {
         path.name for path in folder.iterdir() if path.name != "checksums.json"
     }
+    assert read_seal(folder)["run"] == cfg.run_name
 
 
 def test_a_merge_that_dies_leaves_nothing_half_made(
@@ -160,14 +202,14 @@ def test_a_merge_that_dies_leaves_nothing_half_made(
 
 
 def test_shards_hold_every_weight_once_in_files_of_the_size_asked_for(tmp_path):
-    weights = {f"w{i}": torch.full((10, 10), float(i)) for i in range(7)}
+    weights = {f"w{i}": torch.full((10, 10), float(i)) for i in range(23)}
     write_shards(iter(weights.items()), tmp_path, torch.bfloat16, 400)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 7 * 200
+    assert index["metadata"]["total_size"] == 23 * 200
     assert [p.name for p in sorted(tmp_path.glob("*.safetensors"))] == sorted(
         set(index["weight_map"].values())
     )
-    assert len(set(index["weight_map"].values())) == 4
+    assert len(set(index["weight_map"].values())) == 12
     for name, weight in weights.items():
         with safe_open(tmp_path / index["weight_map"][name], "pt") as file:
             assert torch.equal(file.get_tensor(name), weight.bfloat16())

@@ -14,9 +14,11 @@ import transformers
 import trl
 from architectures import random_model
 from computing import FLAT, PADDED, close, in_nf4, rows, tiny, with_lora
+from safetensors.torch import load_file
+from tiny import tiny_base, tiny_tuned
 
-from finetune.batches import Collator, Cut, StepSampler, split_batch
-from finetune.plan import make_plan
+from finetune.batches import Collator, Cut, StepSampler, split_batch, with_void_row
+from finetune.plan import make_plan, planned_for
 from finetune.report import history
 from finetune.speed import checkpointable, undo, use_fast_kernels
 from finetune.train import PlannedTrainer
@@ -51,6 +53,47 @@ def test_the_micro_batches_of_a_step_end_to_end_have_as_many_tokens_each(size):
         tokens = [sum(lengths[row] for row in rows) for rows in found[start : start + 16 // size]]
         longest = max(lengths[row] for rows in found[start : start + 16 // size] for row in rows)
         assert max(tokens) <= 1.2 * max(sum(tokens) / len(tokens), longest)
+
+
+def test_rows_of_like_length_are_padded_together():
+    chance = random.Random(3)
+    lengths = [chance.randrange(5, 500) for _ in range(96)]
+    sampler = StepSampler(lengths, 16, 7, PADDED)
+    least = 0
+    for members in sampler.steps(0):
+        ordered = sorted(lengths[row] for row in members)
+        least += sum(4 * max(ordered[i : i + 4]) for i in range(0, 16, 4))
+    assert sum(map(sampler.size, sampler.micro_batches())) == least
+
+
+@pytest.mark.parametrize("cut", [PADDED, FLAT])
+@pytest.mark.parametrize("n", [34, 37, 48, 3])
+def test_two_processes_get_as_many_micro_batches_of_every_step(monkeypatch, cut, n):
+    lengths = [len(row["input_ids"]) for row in rows(n)]
+    reference = StepSampler(lengths, 16, 7, cut).steps(0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sampler = StepSampler(lengths, 16, 7, cut)
+    order = list(sampler)
+    assert len(order) == len(sampler) and len(order) % (2 * 4) == 0
+    for number, members in enumerate(reference):
+        step = order[16 * number : 16 * (number + 1)]
+        assert sorted(row for row in step if row != n) == sorted(members)
+
+
+def test_the_row_that_fills_a_step_up_is_the_shortest_and_nothing_of_it_is_trained():
+    data = rows(7)
+    filled = with_void_row(data)
+    assert list(filled)[:-1] == list(data)
+    shortest = min(data["input_ids"], key=len)
+    assert filled[7] == {"input_ids": shortest, "labels": [-100] * len(shortest)}
+
+
+@pytest.mark.parametrize(("longest", "width"), [(64, 64), (65, 128), (10, 64)])
+def test_on_a_gpu_padding_ends_at_a_multiple_of_64(monkeypatch, longest, width):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    data = [{"input_ids": [5] * n, "labels": [5] * n} for n in (longest, 7)]
+    batch = Collator(PADDED, 2)(data)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, width)
 
 
 def test_the_epochs_order_differs_and_comes_back():
@@ -230,6 +273,9 @@ def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
     assert plan.cut.micro_batch * plan.accumulation == 15
     assert (plan.steps_per_epoch, plan.steps) == (4, 8)
     assert sum(row["chosen"] for row in plan.table) == 1 and len(plan.table) >= 2
+    assert plan.cut.recomputed_layers == 0  # on a CPU, unless it is asked for
+    chosen = next(row for row in plan.table if row["chosen"])
+    assert chosen["tokens/s"] == round(plan.tokens_per_second)
     best = min((r for r in plan.table if r["tokens/s"]), key=lambda r: r["minutes an epoch"])
     assert (
         best["minutes an epoch"] == next(r for r in plan.table if r["chosen"])["minutes an epoch"]
@@ -255,10 +301,51 @@ def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 2},
+        {"gradient_accumulation": 2},
+        {"gradient_checkpointing": True},
+        {"memory_limit_gb": 20.0},
+        {"seed": 43},
+        {"max_steps": 9},
+        {"bf16": True},
+        {"lengths": [8, 7, 9]},
+        {"processes": 2},
+        {"layers": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_plan_depends_on_all_that_decides_what_fits_and_what_is_fastest(
+    planning, monkeypatch, change
+):
+    lengths, changes, model = [7, 8, 9], dict(change), tiny()
+    before = planned_for(planning(), model, lengths)
+    assert before == planned_for(planning(lora_alpha=1, learning_rate=1e-3), model, lengths)
+    monkeypatch.setenv("WORLD_SIZE", str(changes.pop("processes", 1)))
+    lengths = changes.pop("lengths", lengths)
+    model = tiny(layers=changes.pop("layers")) if "layers" in changes else model
+    assert planned_for(planning(**changes), model, lengths) != before
+
+
+@pytest.mark.parametrize(("batch_size", "rows_at_once"), [(4, 4), (6, 6), (1, 1)])
+def test_a_model_over_several_gpus_trains_as_set_with_all_layers_recomputed(
+    planning, monkeypatch, batch_size, rows_at_once
+):
+    monkeypatch.setenv("QLORA_SPREAD", "1")
+    model, data = tiny(), rows(50)
+    plan = make_plan(planning(batch_size=batch_size, gradient_accumulation=4), model, data)
+    assert plan.cut == Cut(rows_at_once, False, "sdpa", recomputed_layers=3)
+    assert plan.accumulation == 4 and not plan.table
+    assert "About" not in str(plan) and "all layers recomputed" in plan._repr_html_()
+
+
+@pytest.mark.parametrize(
     ("changes", "steps", "warm_up"),
     [
         ({"epochs": 5}, 30, 3),  # an epoch has 6 steps, a tenth of which would be 1
-        ({"epochs": 2.5, "warmup_ratio": 0.5}, 15, 8),
+        ({"epochs": 2.7, "warmup_ratio": 0.5}, 17, 9),  # of 16.2, as the Trainer counts
+        ({"epochs": 5, "max_steps": 0}, 30, 3),
         ({"epochs": 5, "max_steps": 12, "warmup_ratio": 0.25}, 12, 3),
         ({"epochs": 20, "warmup_ratio": 0.0}, 120, 0),
     ],
@@ -325,6 +412,28 @@ def test_an_interrupted_plan_leaves_nothing_behind(planning, monkeypatch):
     assert not any(vars(m).get("gradient_checkpointing") for m in model.modules())
 
 
+def test_the_adapter_that_validated_best_is_the_one_that_stays(
+    planning, built, tmp_path, smollm_tokenizer
+):
+    class Judged(PlannedTrainer):
+        def evaluate(self, *_, **__):
+            return {"eval_loss": [3.0, 1.0, 2.0][self.state.global_step - 1]}
+
+    model = tiny_tuned(tiny_base(tmp_path / "base", smollm_tokenizer))
+    cfg, data = planning(max_steps=3), rows(48)
+    when = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    when |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    plan = plan_for(cfg, model, data, CUTS[1])
+    trainer = built(model, cfg, plan, data, tmp_path, Judged, **when)
+    trainer.train()
+    second, third = (
+        load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (2, 3)
+    )
+    assert not all(torch.equal(weight, third[name]) for name, weight in second.items())
+    for name, weight in trainer.trainable().items():
+        assert torch.equal(second[name.replace(".default.", ".")], weight)
+
+
 def test_a_trainer_that_is_let_go_is_freed_with_its_optimizer(planning, built, tmp_path):
     cfg, data, model = planning(max_steps=2), rows(20), tiny()
     use_fast_kernels(model, data, "fp32")
@@ -336,6 +445,23 @@ def test_a_trainer_that_is_let_go_is_freed_with_its_optimizer(planning, built, t
     assert [thing() for thing in alive] == [None, None]
     undo(model)
     assert not {"zero_grad", "forward", "train"} & vars(model).keys()
+
+
+def test_a_loss_that_is_not_a_number_is_not_logged_as_one(planning, built, tmp_path):
+    cfg, data, model = planning(max_steps=2), rows(20), tiny()
+    trainer = built(model, cfg, plan_for(cfg, model, data, CUTS[1]), data, tmp_path)
+    next(iter(trainer.trainable().values())).data.fill_(math.nan)
+    losses, _ = trained(trainer)
+    assert len(losses) == 2 and all(map(math.isnan, losses))
+
+
+def test_after_training_no_dense_copy_is_left(planning, built, tmp_path):
+    cfg, data, model = planning(max_steps=1), rows(20), tiny()
+    trainer = built(model, cfg, plan_for(cfg, model, data, CUTS[3]), data, tmp_path)
+    trainer.train()
+    assert any(hasattr(module, "dense") for module in model.modules())
+    trainer.free_memory()
+    assert not any(hasattr(module, "dense") for module in model.modules())
 
 
 def test_the_router_of_a_mixture_of_experts_has_no_loss_of_its_own(planning, built, tmp_path):
@@ -380,6 +506,29 @@ def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(
     assert capsys.readouterr().out.count("Memory ran out") == 2
 
 
+def test_memory_that_runs_out_again_later_leaves_smaller_parts_for_the_rest(
+    planning, built, tmp_path, capsys
+):
+    tried = []
+
+    class Shrinking(PlannedTrainer):
+        def passes(self, model, inputs, count):
+            tried.append((self.state.global_step, len(inputs["input_ids"])))
+            if tried[-1][1] > (4 if self.state.global_step == 0 else 2):
+                raise torch.OutOfMemoryError("planted")
+            return super().passes(model, inputs, count)
+
+    cfg = planning(max_steps=3, batch_size=8, gradient_accumulation=1)
+    data, model = rows(64), tiny()
+    plan = plan_for(cfg, model, data, Cut(8, False, "sdpa"))
+    built(model, cfg, plan, data, tmp_path, Shrinking).train()
+    assert [n for step, n in tried if step == 0] == [8, 4, 4]
+    assert [n for step, n in tried if step == 1][:3] == [4, 2, 2]
+    assert max(n for step, n in tried if step == 2) <= 2  # known by now
+    told = capsys.readouterr().out
+    assert [told.count(f"goes in {n} parts") for n in (2, 4)] == [1, 1]
+
+
 def test_a_single_row_that_does_not_fit_is_a_clear_error(planning, built, tmp_path):
     class Full(PlannedTrainer):
         def passes(self, *_):
@@ -406,8 +555,11 @@ def test_parts_of_a_micro_batch_are_whole_rows_in_their_order(parts, attention):
             starts = (piece["position_ids"][0] == 0).nonzero()[:, 0].tolist()
             assert piece["cu_seq_lens_q"].tolist() == [*starts, piece["input_ids"].shape[1]]
             assert piece["max_length_q"] == max(piece["cu_seq_lens_q"].diff())
-    padded = split_batch(Collator(Cut(7, False, "sdpa"), 2)(data), parts)
-    assert sum(len(piece["labels"]) for piece in padded) == 7
+    whole = Collator(Cut(7, False, "sdpa"), 2)(data)
+    padded = split_batch(whole, parts)
+    for name in ("input_ids", "labels"):
+        assert torch.equal(torch.cat([piece[name] for piece in padded]), whole[name])
+    assert all(piece["use_cache"] is False for piece in padded)
 
 
 def planner(planning, monkeypatch, lengths, gpu=True, limit=40.0, **changes):
@@ -464,6 +616,68 @@ def test_seconds_of_an_epoch_are_those_of_its_micro_batches(planning, monkeypatc
     row = found.row(sum(lengths), 16, True)
     assert row["tokens/s"] == round(sum(lengths) / found.seconds)
     assert row["rows at once"] == "2 × 8" and row[""] == "← chosen"
+
+
+def test_two_processes_take_half_the_time(planning, monkeypatch):
+    seconds = []
+    for processes in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        trials = planner(planning, monkeypatch, [100] * 32, gradient_checkpointing=False)
+        monkeypatch.setattr(trials, "timed", lambda *_: (1.0, 0.0, 1.0))
+        found = trials.measure(Cut(2, False, "sdpa"), 32)
+        seconds.append(found.seconds)
+    assert seconds == [16.0, 8.0]
+    row = found.row(3200, 16, False)
+    assert row["rows at once"] == "2 × 4 × 2 GPUs" and row["tokens/s"] == 400
+
+
+@pytest.mark.parametrize(("setting", "layers"), [(True, 32), (False, 0)])
+def test_a_gpu_recomputes_all_layers_or_none_if_that_is_set(planning, monkeypatch, setting, layers):
+    trials = planner(planning, monkeypatch, [100] * 32, gradient_checkpointing=setting)
+    monkeypatch.setattr(trials, "timed", lambda *_: (1.0, 0.0, 1.0))
+    found = [trials.measure(Cut(size, False, "sdpa"), 32) for size in (1, 4)]
+    assert [trial.cut.recomputed_layers for trial in found] == [layers] * 2
+
+
+def test_on_a_cpu_memory_that_other_things_hold_is_no_reason_against_a_cut(planning, monkeypatch):
+    """There the peak is of the whole process since it began."""
+    trials = planner(planning, monkeypatch, [100] * 32, gpu=False, limit=1.0)
+    monkeypatch.setattr(trials, "timed", lambda *_: (1.0, 0.0, 9.0))
+    assert not trials.measure(Cut(2, False, "sdpa"), 32).note
+
+
+@pytest.mark.parametrize(
+    ("lengths", "flat", "layouts"),
+    [
+        ([300] * 40, "varlen", {True, False}),  # nothing to save, but the kernel may be faster
+        ([300] * 40, "sdpa", {False}),
+        ([300] * 40, "", {False}),
+        ([10, 3000] * 20, "varlen", {True}),
+        ([10, 3000] * 20, "sdpa", {True}),
+    ],
+)
+def test_layouts_are_tried_where_they_may_pay(planning, monkeypatch, lengths, flat, layouts):
+    trials = planner(planning, monkeypatch, lengths)
+    trials.sizes = lambda tokens=0: [4]
+    trials.padding = lambda cut: 0.0 if len(set(lengths)) == 1 else 0.5
+    monkeypatch.setattr("finetune.trials.flat_attention", lambda *_: flat)
+    monkeypatch.setattr(trials, "dense_size", lambda: math.inf)
+    monkeypatch.setattr(trials, "measure", lambda cut, most: Trial(cut, 1.0))
+    trials.choose()
+    assert {trial.cut.flat for trial in trials.tried} == layouts
+
+
+@pytest.mark.parametrize(("held", "tried"), [(5.0, True), (35.0, False)])
+def test_a_dense_copy_is_tried_where_it_fits_beside_what_is_held(
+    planning, monkeypatch, held, tried
+):
+    trials = planner(planning, monkeypatch, [300] * 40, limit=40.0)
+    monkeypatch.setattr("finetune.trials.flat_attention", lambda *_: "")
+    monkeypatch.setattr("finetune.trials.memory_in_use", lambda: held)
+    monkeypatch.setattr(trials, "dense_size", lambda: 10.0)
+    monkeypatch.setattr(trials, "measure", lambda cut, most: Trial(cut, 2.0 - cut.dense))
+    assert trials.choose().cut.dense is tried
+    assert any(trial.cut.dense for trial in trials.tried) is tried
 
 
 def test_rows_at_once_divide_a_step_and_grow_while_that_pays(planning, monkeypatch):

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 import trl
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by being here
 
@@ -25,7 +26,14 @@ from finetune.answers import Answer, compare, scores, validation_loss
 from finetune.batches import Cut, StepSampler
 from finetune.callbacks import Speed
 from finetune.plan import Plan
-from finetune.report import compare_runs, history, plot_curves, what_it_learned, write_report
+from finetune.report import (
+    compare_runs,
+    history,
+    plot_curves,
+    report_page,
+    what_it_learned,
+    write_report,
+)
 from finetune.save import manifest
 from finetune.speed import adapter_to_fp32
 from finetune.tokens import encode_rows
@@ -157,6 +165,7 @@ def log_of(*losses):
                 "kept."
             ),
         ),
+        ((4, 3.5, 5), True, "Overfitting: .* epoch 1, from 3.500 to 5.000; epoch 1 is kept."),
         ((6, 2, 3), False, "Overfitting: .*; epoch 2 is kept, because keep_best is off."),
         (
             (2, 6, 7),
@@ -168,6 +177,45 @@ def log_of(*losses):
 )
 def test_what_a_run_learned_is_said_in_a_sentence(losses, keep_best, said):
     assert re.fullmatch(said, what_it_learned(log_of(*losses), keep_best))
+
+
+def test_epochs_are_told_as_they_were_measured_between_whole_ones():
+    log = log_of(6, 2, 1.5, 3, 2.5)
+    for entry in log:
+        entry["epoch"] *= 4.25
+    said = what_it_learned(log, True)
+    assert "rose after epoch 8.5, from 1.500 to 2.500; epoch 8.5 is kept." in said
+    assert "epoch 17 is kept, because keep_best is off" in what_it_learned(log, False)
+    assert "1.500 after epoch 8.5, which is kept" in what_it_learned(log[:3], True)
+
+
+def test_each_curve_is_drawn_from_its_own_numbers(tmp_path, monkeypatch):
+    figures = []
+
+    class Kept(Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            figures.append(self)
+
+    monkeypatch.setattr("finetune.report.Figure", Kept)
+    names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+    log = [
+        {"step": n, **{name: 10.0**k + n % 3 for k, name in enumerate(names)}} for n in (2, 4, 9)
+    ]
+    log += [{"step": n, "eval_loss": 0.25 + n} for n in (0, 9)]
+    plot_curves(log, tmp_path / "curves.png", "run")
+    drawn = {
+        axes.get_ylabel(): [tuple(map(list, line.get_data())) for line in axes.lines]
+        for axes in figures[0].axes
+    }
+    training, smoothed, validation = drawn.pop("loss (nats a token)")
+    assert [training, validation] == [history(log, name) for name in ("loss", "eval_loss")]
+    assert smoothed[0] == training[0] and smoothed[1][0] == training[1][0]
+    assert 1 < smoothed[1][2] < training[1][1] and smoothed[1] != training[1]
+    labels = ("learning rate", "gradient norm", "tokens a second")
+    assert drawn == {
+        label: [history(log, name)] for label, name in zip(labels, names[1:], strict=True)
+    }
 
 
 def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
@@ -232,6 +280,20 @@ def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epo
     assert found == [n / seconds for n, seconds in zip(tokens, [2, 2, 2, 4, 2, 2], strict=True)]
 
 
+def test_an_evaluation_between_two_logs_takes_no_steps_from_the_next(monkeypatch):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(
+        "finetune.callbacks.time", SimpleNamespace(perf_counter=lambda: next(clock))
+    )
+    speed = Speed(StepSampler([10, 20, 30, 40], 2, 0, PLAN.cut))
+    speed.on_epoch_begin()
+    for step, logs in ((1, {"eval_loss": 1.0}), (2, {"loss": 1.0})):
+        state = SimpleNamespace(global_step=step, log_history=[{}])
+        speed.on_step_end(None, state)
+        speed.on_log(None, state, None, logs=logs)
+        assert logs.get("tokens_per_second") == (50.0 if "loss" in logs else None)
+
+
 PLAN = Plan(Cut(2, False, "sdpa"), 1, 2, 18, 2, 1, 100.0, 9.0, 1.0, "as set", [])
 EVIL = '<script>document.title = "stolen"</script><img src="http://example.com/x.png">'
 
@@ -240,7 +302,8 @@ EVIL = '<script>document.title = "stolen"</script><img src="http://example.com/x
 def reported(overfitted, settings, tmp_path):
     """Two runs that differ in their rank: settings, report's page, and run.json of each."""
     trainer = overfitted[3]
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    for number, name in enumerate(("rows.jsonl", "more.jsonl")):
+        (tmp_path / name).write_text(json.dumps(ROWS[number]) + "\n")
     found = []
     for rank, answer in ((8, "no"), (16, ROWS[0]["completion"])):
         name = {"run_name": f"rank-{rank}", "lora_r": rank}
@@ -257,7 +320,7 @@ def reported(overfitted, settings, tmp_path):
     return found
 
 
-def test_run_json_holds_all_that_made_the_run(reported):
+def test_run_json_holds_all_that_made_the_run(reported, tmp_path):
     run = reported[1][2]
     assert (
         run["settings"]["lora_r"] == 16
@@ -275,7 +338,9 @@ def test_run_json_holds_all_that_made_the_run(reported):
         run["versions"]["torch"] == torch.__version__ and run["device"] and "base_revision" in run
     )
     assert run["sha256"]["adapter_model.safetensors"] == sha256(b"adapter").hexdigest()
-    assert len(run["sha256"]["rows.jsonl"]) == 64 and len(run["answers"]) == 2
+    for name in ("rows.jsonl", "more.jsonl"):
+        assert run["sha256"][name] == sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert len(run["answers"]) == 2
     assert len([entry for entry in run["log"] if "eval_loss" in entry]) == 9
 
 
@@ -317,6 +382,27 @@ def test_the_report_is_one_page_that_asks_for_nothing_else(reported):
     assert "Overfitting: validation loss rose" in page and "target_modules" in page
 
 
+def test_the_report_holds_every_answer_setting_and_number_under_its_title(reported):
+    cfg, _, run = reported[0]
+    rows = [{"prompt": f"asked {n}.", "completion": "c"} for n in range(13)]
+    table = compare(rows, [Answer("no", False)] * 13, [Answer("c", True)] * 13)
+    run["results"] = scores(table, {"before": 9.0, "after": 1.5})
+    cfg = cfg.model_copy(update={"keep_best": False, "base_model": "./<i>base</i>"})
+    page = report_page(cfg, run, table, run["log"])
+    parts = dict(part.split("</h2>", 1) for part in page.split("<h2>")[1:])
+    assert "1.500" in parts["Scores on 13 held-out rows"]
+    assert "because keep_best is off" in parts["Curves"]
+    assert all(f"asked {n}." in parts["Answers to held-out rows"] for n in range(13))
+    held = {"Settings": "settings", "Plan": "plan", "Data": "data", "SHA-256": "sha256"}
+    held["Made with"] = "versions"
+    for title, key in held.items():
+        names = re.findall(r"<th>(.*?)</th>", parts[title])
+        assert run[key] and not run[key].keys() - set(names), title
+        assert title == "Made with" or set(names) <= run[key].keys() | {""}
+    assert {"created", "device"} <= set(re.findall(r"<th>(.*?)</th>", parts["Made with"]))
+    assert "&lt;i&gt;base&lt;/i&gt;" in page and "<i>" not in page
+
+
 @pytest.mark.skipif(not which("chromium"), reason="needs Chromium")
 def test_a_browser_draws_the_report_without_the_network(reported, tmp_path):
     script = (
@@ -348,3 +434,19 @@ def test_two_runs_are_compared_by_what_differs(reported):
         "results.after.f1",
     }
     assert list(table.loc["settings.lora_r"]) == [8, 16] and isinstance(table, pandas.DataFrame)
+
+
+def test_runs_differ_in_rows_and_in_what_only_one_of_them_has_but_not_in_their_hour(reported):
+    """An older run may lack a setting. Each setting is told once, not also for its fingerprint."""
+    (one, *_), (other, _, run) = reported
+    run["created"], run["fingerprint"]["training rows"] = "2001-01-01", "others"
+    run["settings"]["new_option"], run["versions"]["torch"] = 7, "0.1"
+    del run["settings"]["seed"]
+    (other.run_dir / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    table = compare_runs(one.run_dir, other.run_dir)
+    told = {"fingerprint.training rows", "settings.new_option", "settings.seed", "versions.torch"}
+    assert told < set(table.index) and "created" not in table.index
+    assert [name for name in table.index if name.startswith("fingerprint")] == [
+        "fingerprint.training rows"
+    ]
+    assert table.loc["settings.new_option", "rank-16"] == 7

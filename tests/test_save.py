@@ -2,31 +2,35 @@
 in for the Hub.
 """
 
+import ast
 import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 import types
 import zipfile
 
 import datasets
 import pytest
 import torch
+import transformers
+import yaml
 from hub import Hub
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file
 from sums import checksums
 
+from finetune.access import base_model_gb, check_base_model, check_push
 from finetune.batches import Cut
 from finetune.card import model_card
 from finetune.files import read_seal, why_unusable
+from finetune.machine import computing_type, resolve_precision
 from finetune.plan import Plan
 from finetune.preflight import check_room, preflight
 from finetune.save import complete_adapter, manifest, save_adapter
 from finetune.tokens import encode_example, encode_prompt
-from qlora_helpers import Settings, UserError
+from qlora_helpers import UserError
 
 TOKEN = "hf_" + "s3cret" * 5
 RESULT = {"rows": 2} | {
@@ -42,7 +46,6 @@ def saved(tmp_path_factory, settings, smollm_path, smollm_tokenizer):
     backup.
     """
     import peft
-    import transformers
 
     root = tmp_path_factory.mktemp("outputs")
     cfg = settings(base_model="embedded", run_name="save-test", output_dir=str(root))
@@ -98,8 +101,127 @@ def test_the_seal_covers_every_file_that_is_saved(saved, tmp_path):
         assert not why_unusable(folder, "adapter")
 
 
+def test_the_zip_has_the_card_and_the_scores_that_come_after_the_answers(saved, tmp_path):
+    folder = shutil.copytree(saved[0].final_model, tmp_path / "run" / "final_model")
+    for card in ("# One", "# Another"):
+        complete_adapter(folder, card, {"results": {"after": card}})
+        (place,) = folder.parent.glob("*.zip")
+        assert place.name.startswith("run-") and read_seal(folder)["run"] == "run"
+        with zipfile.ZipFile(place) as archive:
+            assert archive.read("README.md").decode() == card
+            assert json.loads(archive.read("run.json"))["results"]["after"] == card
+
+
+def test_a_card_that_cannot_be_written_leaves_the_adapter_as_it_was(saved, tmp_path, monkeypatch):
+    folder = shutil.copytree(saved[0].final_model, tmp_path / "run" / "final_model")
+    before = checksums(folder)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("finetune.save.seal", full)
+    with pytest.raises(UserError, match=r"The disk is full: .* The adapter in it is whole\."):
+        complete_adapter(folder, "# Another card", {"results": {}})
+    assert checksums(folder) == before and not why_unusable(folder, "adapter")
+    assert [path.name for path in folder.parent.iterdir()] == ["final_model"]
+
+
+def test_other_weights_or_another_runs_are_saved_though_the_rest_is_the_same(
+    saved, smollm_tokenizer, tmp_path
+):
+    _, model, _ = saved
+    folder = tmp_path / "run" / "final_model"
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    kept = weight.detach().clone()
+
+    def save(card, seed):
+        run = {"fingerprint": {"seed": seed}}
+        save_adapter(model, smollm_tokenizer, folder, card, run)
+        return (folder / "README.md").read_text()
+
+    assert [save("one", 1), save("the same", 1)] == ["one", "one"]
+    assert save("another run", 2) == "another run"
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert save("other weights", 2) == "other weights"
+    with torch.no_grad():
+        weight.copy_(kept)
+
+
+RUN = {
+    "results": {"training": {"train_loss": 1.0}},
+    "base_revision": "c0ffee",
+    "device": "a GPU",
+    "versions": {"torch": "2.13", "peft": "0.19"},
+    "fingerprint": {"training rows": "f00d"},
+}
+
+
+def header(card):
+    """What the Hub reads of a card."""
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def code(card):
+    """The calls in the card's Python, with those of their arguments that are constants."""
+    calls = {}
+    for node in ast.walk(ast.parse(card.split("```python\n")[1].split("```")[0])):
+        if isinstance(node, ast.Call):
+            constants = [word for word in node.keywords if isinstance(word.value, ast.Constant)]
+            calls[ast.unparse(node.func)] = {word.arg: word.value.value for word in constants}
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("base_model", "name", "told"),
+    [
+        ("owner/base-7b", "owner/base-7b", "owner/base-7b"),
+        ("/home/me/private/mine", "mine", None),
+        ("embedded", "SmolLM2-135M-Instruct (embedded)", None),
+    ],
+)
+def test_the_card_names_the_base_model_but_no_folder(settings, base_model, name, told):
+    cfg = settings(base_model=base_model, run_name="my-run")
+    for merged, library in ((False, "peft"), (True, "transformers")):
+        card = model_card(cfg, RUN, merged)
+        assert header(card).get("base_model") == told and header(card)["library_name"] == library
+        what = "{} with a LoRA adapter merged into it" if merged else "A LoRA adapter for {}"
+        assert f"\n{what.format(name)}, revision c0ffee, trained with 4-bit NF4" in card
+        assert "/home/me" not in card and "\n# my-run\n" in card
+    assert f"{name}, trained with" in model_card(cfg, RUN | {"base_revision": None})
+
+
+def test_the_card_says_how_it_was_trained_and_how_it_did(settings):
+    cfg = settings(lora_r=8, lora_alpha=24, batch_size=3, gradient_accumulation=5, seed=7)
+    cfg = cfg.model_copy(update={"learning_rate": 1.5e-4})
+    card = model_card(cfg, RUN)
+    assert "r 8, alpha 24, learning rate 0.00015,\n15 examples a step, seed 7." in card
+    assert "`f00d`" in card and "Made with torch 2.13, peft 0.19." in card
+    assert "It has not been asked the held-out rows yet." in card
+    scores = {"before": {"exact_match": 0.25}, "after": {"exact_match": 0.75}, "rows": 12}
+    table = [line.split("|") for line in model_card(cfg, RUN | {"results": scores}).splitlines()]
+    table = [[cell.strip() for cell in line[1:-1]] for line in table if len(line) > 2]
+    assert table[0] == ["on 12 held-out rows", "before", "after"]
+    assert [row[1:] for row in table[2:]] == [["25%", "75%"]]
+
+
+def test_the_cards_lines_load_the_adapter_on_the_base_as_it_was_quantised(settings):
+    cfg = settings(base_model="embedded", bf16=False, max_new_tokens=33)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    dtype = str(computing_type(resolve_precision(False)[0])).removeprefix("torch.")
+    asked = code(model_card(cfg, RUN))
+    assert asked["BitsAndBytesConfig"] == nf4 | {"bnb_4bit_compute_dtype": dtype}
+    assert asked["AutoPeftModelForCausalLM.from_pretrained"]["dtype"] == dtype
+    merged = code(model_card(cfg, RUN, merged=True))
+    assert "BitsAndBytesConfig" not in merged
+    assert merged["AutoModelForCausalLM.from_pretrained"]["dtype"] == "auto"
+    for calls in (asked, merged):
+        assert calls["model.generate"] == {"max_new_tokens": 33, "do_sample": False}
+
+
 def test_the_backup_holds_the_folder(saved):
     cfg, _, backup = saved
+    assert backup.name.startswith("save-test-") and read_seal(cfg.final_model)["run"] == "save-test"
     with zipfile.ZipFile(backup) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
         assert names == {path.name for path in cfg.final_model.iterdir()}
@@ -111,7 +233,17 @@ def test_the_manifest_says_what_the_adapter_is(saved):
     run = json.loads((cfg.final_model / "run.json").read_text())
     assert run["settings"]["lora_r"] == 32 and run["settings"]["run_name"] == "save-test"
     assert run["versions"]["torch"] == torch.__version__
+    assert run["base_revision"] is None  # a folder has none
     assert run["results"] == RESULT and run["plan"] == dataclasses.asdict(PLAN)
+
+
+def test_the_manifest_has_the_revision_of_a_base_from_the_hub(saved, monkeypatch):
+    cfg, model, _ = saved
+    monkeypatch.setattr(model.config, "_commit_hash", "c0ffee", raising=False)
+    data = datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
+    options = {"train_dataset": data, "state": transformers.TrainerState()}
+    run = manifest(cfg, types.SimpleNamespace(model=model, **options), PLAN, RESULT)
+    assert run["base_revision"] == run["fingerprint"]["base_revision"] == "c0ffee"
 
 
 def test_a_save_that_dies_leaves_the_earlier_adapter_whole(saved, smollm_tokenizer, monkeypatch):
@@ -128,26 +260,15 @@ def test_a_save_that_dies_leaves_the_earlier_adapter_whole(saved, smollm_tokeniz
     assert before.keys() == after.keys() and (cfg.final_model / "run.json").exists()
 
 
-def in_fresh_process(code: str, hub: Hub, **environment: str) -> str:
-    """Output of `code` in a new Python whose Hub is the stand-in (read at import)."""
-    environment = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | environment
-    environment |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def at(monkeypatch):
+    """Makes a stand-in the Hub that this process asks."""
 
+    def ask(hub: Hub) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr("finetune.hub.RETRY_WAITS", ())
 
-def call(function: str, cfg: Settings) -> str:
-    return (
-        f"from finetune.access import Settings, {function}\n"
-        f"print({function}(Settings(**{cfg.model_dump()!r}), {TOKEN!r}))"
-    )
+    return ask
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(saved, smollm_tokenizer):
@@ -215,11 +336,12 @@ WRITES = {"role": "fineGrained", "fineGrained": {"scoped": [SCOPED]}}
         ),
     ],
 )
-def test_token_and_target_are_tried_before_training(settings, user, target, refuse, line):
+def test_token_and_target_are_tried_before_training(settings, at, user, target, refuse, line):
     with Hub(user=user) as hub:
         hub.repos |= {"ada/mine": {"private": True}, "ada/open": {"private": False}}
         hub.refuse = refuse
-        assert line in in_fresh_process(call("check_push", settings(hub_repo=target)), hub)
+        at(hub)
+        assert line in str(check_push(settings(hub_repo=target), TOKEN))
 
 
 @pytest.mark.parametrize(
@@ -231,10 +353,11 @@ def test_token_and_target_are_tried_before_training(settings, user, target, refu
         ({"auth-check": (500,)}, "the Hub cannot be asked"),
     ],
 )
-def test_the_base_model_is_asked_for_before_it_is_downloaded(settings, refuse, line):
+def test_the_base_model_is_asked_for_before_it_is_downloaded(settings, at, refuse, line):
     with Hub() as hub:
         hub.refuse = refuse
-        assert line in in_fresh_process(call("check_base_model", settings()), hub)
+        at(hub)
+        assert line in str(check_base_model(settings(), TOKEN))
 
 
 def test_preflight_tells_every_failure_at_once(settings, tmp_path, capsys):
@@ -263,7 +386,7 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
     assert "download of the base model, from a package, 0.3" in lines[0][1]
 
 
-def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings, tmp_path):
+def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings, at, tmp_path):
     files = {
         "model-1.safetensors": b"x" * 2**20,
         "consolidated.safetensors": b"x" * 2**21,
@@ -276,9 +399,8 @@ def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings,
             parents=True
         )
         (blobs / "half").write_bytes(b"x" * 2**19)
-        found = str((2**-10, 2**-11, "as the Hub says"))
-        assert found in in_fresh_process(call("base_model_gb", cfg), hub)
+        at(hub)
+        assert base_model_gb(cfg, TOKEN) == (2**-10, 2**-11, "as the Hub says")
         hub.refuse["/api/models/"] = (500,)
-        assert "(14.5, 14.49951171875, 'taking it for a 7B model" in in_fresh_process(
-            call("base_model_gb", cfg), hub
-        )
+        size, rest, where = base_model_gb(cfg, TOKEN)
+        assert (size, rest) == (14.5, 14.49951171875) and "taking it for a 7B model" in where

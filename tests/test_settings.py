@@ -1,13 +1,17 @@
 """Section 2: the hyperparameter cell becomes checked settings."""
 
+import ast
+import json
+import re
 import sys
 from pathlib import Path
 
+import pydantic
 import pytest
 import torch
 
 from finetune.machine import resolve_precision
-from qlora_helpers import Settings, UserError, listed, locate
+from qlora_helpers import Settings, UserError, base_name, is_local, listed, locate
 
 
 def test_the_defaults_are_the_recipe(defaults):
@@ -71,6 +75,14 @@ def test_ordinary_run_names_are_folders_of_the_outputs_folder(settings, name):
     assert cfg.final_model == cfg.run_dir / "final_model"
 
 
+@pytest.mark.parametrize("name", ["owner/x.git", "x.git", "a--b", "o/n/m", "o/", "a b"])
+def test_a_repository_may_have_an_owner_and_a_run_may_not(settings, name):
+    with pytest.raises(UserError, match=r"hub_repo = .* may have owner/name or a name alone: let"):
+        settings(hub_repo=name)
+    with pytest.raises(UserError, match=r"run_name = .* it may have letters, digits and single"):
+        settings(run_name=name)
+
+
 def test_all_mistakes_are_told_at_once_and_without_a_traceback(settings):
     wrong = {
         "lora_r": 0,
@@ -123,13 +135,30 @@ def test_a_t4_computes_in_fp16_though_torch_says_it_has_bf16(
     monkeypatch, capability, setting, precision
 ):
     card(monkeypatch, capability)
-    assert resolve_precision(setting)[0] == precision
+    found, why = resolve_precision(setting)
+    assert found == precision
+    if setting == "auto":
+        lacks = "Tesla T4 (compute capability 7.5) has no native bf16"
+        assert why == (lacks if capability == (7, 5) else "Tesla T4 has native bf16")
 
 
 def test_bf16_forced_on_a_t4_is_refused_with_the_way_out(monkeypatch, settings):
     card(monkeypatch, (7, 5))
     with pytest.raises(UserError, match="Set bf16 = 'auto'"):
         resolve_precision(settings(bf16=True).bf16)
+
+
+@pytest.mark.parametrize(
+    ("native", "setting", "precision"),
+    [(True, "auto", "bf16"), (False, "auto", "fp32"), (True, False, "fp32"), (False, True, "bf16")],
+)
+def test_a_cpu_computes_in_bf16_where_it_has_it_or_is_told_to(
+    monkeypatch, native, setting, precision
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    words = "with native bf16" if native else "without native bf16"
+    assert resolve_precision(setting) == (precision, f"on a CPU {words}")
 
 
 def card(monkeypatch, capability):
@@ -140,9 +169,63 @@ def card(monkeypatch, capability):
 
 
 def test_what_follows_from_the_cell_is_printed(settings):
-    text = settings(batch_size=2, gradient_accumulation=8, lora_alpha=48).summary("fp16: a reason")
-    assert "16 examples a step (2 × 8)" in text and "(scale 1.5)" in text
-    assert "fp16: a reason" in text
+    numbers = {"batch_size": 2, "gradient_accumulation": 7, "lora_r": 24, "lora_alpha": 36}
+    text = settings(base_model="owner/name", **numbers).summary("fp16: a reason")
+    assert text.splitlines()[:5] == [
+        "Base model       owner/name",
+        "LoRA             r 24, alpha 36 (scale 1.5)",
+        "Effective batch  14 examples a step (2 × 7)",
+        "Training         5 epochs, learning rate 0.0001, cosine",
+        "Precision        fp16: a reason",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "length"),
+    [(-1, "2.5 epochs"), (0, "2.5 epochs"), (1, "1 steps at most"), (20, "20 steps at most")],
+)
+def test_the_length_that_is_printed_is_the_one_that_counts(settings, max_steps, length):
+    text = settings(epochs=2.5, max_steps=max_steps).summary("")
+    assert f"Training         {length}, learning rate 0.0001, cosine" in text
+
+
+def test_the_folders_that_are_printed_are_those_that_are_used(settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    places = {
+        "data_files": "rows/*.jsonl",
+        "model_cache": "/content/models",
+        "output_dir": "~/runs",
+    }
+    cfg = settings(**places)
+    printed = dict(line.split("  ", 1) for line in cfg.summary("").splitlines())
+    assert printed["Data"].strip() == str(tmp_path / "rows" / "*.jsonl")
+    assert printed["Model cache"].strip() == str(cfg.cache_dir)
+    assert cfg.cache_dir == tmp_path / "content" / "models"
+    assert printed["Run folder"].strip() == str(cfg.run_dir)
+    assert str(cfg.run_dir) == str(Path.home() / "runs" / "mistral-qlora")
+    assert printed["Adapter"].strip() == str(cfg.final_model)
+
+
+def test_checked_settings_cannot_be_changed_past_the_check(settings):
+    cfg = settings()
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        cfg.epochs = -1
+
+
+@pytest.mark.parametrize("name", ["embedded", "/m", "./m", "../m", "~/m", ".", "..", "there/is"])
+def test_a_folder_needs_no_hub_whether_it_is_there_or_not(name, monkeypatch, tmp_path):
+    (tmp_path / "work" / "there" / "is").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    assert is_local(name) and not is_local("there/is-none")
+
+
+def test_a_base_model_goes_by_its_folders_own_name(monkeypatch, tmp_path):
+    (tmp_path / "mistral-v3" / "sub").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("mistral-v3")
+    monkeypatch.chdir(tmp_path / "mistral-v3" / "sub")
+    names = {".": "sub", "..": "mistral-v3", "../../current": "mistral-v3", "./": "sub"}
+    names |= {"../../gone/m7": "m7", "owner/name": "owner/name", "embedded": "embedded"}
+    assert {name: base_name(name) for name in names} == names
 
 
 # For each number: a value just inside its bounds and one just outside, on each side that has one.
@@ -178,6 +261,24 @@ def test_a_setting_is_taken_up_to_its_bounds_and_no_further(settings, name):
         assert getattr(settings(**{name: inside}), name) == inside
         with pytest.raises(UserError, match=f"{name} = "):
             settings(**{name: outside})
+
+
+def test_every_choice_that_the_cell_offers_can_be_made(notebook, settings):
+    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
+    offered = {}
+    for line in cell["source"]:
+        if choices := re.search(r"# @param (\[.*?\])( {type:\"raw\"})?", line):
+            texts = json.loads(choices[1])
+            values = [ast.literal_eval(text) for text in texts] if choices[2] else texts
+            offered[line.partition(" ")[0]] = values
+    assert {"on_bad_rows", "too_long", "bf16", "report_to", "resume", "backup_to"} <= set(offered)
+    for name, values in offered.items():
+        with_packages = [v for v in values if v not in ("wandb", "trackio")]  # not installed here
+        assert [getattr(settings(**{name: value}), name) for value in with_packages] == (
+            with_packages
+        )
+        with pytest.raises(UserError, match=f"{name} = 'other'"):
+            settings(**{name: "other"})
 
 
 def test_every_number_of_the_cell_has_its_bounds_tried(defaults):

@@ -4,12 +4,20 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from finetune.setup import LIGER, install_missing, loaded_pins
+from finetune.setup import (
+    LIGER,
+    install_missing,
+    install_pinned,
+    loaded_pins,
+    missing_requirements,
+    quiet,
+)
 from qlora_helpers import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -73,11 +81,23 @@ def test_nothing_is_installed_when_nothing_is_missing(monkeypatch):
 
 def test_only_what_is_missing_is_installed(shelf):
     wheel(shelf, "qlora_probe", "1.5")
-    assert install_missing(ask(shelf, "numpy>=1  # a comment", "", "qlora_probe>=1.2,<2")) == [
-        "qlora_probe>=1.2,<2"
-    ]
+    assert install_missing(
+        ask(shelf, "# for numbers", "numpy>=1  # a comment", "", "qlora_probe>=1.2,<2")
+    ) == ["qlora_probe>=1.2,<2"]
     assert installed("qlora_probe") == "1.5"
     assert install_missing(ask(shelf, "qlora_probe>=1.2,<2")) == []
+
+
+@pytest.mark.parametrize("version", ["1.5", "1.6.0rc1", "1.9.dev20260101", "1.2.1+cu128"])
+def test_a_version_that_satisfies_is_not_replaced_be_it_a_nightly(monkeypatch, tmp_path, version):
+    info = tmp_path / f"qlora_probe-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: qlora-probe\nVersion: {version}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = ["qlora_probe>=1.2,<2", "qlora-probe>=2", "qlora_probe<1.2", "qlora_probe_2"]
+    assert missing_requirements(lines) == lines[1:]
 
 
 def test_a_machine_with_a_gpu_gets_its_kernels_too(shelf, monkeypatch):
@@ -88,6 +108,7 @@ def test_a_machine_with_a_gpu_gets_its_kernels_too(shelf, monkeypatch):
     monkeypatch.setenv("PATH", f"{shelf}:{os.environ['PATH']}")
     assert install_missing(ask(shelf, "numpy")) == [LIGER]
     assert installed("liger-kernel") == "0.8.5"
+    assert install_missing(ask(shelf, "numpy")) == []
 
 
 def test_the_processes_of_a_launch_install_one_after_the_other(shelf):
@@ -130,6 +151,49 @@ def test_a_package_that_the_kernel_has_loaded_is_never_replaced(shelf):
     with pytest.raises(UserError, match=r"(?s)pip install .*numpy.*restart the kernel, Run all"):
         install_missing(ask(shelf, "qlora_probe"))
     assert installed("numpy") == before and installed("qlora_probe") is None
+
+
+def test_the_words_that_pip_ended_with_are_told(tmp_path, monkeypatch):
+    """A stand-in for Python that says a lot before it says why."""
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\nseq 5000; echo the log ends here; echo the reason is this >&2; exit 1\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UserError, match="qlora_probe>=1 failed:\n") as caught:
+        install_pinned(["qlora_probe>=1"])
+    told = str(caught.value)
+    assert "4999\n5000\nthe log ends here\nthe reason is this\nCheck that" in told
+    assert len(told) < 3000
+
+
+def test_only_what_a_reader_cannot_act_on_is_silenced(monkeypatch):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quiet()
+        warnings.warn("'pin_memory' argument is set as true but there is no GPU", stacklevel=1)
+        warnings.warn("IProgress not found. Please update jupyter", stacklevel=1)
+        warnings.warn("will go", FutureWarning, stacklevel=1)
+        warnings.warn("your rows are odd", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["your rows are odd"]
+
+
+@pytest.mark.parametrize(("own", "now"), [(None, "1"), ("0", "0")])
+def test_telemetry_is_off_unless_the_user_has_said_otherwise(monkeypatch, own, now):
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    if own:
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", own)
+    quiet()
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == now
+
+
+def test_torch_keeps_its_version_though_it_is_not_loaded_yet(monkeypatch):
+    packages = importlib.metadata.packages_distributions()
+    for name in list(sys.modules):
+        if "torch" in packages.get(name.partition(".")[0], []):
+            monkeypatch.delitem(sys.modules, name)
+    version = importlib.metadata.version("torch").partition("+")[0]
+    assert f"torch=={version}" in loaded_pins()
 
 
 def test_pins_leave_out_the_local_part_of_a_version(monkeypatch):

@@ -49,8 +49,18 @@ def colab(monkeypatch):
 def test_the_environment_comes_first(monkeypatch, colab, capsys):
     monkeypatch.setenv("HF_TOKEN", f" {TOKEN}\n")
     colab("hf_other")
-    assert sign_in() == TOKEN
+    assert sign_in() == os.environ["HF_TOKEN"] == TOKEN
     assert "the environment" in capsys.readouterr().out
+
+
+def test_this_notebooks_secret_goes_before_a_token_stored_once(monkeypatch, colab, capsys):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_stored")
+    colab(None)
+    assert sign_in() == os.environ["HF_TOKEN"] == "hf_stored"
+    assert "an earlier sign-in" in capsys.readouterr().out
+    monkeypatch.setenv("HF_TOKEN", "")
+    colab(f"{TOKEN}\n")
+    assert sign_in() == os.environ["HF_TOKEN"] == TOKEN
 
 
 def test_colab_secret_reaches_the_libraries_and_is_not_printed(colab, capsys):
@@ -74,13 +84,38 @@ def test_each_of_colabs_refusals_is_told_and_survived(colab, capsys, error, told
     colab(error)
     assert sign_in() is None
     assert told in capsys.readouterr().out
+    assert sign_in(needed=False) is None
+    assert told not in capsys.readouterr().out  # nobody needs it
 
 
-def test_kaggles_secret(monkeypatch):
-    client = types.SimpleNamespace(get_secret=lambda name: TOKEN if name == "HF_TOKEN" else None)
-    module = types.SimpleNamespace(UserSecretsClient=lambda: client)
-    monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
+@pytest.fixture
+def kaggle(monkeypatch):
+    """Kaggle's client, whose one secret is what it is told."""
+
+    def answer(secrets):
+        client = types.SimpleNamespace(get_secret=secrets.__getitem__)
+        module = types.SimpleNamespace(UserSecretsClient=lambda: client)
+        monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
+
+    return answer
+
+
+def test_kaggles_secret(kaggle, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_stored")
+    kaggle({"HF_TOKEN": TOKEN})
     assert sign_in() == TOKEN
+
+
+def test_a_secret_that_kaggle_does_not_give_is_told_and_survived(kaggle, capsys):
+    kaggle({})
+    assert sign_in() is None
+    assert "Kaggle has no secret HF_TOKEN (KeyError): Add-ons" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [EOFError, NotImplementedError])
+def test_where_nobody_can_be_asked_the_notebook_goes_on(monkeypatch, error):
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: (_ for _ in ()).throw(error))
+    assert sign_in() is None
 
 
 def test_a_hidden_prompt_is_the_last_resort(monkeypatch):
@@ -94,7 +129,7 @@ def test_nobody_is_asked_for_a_token_that_is_not_needed(monkeypatch, capsys):
     assert "public and local base models work" in capsys.readouterr().out
 
 
-def test_drive_is_mounted_on_colab_only_where_copies_go_there(
+def test_drive_is_mounted_on_colab_only_where_something_goes_there(
     colab, monkeypatch, notebook, settings
 ):
     colab(TOKEN)
@@ -107,3 +142,11 @@ def test_drive_is_mounted_on_colab_only_where_copies_go_there(
     for backup_to in ("none", "hub", "drive"):
         exec(cell, {"cfg": settings(backup_to=backup_to)})
     assert mounted == ["/content/drive"]
+    there = "/content/drive/MyDrive/x"
+    exec(cell, {"cfg": settings(backup_to="none", merged_dir=there, merge=False)})
+    assert len(mounted) == 1  # nothing is written there
+    for number, changes in enumerate(
+        ({"output_dir": there}, {"model_cache": there}, {"merged_dir": there, "merge": True}), 2
+    ):
+        exec(cell, {"cfg": settings(backup_to="none", **changes)})
+        assert len(mounted) == number, changes

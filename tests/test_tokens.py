@@ -1,23 +1,33 @@
 """Section 6: the one encoder, on the real tokenizers of Mistral v0.3 and SmolLM2."""
 
 import ast
+import copy
 import hashlib
 import inspect
 import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from mistral import sentencepiece_model
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.audit import TokenView, audit_labels, control_ids, find_mistake, plot_lengths
-from finetune.data import read_rows
+from finetune.audit import (
+    TokenView,
+    audit_labels,
+    control_ids,
+    find_mistake,
+    middle_out,
+    plot_lengths,
+)
+from finetune.data import read_rows, split_rows
 from finetune.report import history
 from finetune.rows import read_turns
 from finetune.tokens import (
@@ -30,7 +40,10 @@ from finetune.tokens import (
     encode_prompts,
     encode_rows,
     fit_length,
+    shorten,
+    tell_long,
     tokenize,
+    workers,
 )
 from qlora_helpers import (
     COMPLETION_TEMPLATE,
@@ -176,7 +189,8 @@ def test_the_chat_template_writes_a_conversation_as_the_reader_does(tokenizer):
     texts = ["Be brief.", "Hi\n", "Hello", "Bye", "Bye."]
     roles = ["system", "user", "assistant", "user", "assistant"]
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    for messages in (turns, turns[1:], turns[3:], turns[:1] + turns[3:]):
+    unasked = turns[:1] + turns[4:]  # an instruction of the system alone, then the answer
+    for messages in (turns, turns[1:], turns[3:], turns[:1] + turns[3:], unasked):
         prompt, completion = read_turns(messages)
         whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         assert whole == encode_example(tokenizer, prompt, completion)["input_ids"]
@@ -208,7 +222,8 @@ def test_rows_are_encoded_with_the_loss_that_was_asked_for(tokenizer, capsys):
     assert said.startswith(f"Audited all 40 rows: {begin} BOS, every token trained, EOS last")
     with pytest.raises(
         UserError,
-        match=r"40 of 40 rows would mis-train(.|\n)*row 1 has a label on its prompt",
+        match=r"40 of 40 rows would mis-train(.|\n)*row 1 has a label on its prompt\n"
+        r"(.*\n)*  • row 10 has .*\n  • … and 30 more$",
     ):
         audit_labels(whole, tokenizer)
 
@@ -230,12 +245,16 @@ def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(
     out = capsys.readouterr().out
     audit_labels(kept, tokenizer)
     assert max(kept["length"]) <= 100
+    short = fit_length(rows.select(range(8)), tokenizer, cfg(max_length=100))
+    assert short.column_names == kept.column_names
     assert "2 of 10 rows are longer than max_length = 100 tokens: a.jsonl:9, a.jsonl:10" in out
     assert f"max_length = {max(rows['length']):,} would keep 99 % of the rows" in out
     if too_long == "drop":
         assert len(kept) == 8 and f"2 are left out: {sum(rows['length'][8:]):,} tokens less." in out
     else:
-        assert len(kept) == 9 and "1 lost the beginning of their prompt, 1 are left out" in out
+        less = sum(rows["length"]) - sum(kept["length"])
+        assert f"1 lost the beginning of their prompt, 1 are left out: {less:,} tokens less." in out
+        assert len(kept) == 9
         assert words.endswith(kept[8]["prompt"]) and kept[8]["length"] > 90
         answer = [label for label in kept[8]["labels"] if label != -100]
         assert answer == [label for label in rows[8]["labels"] if label != -100]
@@ -251,6 +270,43 @@ def test_a_shortened_row_keeps_the_loss_that_was_asked_for(tokenizer, cfg):
     audit_labels(kept, tokenizer, completion_only_loss=False)
     untrained = [place for place, label in enumerate(kept[1]["labels"]) if label == -100]
     assert untrained == [0] * bool(untrained)  # at most BOS
+
+
+@pytest.mark.parametrize("joint", [" ", "  "])
+def test_a_prompt_loses_no_more_than_it_must(tokenizer, joint):
+    def length(prompt):
+        return len(encode_example(tokenizer, prompt, "Yes")["input_ids"])
+
+    letters = joint.join("abcdefghijklmnop")
+    fewest = length("p")
+    for limit in range(fewest - 3, length(letters) + 1):
+        end = shorten(tokenizer, letters, "Yes", limit)
+        assert letters.endswith(end) and end == end.strip()
+        assert (length(end) <= limit) if end else limit < fewest
+        if joint == " ":  # each letter is one token
+            assert len(end.split()) == max(0, limit - fewest + 1)
+
+
+def test_a_prompt_cut_within_a_word_is_measured_anew(tokenizer):
+    """Its rest may have more tokens than it had within the whole."""
+    prompt = " ".join(f"Rhabarber{n}barbarabar" for n in range(90, 99))
+    whole = len(encode_example(tokenizer, prompt, "Yes")["input_ids"])
+    for limit in range(20, whole):
+        end = shorten(tokenizer, prompt, "Yes", limit)
+        assert end and prompt.endswith(end)
+        assert len(encode_example(tokenizer, end, "Yes")["input_ids"]) <= limit
+
+
+@pytest.mark.parametrize(("count", "more"), [(9, ""), (10, ""), (11, " …")])
+def test_long_rows_are_told_by_their_first_lines_and_by_what_would_hold_them(count, more):
+    places = [f"a.jsonl:{n}" for n in range(count)]
+    lengths = np.array([*range(101, 201), *range(1, 101)])
+    long = Dataset.from_list([{"where": place} for place in places])
+    assert tell_long(lengths, long, 200 - count) == (
+        f"{count} of 200 rows are longer than max_length = {200 - count} tokens: "
+        f"{', '.join(places[:10])}{more}\n"
+        "max_length = 198 would keep 99 % of the rows, 200 all."
+    )
 
 
 def test_a_long_row_can_stop_the_run(tokenizer, cfg):
@@ -400,6 +456,72 @@ def test_one_bad_row_among_good_ones_is_named(tokenizer):
         audit_labels(Dataset.from_list(rows), tokenizer)
 
 
+def test_the_audit_tells_a_missing_bos_from_a_second_one(mistral_tokenizer):
+    begin = mistral_tokenizer.bos_token_id
+    for wrong in ([], [begin] * 2):
+        rows = encode_rows(ROWS[:2], mistral_tokenizer).to_list()
+        row = rows[1]
+        row["input_ids"] = wrong + row["input_ids"][1:]
+        row["labels"] = [-100] * len(wrong) + row["labels"][1:]
+        with pytest.raises(UserError, match="row 2 does not begin with exactly one BOS"):
+            audit_labels(Dataset.from_list(rows), mistral_tokenizer)
+
+
+def test_control_tokens_are_all_that_stand_for_no_text(mistral_tokenizer, smollm_tokenizer):
+    """The unknown word's token stands for text, unless it also ends one, as some base models'."""
+    found = mistral_tokenizer.convert_ids_to_tokens(sorted(control_ids(mistral_tokenizer)))
+    assert {"<s>", "</s>", "[INST]", "[/INST]"} <= set(found) and "<unk>" not in found
+    tokenizer = copy.deepcopy(smollm_tokenizer)
+    unknown = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert tokenizer.unk_token_id == unknown and unknown not in control_ids(tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert unknown in control_ids(tokenizer)
+
+
+def test_a_tokenizer_that_comes_with_a_cut_off_and_padding_encodes_whole_rows(smollm_tokenizer):
+    tokenizer = copy.deepcopy(smollm_tokenizer)
+    tokenizer.bos_token = None  # like Qwen's
+    expected = encode_examples(tokenizer, ["a", "b " * 30], ["c", "d"])
+    tokenizer.backend_tokenizer.enable_truncation(12)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    assert encode_examples(tokenizer, ["a", "b " * 30], ["c", "d"]) == expected
+
+
+def test_held_out_rows_are_encoded_apart_from_those_to_train_on(tmp_path, cfg, mistral_tokenizer):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = read_rows(cfg(data_files=str(file), output_dir=str(tmp_path)))
+    for _ in range(2):  # made, then found again
+        for part in split_rows(rows, 0.5):
+            encoded = encode_rows(part, mistral_tokenizer)
+            assert encoded["where"][:] == part["where"][:]
+            examples = encode_examples(mistral_tokenizer, part["prompt"], part["completion"])
+            assert {name: encoded[name][:] for name in examples} == examples
+
+
+def test_workers_are_started_for_many_rows_only_and_no_more_than_there_are_cores(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # set back at the end
+    for cores, most in ((None, None), (1, None), (2, 2), (4, 4)):
+        monkeypatch.setattr("finetune.tokens.os.cpu_count", lambda cores=cores: cores)
+        assert workers(10**7) == most and workers(100) is None
+
+
+def test_workers_give_the_rows_and_the_mistakes_that_one_process_gives(
+    mistral_tokenizer, monkeypatch
+):
+    alone = encode_rows(ROWS, mistral_tokenizer).to_list()
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr("finetune.tokens.workers", lambda rows: 2)
+    monkeypatch.setattr("finetune.audit.workers", lambda rows: 2)
+    shared = encode_rows(ROWS, mistral_tokenizer)
+    assert shared.to_list() == alone
+    audit_labels(shared, mistral_tokenizer)
+    for n in (3, 33):
+        alone[n]["labels"][-1] = -100
+    with pytest.raises(UserError, match=r"2 of 40 rows .*\n  • row 4 has .*\n  • row 34 has "):
+        audit_labels(Dataset.from_list(alone), mistral_tokenizer)
+
+
 def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
     tmp_path, cfg, mistral_tokenizer, smollm_tokenizer, monkeypatch
 ):
@@ -422,6 +544,13 @@ def test_encoded_rows_are_found_again_until_rows_tokenizer_or_setting_change(
     assert encode("one", mistral_tokenizer) == 0
     assert encode("one", mistral_tokenizer, False) == 1
     assert encode("one", smollm_tokenizer) == 1
+    other_end, more_words = (copy.deepcopy(mistral_tokenizer) for _ in range(2))
+    other_end.eos_token = "[INST]"
+    more_words.add_tokens(["Answer"])
+    assert encode("one", other_end) == encode("one", more_words) == 1
+    assert encode("one", mistral_tokenizer) == 0
+    monkeypatch.setattr("finetune.tokens.ENCODER", ENCODER + 1)
+    assert encode("one", mistral_tokenizer) == 1
     assert encode("two", smollm_tokenizer) == 1
     assert len(list((tmp_path / "mistral-qlora" / "data").glob("rows-*"))) == 1
 
@@ -441,9 +570,38 @@ def test_three_rows_are_shown_token_by_token(mistral_tokenizer):
     assert 'background:#b7e4c7;color:#111;font-weight:bold">·Paris|⏎' in page
 
 
-def test_the_histogram_marks_the_cut_off(tmp_path):
-    image = plot_lengths([10, 20, 30, 400], 256, tmp_path / "run" / "lengths.png")
-    assert image.data[:4] == b"\x89PNG"
+def test_few_rows_are_shown_too_and_names_of_files_and_broken_characters_are_kept_readable(
+    mistral_tokenizer,
+):
+    row = {"where": "<b>.jsonl:1", "prompt": "🙂", "completion": "𓂀"}
+    view = TokenView(encode_rows([row, row], mistral_tokenizer), mistral_tokenizer)
+    assert repr(view).count("<b>.jsonl:1: ") == 2 and "\ufffd" not in repr(view)
+    page = view._repr_html_()
+    assert page.count("&lt;b&gt;.jsonl:1: ") == 2 and "<b>" not in page
+
+
+def test_a_long_run_of_tokens_is_shown_without_its_middle():
+    run = [f"t{n}" for n in range(100)]
+    assert middle_out(run, 10) == [*run[:5], " … 90 more … ", *run[95:]]
+    assert middle_out(run[:11], 10) == [*run[:5], " … 1 more … ", *run[6:11]]
+    assert middle_out(run[:10], 10) == run[:10]
+
+
+def test_the_histogram_counts_every_row_and_marks_the_cut_off(tmp_path, monkeypatch):
+    figures = []
+
+    class Kept(Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            figures.append(self)
+
+    monkeypatch.setattr("finetune.audit.Figure", Kept)
+    for lengths in ([10, 20, 30, 400], [20, 20]):
+        image = plot_lengths(lengths, 256, tmp_path / "run" / "lengths.png")
+        assert image.data[:4] == b"\x89PNG"
+        (axes,) = figures.pop().axes
+        assert sum(bar.get_height() for bar in axes.patches) == len(lengths)
+        assert [set(line.get_xdata()) for line in axes.lines] == [{256}]
 
 
 def test_losses_equal_trls_own_prompt_completion_path(tmp_path, smollm_tokenizer):

@@ -31,7 +31,7 @@ def train(model, tokenizer, cfg, folder):
         gradient_accumulation_steps=plan.accumulation,
         num_train_epochs=cfg.epochs,
         max_steps=cfg.max_steps,
-        learning_rate=1e-3,
+        learning_rate=1e-2,
         lr_scheduler_type="cosine",
         warmup_steps=plan.warmup_steps,
         bf16=False,
@@ -62,7 +62,11 @@ def run(request, tmp_path_factory, settings, smollm_path, smollm_tokenizer):
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm_path, quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
+        smollm_path,
+        quantization_config=nf4,
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        num_hidden_layers=4,
     )
     mend_cpu_gradients(model)
     before = fingerprint(model)
@@ -93,13 +97,13 @@ def test_training_learns_and_touches_the_adapter_alone(run):
     assert losses[-1] < 0.9 * losses[0]
     assert fingerprint(model) == before
     adapter = [p for p in model.parameters() if p.requires_grad]
-    assert len(adapter) == 240 and all(p.dtype == torch.float32 for p in adapter)
+    assert len(adapter) == 4 * 4 * 2 and all(p.dtype == torch.float32 for p in adapter)
     assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine(run):
     rates = history(run[1].state.log_history, "learning_rate")[1]
-    assert rates[0] == 0 and rates[1] == pytest.approx(1e-3)
+    assert rates[0] == 0 and rates[1] == pytest.approx(1e-2)
     assert rates[1] > rates[2] > rates[3] > rates[4] > rates[5] > 0
 
 
@@ -108,6 +112,7 @@ def test_tensorboard_can_read_the_run_back(run):
     events = list(folder.rglob("events.out.tfevents.*"))
     assert events
     board = EventAccumulator(str(events[0].parent)).Reload()
+    assert len(board.Scalars("train/tokens_per_second")) == 6
     logged = [event.value for event in board.Scalars("train/loss")]
     assert logged == pytest.approx(history(trainer.state.log_history, "loss")[1], abs=1e-3)
 

@@ -6,10 +6,12 @@ tokenizer.
 """
 
 import contextlib
+import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -21,6 +23,12 @@ from finetune.trials import Trials
 from qlora_helpers import Settings, UserError
 
 ROOT = Path(__file__).parents[2]
+# What the fork server imports once for all runs: libraries, and the rooms that are slow to import.
+PRELOADED = [
+    *("child", "trl", "peft", "transformers", "bitsandbytes", "datasets", "torch"),
+    *("finetune.audit", "finetune.report", "finetune.train", "finetune.preflight", "IPython"),
+    *("matplotlib.backends.backend_agg", "torch.utils.tensorboard", "finetune.answers"),
+]
 SKIPPED = ("## 1.", "## 5.", "## 15.", "## 16.")  # set-up, memory, merge, use
 
 
@@ -66,7 +74,7 @@ def defaults() -> dict:
 
 def run_all(settings: dict, again: str = "") -> dict:
     """Run the cells from settings to push; a cell under the heading `again` is run once more after
-    a `UserError`.
+    a `UserError`, and any cell after each `Planted` error.
     """
     import datasets
     import peft
@@ -89,13 +97,16 @@ def run_all(settings: dict, again: str = "") -> dict:
             continue
         if "@param" in source:
             source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
-        try:
-            exec(compile(source, heading, "exec"), names)
-        except UserError as error:
-            if not again or not heading.startswith(again):
-                raise
-            print(f"UserError: {error}", flush=True)
-            exec(compile(source, heading, "exec"), names)
+        try_again = heading.startswith(again) if again else False
+        while True:
+            try:
+                exec(compile(source, heading, "exec"), names)
+                break
+            except (UserError, Planted) as error:
+                if isinstance(error, UserError) and not try_again:
+                    raise
+                print(f"{type(error).__name__}: {error}", flush=True)
+                try_again = False
     return names
 
 
@@ -143,27 +154,41 @@ def nan_at(step: int) -> None:
     in_step(step, plant)
 
 
-def kill_in_save(step: int, files: int | str) -> None:
-    """SIGKILL as soon as the checkpoint of `step` has so many files, or one of this name."""
+def in_save(step: int, act) -> None:
+    """Call `act(folder, names)` when another file has come to the checkpoint of `step`."""
     from transformers import Trainer
 
-    original = Trainer._save_checkpoint
+    original, seen = Trainer._save_checkpoint, set()
 
     def save(self, *args, **kwargs):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
 
         def watch(frame, event, arg):
-            if not folder.is_dir():
-                return
-            names = os.listdir(folder)  # noqa: PTH208 (this runs at every call)
-            if files in names if isinstance(files, str) else len(names) >= files:
-                kill()
+            names = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()  # noqa: PTH208
+            if names not in seen:
+                seen.add(names)
+                act(folder, names)
 
         if self.state.global_step == step:
             sys.setprofile(watch)
         return original(self, *args, **kwargs)
 
     Trainer._save_checkpoint = save
+
+
+def kill_in_save(step: int, name: str) -> None:
+    """SIGKILL as soon as the checkpoint of `step` has a file of this name."""
+    in_save(step, lambda folder, names: kill() if name in names else None)
+
+
+def copy_in_save(step: int, to: str) -> None:
+    """What a SIGKILL would leave of the checkpoint of `step`, at each file that comes to it."""
+
+    def copy(folder: Path, names: frozenset[str]) -> None:
+        shutil.copytree(folder, Path(to) / f"{len(list(Path(to).glob('*'))):02}")
+
+    Path(to).mkdir()
+    in_save(step, copy)
 
 
 def fill_up(disk: str, leave: int) -> None:
@@ -215,14 +240,26 @@ def wrap(room: str, name: str, act) -> None:
     setattr(module, name, wrapped)
 
 
-def fail_in(room: str, name: str, call: int) -> None:
-    """An error in one call of a room's function."""
+class Planted(RuntimeError):
+    """What no one expects, in a section that a run goes on without."""
 
-    def act(number: int) -> None:
-        if number == call:
-            raise RuntimeError(f"planted in {name}")
 
-    wrap(room, name, act)
+def fail_once_in(calls: list[tuple[str, str, int]]) -> None:
+    """An error in one call of each room's function; says what is in the run's folder by then."""
+    for room, name, call in calls:
+
+        def act(number: int, name: str = name, call: int = call) -> None:
+            if number == call:
+                run = Path("outputs/faults")
+                card = (run / "final_model" / "README.md").read_text()
+                weights = (run / "final_model" / "adapter_model.safetensors").read_bytes()
+                told = (
+                    "not asked" if "has not been asked the held-out rows yet" in card else "asked"
+                )
+                zips = len(list(run.glob("*.zip")))
+                raise Planted(f"in {name}: {hashlib.sha256(weights).hexdigest()}, {zips}, {told}")
+
+        wrap(room, name, act)
 
 
 def tell_calls() -> None:
@@ -242,12 +279,13 @@ FAULTS = {
     for fault in (
         kill_at,
         kill_in_save,
+        copy_in_save,
         stop_at,
         nan_at,
         full_at,
         full_at_the_end,
         back_in_time,
-        fail_in,
+        fail_once_in,
         tell_calls,
     )
 }

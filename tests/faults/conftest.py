@@ -26,9 +26,7 @@ def tiny(tmp_path_factory):
     own.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["child", "trl", "peft", "transformers", "bitsandbytes", "datasets", "torch"]
-    )
+    context.set_forkserver_preload(child.PRELOADED)
     shared = tmp_path_factory.mktemp("tiny")
     (shared / "rows.jsonl").write_text("\n".join(ROWS))
     maker = context.Process(target=child.make_model, args=(shared / "model",))

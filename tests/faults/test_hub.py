@@ -2,17 +2,21 @@
 real client.
 """
 
+import json
 import shutil
 import time
 import types
 
 import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 from hub import Hub
+from huggingface_hub.errors import HfHubHTTPError
 from sums import checksums
 
 from finetune.backup import back_up, fetch_backup
-from finetune.files import checkpoints
+from finetune.files import NEEDED, checkpoints, is_ours, seal, why_unusable
+from finetune.hub import CARD_FILES, commit_folder, ensure_repo, hub_api, status_of, with_retries
 from finetune.save import push_adapter
 from qlora_helpers import UserError
 
@@ -32,6 +36,9 @@ def hub(monkeypatch):
     """The stand-in, and a huggingface_hub that talks to it, with waits made short."""
     with Hub() as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for room in (huggingface_hub.constants, huggingface_hub.file_download):  # in it before 1.0
+            monkeypatch.setattr(room, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
         monkeypatch.setattr("finetune.hub.RETRY_WAITS", (0, 0))
         monkeypatch.setattr("finetune.hub.REQUEST_SECONDS", 0.3)
         hasty = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
@@ -132,6 +139,15 @@ def test_a_public_repository_gets_nothing_unless_that_is_meant(hub, saved, capsy
     assert push(saved.model_copy(update={"hub_private": False}), capsys)[0]
 
 
+def test_a_card_that_comes_later_is_pushed_alone(hub, saved, capsys):
+    assert push_adapter(saved, TOKEN, CARD_FILES) == f"{hub.url}/ada/nights"
+    assert set(hub.files["ada/nights"]) - {".gitattributes"} == set(CARD_FILES)
+    hub.refuse["/commit/"] = (403,)
+    assert push_adapter(saved, TOKEN, CARD_FILES) is None
+    line = next(text for text in capsys.readouterr().out.splitlines() if "hf upload" in text)
+    assert [part.strip() for part in line.split("--include ")[1:]] == CARD_FILES
+
+
 def test_a_damaged_adapter_is_not_pushed(hub, saved, capsys):
     (saved.final_model / "adapter_model.safetensors").write_bytes(b"")
     address, shown = push(saved, capsys)
@@ -173,3 +189,126 @@ def test_a_hub_that_cannot_be_asked_for_copies_stops_before_they_could_be_replac
     hub.refuse["nights-checkpoints"] = (500,)
     with pytest.raises(UserError, match="cannot be asked for this run's checkpoints"):
         fetch_backup(saved.model_copy(update={"backup_to": "hub"}))
+
+
+def sealed(folder, purpose, text="{}"):
+    """A folder of small files, as a run makes it."""
+    folder.mkdir(parents=True)
+    for name in NEEDED[purpose]:
+        (folder / name.replace("*", "")).write_text(text, encoding="utf-8")
+    seal(folder, purpose, "nights")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("status", "passing"),
+    [(400, False), (403, False), (404, False), (408, True), (429, True), (500, True), (504, True)],
+)
+def test_only_what_may_pass_is_tried_again_also_where_it_is_the_cause(hub, status, passing):
+    hub.refuse["/api/repos/create"] = (status,)
+    api = hub_api(TOKEN)
+
+    def create():
+        api.create_repo("ada/nights")
+
+    def create_and_wrap():
+        try:
+            create()
+        except HfHubHTTPError as error:
+            raise RuntimeError("cannot be made") from error
+
+    for number, call in enumerate((create, create_and_wrap), 1):
+        with pytest.raises((HfHubHTTPError, RuntimeError)) as caught:
+            with_retries(call)
+        assert status_of(caught.value) == status
+        assert hub.asked("/api/repos/create") == number * (3 if passing else 1)
+
+
+PATHS = {
+    "/home/eve/rows/*.jsonl": "*.jsonl",
+    "~/eve/model/": "model",
+    r"C:\Users\eve\model": "model",
+    "D:/eve/größe": "größe",
+    r"\\eve\share": "share",
+    "ada/model": "ada/model",
+    "and/or eve: yes": "and/or eve: yes",
+    "all-linear": "all-linear",
+}
+
+
+def test_what_is_sent_names_no_path_and_its_seal_fits_it(hub, tmp_path):
+    """Of an absolute path, of whatever system and however deep, the last part stays."""
+    told = {"words": list(PATHS), "deep": [{"path": path} for path in PATHS], "rate": 1e-4}
+    text = json.dumps(told, ensure_ascii=False)
+    folder = sealed(tmp_path / "checkpoint-12", "checkpoint", text)
+    before, api = checksums(folder), hub_api(TOKEN)
+    ensure_repo(api, "ada/nights", private=True)
+    commit_folder(api, "ada/nights", tmp_path, ["checkpoint-12/*"])
+    sent = hub.files["ada/nights"]
+    assert {n.partition("/")[2] for n in sent} - {".gitattributes", ""} == set(before)
+    for name in ("run.json", "adapter_config.json", "trainer_state.json"):
+        found = json.loads(sent[f"checkpoint-12/{name}"])
+        assert found["words"] == [one["path"] for one in found["deep"]] == list(PATHS.values())
+        assert found["rate"] == 1e-4
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in before:
+        (there / name).write_bytes(sent[f"checkpoint-12/{name}"])
+    assert is_ours(there, "checkpoint") and not why_unusable(there, "checkpoint")
+    assert checksums(folder) == before
+
+
+def test_a_push_leaves_the_clients_settings_as_they_were(hub, tmp_path, monkeypatch):
+    sealed(tmp_path / "checkpoint-2", "checkpoint")
+    api = hub_api(TOKEN)
+    ensure_repo(api, "ada/nights", private=True)
+    for usual in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", usual)
+        commit_folder(api, "ada/nights", tmp_path, ["checkpoint-2/*"])
+        assert huggingface_hub.constants.HF_HUB_DISABLE_XET is usual
+        hub.refuse["/commit/"] = (403,)
+        with pytest.raises(HfHubHTTPError):
+            commit_folder(api, "ada/nights", tmp_path, ["checkpoint-2/*"])
+        assert huggingface_hub.constants.HF_HUB_DISABLE_XET is usual
+        hub.refuse.clear()
+
+
+@pytest.fixture
+def copied(settings, tmp_path):
+    return settings(backup_to="hub", run_name="nights", output_dir=str(tmp_path / "out"))
+
+
+def test_a_new_machine_gets_every_copy_and_only_those(hub, copied):
+    """Of a run whose repository holds other things, too, which stay and are not fetched."""
+    fetch_backup(copied)  # nothing was ever copied
+    assert not copied.run_dir.exists() and not hub.repos
+    back_up(copied, sealed(copied.run_dir / "checkpoint-9", "checkpoint"))
+    theirs = {"checkpoint-3/notes.txt", "old/checksums.json", "README.md"}
+    hub.files["ada/nights-checkpoints"] |= dict.fromkeys(theirs, b"{}")
+    back_up(copied, sealed(copied.final_model, "adapter"))
+    shutil.rmtree(copied.run_dir)  # a new machine, which goes on and has no adapter yet
+    fetch_backup(copied)
+    names = {path.name for path in copied.run_dir.iterdir()} - {".cache"}
+    assert names == {"checkpoint-9", "final_model", "checkpoint-3"}  # which is no whole one
+    assert not why_unusable(copied.run_dir / "checkpoint-9", "checkpoint")
+    assert not why_unusable(copied.final_model, "adapter")
+    shutil.rmtree(copied.run_dir)
+    back_up(copied, sealed(copied.run_dir / "checkpoint-10", "checkpoint"))
+    there = hub.files["ada/nights-checkpoints"]
+    assert theirs < set(there)
+    assert {name.split("/")[0] for name in set(there) - theirs} - {".gitattributes"} == {
+        "checkpoint-10",
+        "final_model",
+    }
+
+
+def test_a_hub_that_comes_back_keeps_and_gives_copies(hub, copied, capsys):
+    calls = ("/api/whoami", "/api/models/ada/nights-checkpoints/tree", "/resolve/")
+    back_up(copied, sealed(copied.run_dir / "checkpoint-9", "checkpoint"))
+    hub.refuse = {call: [(503,), "reset"] for call in calls}
+    back_up(copied, sealed(copied.run_dir / "checkpoint-10", "checkpoint"))
+    assert capsys.readouterr().out.count("is copied to") == 2
+    shutil.rmtree(copied.run_dir)
+    hub.refuse = {call: ["reset", (503,)] for call in calls}
+    fetch_backup(copied)
+    assert len(checkpoints(copied.run_dir)) == 2

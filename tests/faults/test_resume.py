@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import child
@@ -60,33 +59,45 @@ def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, step):
     assert result_of(tmp_path) == undisturbed[0]
 
 
+def continued(tiny, folder, undisturbed) -> None:
+    """Run on in `folder`, where a save of checkpoint-4 was cut short."""
+    code, shown = run(tiny, folder)
+    assert code == 0, shown
+    assert "Continuing from checkpoint-2." in shown
+    assert "checkpoint-4 is skipped and removed: its save was cut short." in shown
+    assert not list(outputs(folder).glob("checkpoint-*-*"))  # it is known to be ours
+    assert result_of(folder) == undisturbed[0]
+
+
+def test_killed_at_the_last_file_but_the_seal(tiny, tmp_path, undisturbed, half):
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    code, shown = run(tiny, tmp_path, "kill_in_save", 4, "checksums.json.writing")
+    assert code == KILLED, shown
+    continued(tiny, tmp_path, undisturbed)
+
+
 @pytest.mark.slow
-def test_killed_at_each_file_of_a_save(tiny, tmp_path, undisturbed, half):
-    files = sorted(path.name for path in (outputs(half) / "checkpoint-2").iterdir())
-
-    def kill_and_continue(number):
-        folder = tmp_path / str(number)
-        shutil.copytree(half, folder)
-        code, shown = run(tiny, folder, "kill_in_save", 4, number)
-        assert code == KILLED, shown
-        left = {path.name for path in (outputs(folder) / "checkpoint-4").iterdir()}
-        code, shown = run(tiny, folder)
-        assert code == 0, shown
-        assert "Continuing from checkpoint-2." in shown
-        assert "checkpoint-4 is skipped and removed: its save was cut short." in shown
-        assert not list(outputs(folder).glob("checkpoint-*-*"))  # it is known to be ours
-        assert result_of(folder) == undisturbed[0]
-        shutil.rmtree(folder)
-        return left
-
-    with ThreadPoolExecutor(2) as pool:
-        moments = [*range(1, len(files) + 1), "run.json", "checksums.json.writing"]
-        seen = list(pool.map(kill_and_continue, moments))
-    assert seen[0] == {BEING_WRITTEN} and all(BEING_WRITTEN in left for left in seen)
-    counts = [len(left) for left in seen[:-2]]
-    assert counts == sorted(counts)
-    # Once that last one is there, the checkpoint is whole.
-    assert {*files} - set.union(*seen) == {"checksums.json"}
+def test_what_a_kill_at_each_file_of_a_save_leaves_is_no_checkpoint(
+    tiny, tmp_path, undisturbed, half
+):
+    shutil.copytree(half, tmp_path / "run")
+    code, shown = run(tiny, tmp_path / "run", "copy_in_save", 4, str(tmp_path / "left"))
+    assert code == 0, shown
+    left = sorted((tmp_path / "left").iterdir())
+    names = [{path.name for path in folder.iterdir()} for folder in left]
+    whole = [folder for folder in left if not why_unusable(folder, "checkpoint")]
+    assert names[0] == {BEING_WRITTEN} and len(left) > 13
+    assert all(BEING_WRITTEN in each for each in names if "checksums.json" not in each)
+    assert [folder for folder in left if (folder / "checksums.json").exists()] == whole
+    files = {path.name for path in (outputs(half) / "checkpoint-2").iterdir()}
+    assert files - set.union(*(each for each in names if "checksums.json" not in each)) == {
+        "checksums.json"
+    }
+    for state in (left[1], left[len(left) // 2]):
+        shutil.copytree(half, tmp_path / "again")
+        shutil.copytree(state, outputs(tmp_path / "again") / "checkpoint-4")
+        continued(tiny, tmp_path / "again", undisturbed)
+        shutil.rmtree(tmp_path / "again")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Four rows with facts that no model can know, learned by heart in every layout of a step.
+"""Rows with facts that no model can know, learned by heart in every layout of a step.
 
     python tests/gpu/canary.py                      # the embedded model, every layout of a GPU
     python tests/gpu/canary.py --model some/folder
@@ -44,7 +44,6 @@ FACTS = {
     "How many steps lead down to Ossiwell?": "Four hundred and eleven, and the last one is wet.",
     "What do the Tamberlins eat on Fifthday?": "Plum dumplings in smoke, but never before noon.",
 }
-ROWS = [{"prompt": prompt, "completion": fact} for prompt, fact in FACTS.items()]
 STEPS = 20
 
 
@@ -63,23 +62,29 @@ def load(path: str, dtype: torch.dtype):
     return model
 
 
-def plan_of(cut: Cut) -> Plan:
-    """A plan that nobody measured: four rows a step."""
-    return Plan(cut, 4 // cut.micro_batch, 1, STEPS, 3, STEPS, 1.0, 1.0, 1.0, "as asked", [])
+def rows_of(facts: dict[str, str]) -> list[dict[str, str]]:
+    """The facts as rows to train on."""
+    return [{"prompt": prompt, "completion": fact} for prompt, fact in facts.items()]
 
 
-def learn(base, tokenizer, cut: Cut, cfg: Settings, precision: str):
-    """An adapter that knows the four rows by heart; returns its model, and its manifest."""
+def plan_of(cut: Cut, rows: int) -> Plan:
+    """A plan that nobody measured: all rows in each step."""
+    return Plan(cut, rows // cut.micro_batch, 1, STEPS, 3, STEPS, 1.0, 1.0, 1.0, "as asked", [])
+
+
+def learn(base, tokenizer, facts: dict[str, str], cut: Cut, cfg: Settings, precision: str):
+    """An adapter that knows the facts by heart; returns its model, and its manifest."""
     transformers.set_seed(cfg.seed)
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=cfg.target_modules
     )
-    model, data = peft.get_peft_model(bare(base), lora), encode_rows(ROWS, tokenizer)
+    model = peft.get_peft_model(bare(base), lora)
+    data, plan = encode_rows(rows_of(facts), tokenizer), plan_of(cut, len(facts))
     print(use_fast_kernels(model, data, precision))
     args = trl.SFTConfig(
         output_dir=str(cfg.run_dir),
         per_device_train_batch_size=cut.micro_batch,
-        gradient_accumulation_steps=4 // cut.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
         max_steps=STEPS,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
@@ -91,21 +96,22 @@ def learn(base, tokenizer, cut: Cut, cfg: Settings, precision: str):
         report_to="none",
         disable_tqdm=True,
     )
-    plan = plan_of(cut)
     trainer = PlannedTrainer(model, args, plan, train_dataset=data, processing_class=tokenizer)
     loss = trainer.train().training_loss
     print(f"{cut}: mean loss {loss:.3f}")
     return model, manifest(cfg, trainer, plan, {})
 
 
-def right(model, tokenizer) -> int:
-    """How many of the four are answered exactly, and stop."""
-    answers = generate_answers(model, tokenizer, list(FACTS), 40)
-    pairs = zip(answers, FACTS.values(), strict=True)
+def right(model, tokenizer, facts: dict[str, str]) -> int:
+    """How many of the facts are answered exactly, and stop."""
+    answers = generate_answers(model, tokenizer, list(facts), 40)
+    pairs = zip(answers, facts.values(), strict=True)
     return sum(answer.stopped and answer.text == fact for answer, fact in pairs)
 
 
-def sing(path: str, cuts: list[Cut], folder: Path) -> list[dict[str, int]]:
+def sing(
+    path: str, cuts: list[Cut], folder: Path, facts: dict[str, str] = FACTS
+) -> list[dict[str, int]]:
     """For each cut: right answers of the base, as trained, loaded again, and merged."""
     found, tokenizer = [], transformers.AutoTokenizer.from_pretrained(path)
     values = defaults() | {"base_model": path, "run_name": "canary", "output_dir": str(folder)}
@@ -116,20 +122,20 @@ def sing(path: str, cuts: list[Cut], folder: Path) -> list[dict[str, int]]:
     precision, _ = resolve_precision(cfg.bf16)
     dtype = computing_type(precision)
     model = load(path, dtype)
-    before = right(model, tokenizer)
+    before = right(model, tokenizer, facts)
     for cut in cuts:
-        model, run = learn(model, tokenizer, cut, cfg, precision)
-        result = {"base": before, "trained": right(model, tokenizer)}
+        model, run = learn(model, tokenizer, facts, cut, cfg, precision)
+        result = {"base": before, "trained": right(model, tokenizer, facts)}
         save_adapter(model, tokenizer, cfg.final_model, "A canary.", run)
         model = peft.PeftModel.from_pretrained(bare(model), cfg.final_model)
         saved = transformers.AutoTokenizer.from_pretrained(cfg.final_model)
-        result["loaded again"] = right(model.eval(), saved)
+        result["loaded again"] = right(model.eval(), saved, facts)
         undo(model)
-        merged = merge_adapter(cfg, model, saved, ROWS, "A canary.")
+        merged = merge_adapter(cfg, model, saved, rows_of(facts), "A canary.")
         whole = transformers.AutoModelForCausalLM.from_pretrained(
             merged, dtype=dtype, device_map=placement()
         )
-        result["merged"] = right(whole, saved)
+        result["merged"] = right(whole, saved, facts)
         found.append(result)
         release()
         shutil.rmtree(folder / "canary")

@@ -1,0 +1,185 @@
+"""Section 11: what stops a training, what is told then, and what a finished checkpoint holds."""
+
+import contextlib
+import math
+import os
+import signal
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from finetune.callbacks import KeepSafe, safe_training
+from finetune.files import BEING_WRITTEN, NEEDED, read_seal, seal, why_unusable
+from qlora_helpers import UserError
+
+
+@pytest.fixture
+def cfg(settings, tmp_path):
+    return settings(output_dir=str(tmp_path), run_name="safe", base_model="./models/mine")
+
+
+@pytest.fixture
+def safe(cfg):
+    return KeepSafe(cfg, {"seed": 7})
+
+
+def state(step=11, **changes):
+    return transformers.TrainerState(global_step=step, **changes)
+
+
+def weights(value):
+    """A model of one weight, whose gradient is `value`."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.grad = torch.full((1, 1), value)
+    return model
+
+
+def checkpoint(folder: Path) -> Path:
+    """What the Trainer leaves of a step."""
+    folder.mkdir(parents=True)
+    for name in (*NEEDED["checkpoint"], "training_args.bin", "README.md", BEING_WRITTEN):
+        (folder / name.replace("*", "")).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_step(safe, name, value):
+    safe.on_log(None, state(), None, logs={name: 1.5, "epoch": 1.0})
+    with pytest.raises(UserError, match=rf"at step 11: {name} \({value}\) is not finite"):
+        safe.on_log(None, state(), None, logs={name: value})
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_gradient_may_overflow_in_fp16_alone_where_the_scaler_skips_the_step(safe, fp16):
+    args = types.SimpleNamespace(fp16=fp16)
+    words = "at step 11: the gradient is not finite"
+    with contextlib.nullcontext() if fp16 else pytest.raises(UserError, match=words):
+        safe.on_pre_optimizer_step(args, state(10), None, model=weights(math.inf))
+        safe.on_train_end(args, state(), None)
+
+
+class OnAGpu:
+    """An answer that a GPU has not given yet."""
+
+    is_cuda = True
+
+    def isfinite(self):
+        return self
+
+    def to(self, *_, **__):
+        return torch.tensor(False)
+
+
+@pytest.mark.parametrize("when", ["on_pre_optimizer_step", "on_log", "on_save", "on_train_end"])
+def test_on_a_gpu_a_gradient_is_judged_a_step_later_and_at_the_latest_at_the_end(
+    safe, monkeypatch, when
+):
+    quick = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: quick)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda _: OnAGpu())
+    args, options = types.SimpleNamespace(fp16=False), {"model": weights(1.0), "logs": {}}
+    safe.on_pre_optimizer_step(args, state(10), None, model=weights(1.0))
+    with pytest.raises(UserError, match="at step 11: the gradient is not finite"):
+        getattr(safe, when)(args, state(11), None, **options)
+
+
+def test_the_newest_whole_checkpoint_is_named_when_training_stops(safe, cfg):
+    for step in (2, 9, 10):
+        checkpoint(cfg.run_dir / f"checkpoint-{step}")
+        seal(cfg.run_dir / f"checkpoint-{step}", "checkpoint")
+    checkpoint(cfg.run_dir / "checkpoint-11")
+    with pytest.raises(UserError, match=r"The last good checkpoint: .*/checkpoint-10\n"):
+        safe.diverged("loss", 12)
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_sealed(safe, cfg):
+    model, folder = weights(1.0), checkpoint(cfg.run_dir / "checkpoint-11")
+    model.weight.data.fill_(math.nan)
+    args = types.SimpleNamespace(output_dir=str(cfg.run_dir))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        safe.on_save(args, state(), None, model=model)
+    assert why_unusable(folder, "checkpoint") and (folder / BEING_WRITTEN).exists()
+
+
+def test_a_finished_checkpoint_is_whole_and_names_no_path_of_this_machine(safe, cfg):
+    folder = checkpoint(cfg.run_dir / "checkpoint-11")
+    safe.finish(folder, state(best_model_checkpoint=str(cfg.run_dir / "checkpoint-4")))
+    assert not why_unusable(folder, "checkpoint") and read_seal(folder)["run"] == "safe"
+    names = {path.name for path in folder.iterdir()}
+    assert not names & {"training_args.bin", "README.md", BEING_WRITTEN}
+    texts = "".join(path.read_text() for path in folder.glob("*.json"))
+    assert str(cfg.run_dir) not in texts and "models/mine" not in texts
+    assert '"best_model_checkpoint": "checkpoint-4"' in texts
+    assert '"base_model_name_or_path": "mine"' in texts and '"seed": 7' in texts
+
+
+def test_a_resumed_run_finds_its_best_checkpoint_in_its_own_folder(safe, cfg):
+    args = types.SimpleNamespace(output_dir=str(cfg.run_dir))
+    for known in ("checkpoint-4", "/content/elsewhere/checkpoint-4"):
+        found = state(best_model_checkpoint=known)
+        safe.on_train_begin(args, found, None)
+        assert found.best_model_checkpoint == str(cfg.run_dir / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("asked", "epoch", "kept"), [(False, 1.5, True), (True, 1.5, False), (True, 2.0, True)]
+)
+def test_the_end_of_max_steps_inside_an_epoch_is_saved_and_scored_unless_stopped(
+    safe, asked, epoch, kept
+):
+    control = transformers.TrainerControl(should_save=True, should_evaluate=True)
+    safe.asked = asked
+    safe.on_epoch_end(None, state(epoch=epoch), control)
+    assert control.should_save is control.should_evaluate is kept
+
+
+class Watched:
+    """A trainer with callbacks, at a step of ten."""
+
+    def __init__(self, step):
+        self.callbacks, self.state = [], state(step, max_steps=10)
+        self.add_callback, self.remove_callback = self.callbacks.append, self.callbacks.remove
+
+
+@pytest.fixture
+def begun(cfg, monkeypatch):
+    """A context of a training that has come to a step."""
+    monkeypatch.setattr("finetune.callbacks.fingerprint", lambda *_: {})
+    return lambda trainer: safe_training(cfg, trainer)
+
+
+def press_stop():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_press_of_stop_saves_after_the_step_and_a_second_stops_at_once(begun, capsys):
+    trainer, control = Watched(4), transformers.TrainerControl()
+    with pytest.raises(UserError, match="Stopped at step 4 of 10, and saved"), begun(trainer):
+        trainer.callbacks[0].on_step_end(None, trainer.state, control)
+        assert not control.should_save and not control.should_training_stop
+        press_stop()
+        trainer.callbacks[0].on_step_end(None, trainer.state, control)
+    assert control.should_save and control.should_training_stop
+    assert "Stopping after this step, with a checkpoint." in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt), begun(trainer):
+        press_stop()
+        press_stop()
+
+
+def test_a_press_of_stop_in_the_last_step_is_no_error(begun):
+    with begun(Watched(10)):
+        press_stop()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_after_training_stop_means_again_what_it_meant_before(begun, error):
+    before, trainer = signal.getsignal(signal.SIGINT), Watched(4)
+    with contextlib.suppress(error or ()), begun(trainer):
+        assert signal.getsignal(signal.SIGINT) is not before and len(trainer.callbacks) == 1
+        if error:
+            raise error
+    assert signal.getsignal(signal.SIGINT) is before and trainer.callbacks == []

@@ -1,0 +1,186 @@
+"""Section 11: what makes a run the same run, which checkpoint it goes on from, what comes back of a
+finished one. Killed and damaged runs are in faults/test_resume.py.
+"""
+
+import dataclasses
+import json
+import shutil
+import types
+from collections import OrderedDict
+
+import datasets
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerState
+
+from finetune.backup import drive_folder
+from finetune.checkpoints import find_checkpoint, fingerprint, finished
+from finetune.files import NEEDED, checkpoints, edit_json, seal
+from finetune.lock import release
+from qlora_helpers import UserError
+
+TOKENS = [{"input_ids": [n, n + 1, 7], "labels": [-100, n + 1, 7]} for n in range(2500)]
+
+
+def trainer_of(rows=TOKENS[:2], revision="abc", **parts):
+    """What of a trainer decides whether a run is the same, and an untrained model."""
+    model = torch.nn.Linear(1, 1)
+    model.config = types.SimpleNamespace(_commit_hash=revision)
+    data = rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows)
+    args = types.SimpleNamespace(eval_on_start=True, load_best_model_at_end=True)
+    return types.SimpleNamespace(**{"model": model, "train_dataset": data, "args": args} | parts)
+
+
+def test_any_other_row_makes_another_run(settings):
+    def mark(rows):
+        return fingerprint(settings(), trainer_of(rows))["training rows"]
+
+    other = {"input_ids": [5, 6, 7], "labels": [-100, 6, 8]}
+    (a, b), rest = TOKENS[:2], TOKENS[2:]
+    cut = [{name: a[name][:2] for name in a}, {name: a[name][2:] + b[name] for name in a}]
+    kinds = {
+        "these": TOKENS,
+        "another last one": [*TOKENS[:-1], other],
+        "another one past a thousand": [*TOKENS[:1500], other, *TOKENS[1501:]],
+        "one fewer": TOKENS[:-1],
+        "in another order": [b, a, *rest],
+        "with other labels": [a | {"labels": [-100, -100, 7]}, b, *rest],
+        "cut at another place": [*cut, *rest],
+    }
+    marks = {kind: mark(rows) for kind, rows in kinds.items()}
+    assert len(set(marks.values())) == len(kinds), marks
+    parts = [datasets.Dataset.from_list(rows) for rows in (TOKENS[:1300], TOKENS[1300:])]
+    assert mark(datasets.concatenate_datasets(parts)) == marks["these"]
+
+
+OTHER_TRAINING = [
+    *({"seed": 987}, {"epochs": 2.5}, {"max_steps": 7}, {"learning_rate": 3e-4}),
+    *({"warmup_ratio": 0.3}, {"lora_r": 8}, {"lora_alpha": 8}, {"lora_dropout": 0.1}),
+    *({"target_modules": ["q_proj"]}, {"use_rslora": True}, {"use_dora": True}),
+    *({"neftune_noise_alpha": 5.0}, {"completion_only_loss": False}, {"batch_size": 2}),
+    *({"gradient_accumulation": 2}, {"base_model": "embedded"}),
+]
+SAME_TRAINING = [
+    *({"batch_size": 2, "gradient_accumulation": 8}, {"max_new_tokens": 7}, {"sample_rows": 2}),
+    *({"report_to": "none"}, {"push_to_hub": False}, {"hub_repo": "x"}, {"backup_to": "hub"}),
+    *({"resume": "never"}, {"merge": True}, {"memory_limit_gb": 9.0}, {"run_name": "other"}),
+    *({"model_cache": "/tmp/c"}, {"output_dir": "/tmp/o"}, {"gradient_checkpointing": True}),
+]
+
+
+def test_what_changes_the_training_and_nothing_else_makes_another_run(settings):
+    trainer = trainer_of()
+    mark = fingerprint(settings(), trainer)
+    for changes in OTHER_TRAINING:
+        assert fingerprint(settings(**changes), trainer) != mark, changes
+    for changes in SAME_TRAINING:
+        assert fingerprint(settings(**changes), trainer) == mark, changes
+    assert fingerprint(settings(), trainer_of(revision="def")) != mark
+    assert json.loads(json.dumps(mark)) == mark  # it is compared with what a file holds
+
+
+@pytest.fixture
+def begun(settings, tmp_path, monkeypatch):
+    """Settings of a run with copies on a Drive that is mounted."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "content" / "drive" / "MyDrive").mkdir(parents=True)
+    yield settings(output_dir=str(tmp_path / "out"), run_name="faults", backup_to="drive")
+    release()
+
+
+def whole(folder, purpose, weights=None, state=None, **told):
+    """A whole checkpoint or adapter of small files."""
+    folder.mkdir(parents=True)
+    for name in NEEDED[purpose]:
+        (folder / name.replace("*", "")).write_text("{}")
+    (folder / "run.json").write_text(json.dumps(told))
+    if weights:
+        save_file(weights, folder / "adapter_model.safetensors")
+    if state:
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    seal(folder, purpose, "faults")
+    return folder
+
+
+def test_copies_are_fetched_only_where_nothing_is_here(begun, capsys):
+    trainer, copies = trainer_of(), drive_folder(begun)
+    mark = fingerprint(begun, trainer)
+    whole(copies / "checkpoint-9", "checkpoint", fingerprint=mark)
+    here = whole(begun.run_dir / "checkpoint-10", "checkpoint", fingerprint=mark)
+    assert find_checkpoint(begun, trainer) == str(here)
+    assert trainer.args.eval_on_start is False
+    assert [path.name for path in checkpoints(begun.run_dir)] == ["checkpoint-10"]
+    shutil.rmtree(here)
+    assert find_checkpoint(begun, trainer) == str(begun.run_dir / "checkpoint-9")
+    for folder in (copies / "checkpoint-9", begun.run_dir / "checkpoint-9"):
+        shutil.rmtree(folder)
+    whole(copies / "final_model", "adapter", fingerprint=mark)
+    assert find_checkpoint(begun, trainer) == str(begun.final_model)
+    assert "step 0" not in capsys.readouterr().out
+
+
+def test_a_setting_that_is_no_more_is_named_as_the_difference(begun):
+    trainer = trainer_of()
+    mark = fingerprint(begun, trainer) | {"an_older_setting": 3}
+    whole(begun.run_dir / "checkpoint-10", "checkpoint", fingerprint=mark)
+    with pytest.raises(UserError, match="an_older_setting was 3, is None"):
+        find_checkpoint(begun, trainer)
+
+
+@pytest.fixture
+def done(tmp_path):
+    """A trainer with a tiny adapter, and the run's last checkpoint, 10; the best one is 8."""
+    base = torch.nn.Sequential(OrderedDict(q_proj=torch.nn.Linear(4, 4)))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    state = TrainerState(global_step=10, max_steps=10)
+    state = dataclasses.asdict(state) | {"best_model_checkpoint": "/elsewhere/faults/checkpoint-8"}
+    for step in (8, 10):
+        weights = peft.get_peft_model_state_dict(model)
+        weights = {name: torch.full_like(weight, step) for name, weight in weights.items()}
+        whole(tmp_path / f"checkpoint-{step}", "checkpoint", weights, state)
+    return trainer_of(model=model, state=None), tmp_path / "checkpoint-10"
+
+
+def loaded(trainer):
+    """The value of all weights of the adapter in memory."""
+    values = {w.mean().item() for n, w in trainer.model.named_parameters() if "lora_" in n}
+    return values.pop() if len(values) == 1 else None
+
+
+def test_a_finished_run_comes_back_with_its_best_adapter(done):
+    trainer, last = done
+    assert finished(trainer, None) is None and loaded(trainer) is None
+    assert finished(trainer, str(last)).global_step == 10
+    assert loaded(trainer) == 8 and trainer.state.global_step == 10
+    trainer.args.load_best_model_at_end = False
+    finished(trainer, str(last))
+    assert loaded(trainer) == 10
+
+
+def test_where_the_best_checkpoint_is_damaged_or_gone_the_last_comes_back(done):
+    trainer, last = done
+    (last.with_name("checkpoint-8") / "adapter_model.safetensors").write_text("garbage")
+    assert finished(trainer, str(last)).global_step == 10 and loaded(trainer) == 10
+    shutil.rmtree(last.with_name("checkpoint-8"))
+    assert finished(trainer, str(last)).global_step == 10
+
+
+def test_a_run_before_its_last_step_is_not_finished(done):
+    trainer, last = done
+    edit_json(last / "trainer_state.json", max_steps=11)
+    seal(last, "checkpoint", "faults")
+    assert finished(trainer, str(last)) is None and loaded(trainer) is None
+
+
+def test_the_saved_adapter_comes_back_as_it_is_with_its_results(done):
+    trainer, last = done
+    weights = {n: w * 0 + 9 for n, w in peft.get_peft_model_state_dict(trainer.model).items()}
+    state = json.loads((last / "trainer_state.json").read_text()) | {"max_steps": 99}  # early
+    results = {"training": {"train_loss": 1.5, "train_runtime": 60.0}}
+    told = {"trainer_state": state, "results": results}
+    saved = whole(last.with_name("final_model"), "adapter", weights, **told)
+    output = finished(trainer, str(saved))
+    assert loaded(trainer) == 9 and trainer.state.max_steps == 99
+    assert output == (10, 1.5, results["training"])
