@@ -3,6 +3,6 @@
 Each room imports only from those that stand before it here, and from `qlora_helpers`:
 
 machine, files, lock, setup, hub, rows, data, tokens, audit, batches, answers, base_model, backup,
-report, arithmetic, compare, speed, access, folders, preflight, checkpoints, trials, plan,
-callbacks, train, card, save, merge, headless, launch
+report, arithmetic, compare, speed, access, architecture, folders, preflight, checkpoints, trials,
+plan, callbacks, train, card, save, merge, headless, launch
 """

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from pandas import DataFrame
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.machine import free_memory_size
+from finetune.machine import autocast, free_memory_size, processes
 from finetune.tokens import encode_prompt
 from qlora_helpers import clean_answer
 
@@ -115,7 +118,7 @@ def trained_logits(
     pad = torch.nn.utils.rnn.pad_sequence
     rows = [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in examples]
     with evaluating(model):
-        for chosen in batches([len(ids) for ids, _ in rows], tokens):
+        for chosen in batches([len(ids) for ids, _ in rows], tokens) if rows else ():
             ids = [rows[i][0] for i in chosen]
             mask = pad([*map(torch.ones_like, ids)], batch_first=True).to(model.device)
             ids = pad(ids, batch_first=True).to(model.device)
@@ -126,17 +129,33 @@ def trained_logits(
                 yield row[trained.to(row.device)].float(), labels[trained].to(row.device)
 
 
-def validation_loss(model: PreTrainedModel, examples: Iterable[Mapping[str, list[int]]]) -> float:
+def validation_loss(
+    model: PreTrainedModel, examples: Iterable[Mapping[str, list[int]]], ranks: int = 1
+) -> float:
     """Mean loss in nats over all trained tokens of `examples`; its exponential is the perplexity.
 
-    Every token counts the same, so it does not depend on how rows are batched, as the Trainer's
-    `eval_loss` does.
+    Every token counts the same, so that neither the batches matter nor how many processes (`ranks`,
+    all of which must call this) share the rows. Computed as in training: in the base model's type.
     """
-    total, count = 0.0, 0
-    for logits, ids in trained_logits(model, examples):
-        total += torch.nn.functional.cross_entropy(logits, ids, reduction="sum").item()
-        count += len(ids)
+    share = itertools.islice(examples, processes()[0] % ranks, None, ranks)
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    sums = torch.zeros(2, dtype=torch.float64)
+    with autocast(kinds.get(model.dtype, "fp32")):
+        for logits, ids in trained_logits(model, share, evaluation_tokens(model)):
+            loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+            sums += torch.tensor([loss.item(), len(ids)])
+    if ranks > 1:
+        sums = reduce(sums.to(PartialState().device)).cpu()
+    total, count = sums.tolist()
     return total / count
+
+
+def evaluation_tokens(model: PreTrainedModel) -> int:
+    """How many tokens go at once where nothing is kept for a backward pass.
+
+    4,096, or fewer where a large vocabulary would make their logits larger than 256 MB in 16 bits.
+    """
+    return min(4096, 2**27 // model.get_output_embeddings().weight.shape[0])
 
 
 def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:

@@ -159,6 +159,39 @@ def mend_cpu_gradients(model: PreTrainedModel) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let 4-bit layers compute in `dtype`: those that were saved in 4 bits bring their own type."""
+    for layer in linear_4bit(model):
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+
+
+def weights_held(model: PreTrainedModel) -> str:
+    """How many of the base model's weights are in 4 bits, and what stays in 16, for people.
+
+    Embeddings and output head always stay. Raises `UserError` if most of the other matrices do, as
+    the experts of some mixtures, which are single parameters under transformers 5.
+    """
+    layers = linear_4bit(model)
+    four = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    rest = {n: p for n, p in model.named_parameters() if id(p) not in four}
+    kept = {n: p.numel() for n, p in rest.items() if id(p) not in ends and p.ndim > 1}
+    small, whole = sum(four.values()), sum(p.numel() for p in rest.values())
+    share = small / (small + sum(kept.values()))
+    if share < 0.5:
+        largest = max(kept, key=kept.get)
+        raise UserError(
+            f"Only {share:.0%} of this model's layers can be held in 4 bits: {largest} and its "
+            f"like are no linear layers, and take {sum(kept.values()) / 2**29:.0f} GB in 16 bits. "
+            "Choose another base_model."
+        )
+    of_layers = f" ({share:.0%} of the layers)" if kept else ""
+    return (
+        f"{small / (small + whole):.0%} of {(small + whole) / 1e6:,.0f} million weights are in "
+        f"4 bits{of_layers}; embeddings and output head stay in 16"
+    )
+
+
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json without quantisation, for transformers 4.57 and 5.
 

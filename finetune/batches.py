@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from finetune.machine import processes
 from qlora_helpers import Settings
@@ -182,6 +183,19 @@ def steps_of(settings: Settings, rows: int) -> tuple[int, int]:
     if settings.max_steps > 0:
         return per_epoch, settings.max_steps
     return per_epoch, math.ceil(settings.epochs * per_epoch)
+
+
+def own_lengths(batch: Mapping[str, Tensor]) -> Tensor:
+    """For each token of a collated micro-batch the length of its own row, `[rows, tokens]`.
+
+    A padded row ends with its last trained token, which is EOS.
+    """
+    if "position_ids" in batch:
+        row = (batch["position_ids"] == 0).cumsum(1) - 1
+        return row[0].bincount()[row]
+    places = torch.arange(1, batch["labels"].shape[1] + 1, device=batch["labels"].device)
+    ends = ((batch["labels"] != -100) * places).amax(1, keepdim=True).clamp(min=1)
+    return ends.expand_as(batch["labels"])
 
 
 def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:

@@ -20,7 +20,12 @@ from transformers import TrainerCallback
 
 from finetune.backup import back_up
 from finetune.batches import StepSampler
-from finetune.checkpoints import fingerprint, last_good_checkpoint, require_finite
+from finetune.checkpoints import (
+    fingerprint,
+    last_good_checkpoint,
+    require_finite,
+    state_hashes,
+)
 from finetune.files import (
     BEING_WRITTEN,
     checkpoints,
@@ -41,8 +46,8 @@ class KeepSafe(TrainerCallback):
     skips that step), so there only the loss counts.
     """
 
-    def __init__(self, settings: Settings, mark: Mapping[str, Any]):
-        self.settings, self.mark, self.asked = settings, mark, False
+    def __init__(self, settings: Settings, mark: Mapping[str, Any], trainer: Any = None):
+        self.settings, self.mark, self.trainer, self.asked = settings, mark, trainer, False
         self.pending, self.trained = None, []
 
     def ask(self, *_: Any) -> None:
@@ -61,7 +66,20 @@ class KeepSafe(TrainerCallback):
         )
         raise UserError(
             f"Training stopped at step {step}: {what} is not finite. The last good checkpoint: "
-            f"{next(whole, 'none')}\nLower learning_rate (half is a good start) and run all again: "
+            f"{next(whole, 'none')}\n{self.advice(step)}"
+        )
+
+    def advice(self, step: int) -> str:
+        """What to do about a loss or gradient that is not finite."""
+        if self.trainer.args.fp16 and not step:
+            return (
+                "This base model's numbers are too large for fp16, which ends at 65,504: no "
+                "learning_rate helps. Take a GPU with native bf16 (L4, A100, H100), or another "
+                "base_model."
+            )
+        fp16 = " (or take a GPU with native bf16: fp16 ends at 65,504)" * self.trainer.args.fp16
+        return (
+            f"Lower learning_rate (half is a good start){fp16} and run all again: "
             "with resume = 'anyway' it continues from that checkpoint, "
             "with a new run_name it begins anew."
         )
@@ -120,20 +138,24 @@ class KeepSafe(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.finish(folder, state)
+        sharded = self.trainer.is_fsdp_enabled  # no process has all of it then
+        self.finish(folder, state, {} if sharded else state_hashes(self.trainer))
         self.rotate(folder, state)
         back_up(self.settings, folder)
 
-    def finish(self, folder: Path, state: Any) -> None:
-        """Complete and seal a checkpoint; nothing in it names a path of this machine."""
+    def finish(self, folder: Path, state: Any, hashes: Mapping[str, Any]) -> None:
+        """Complete and seal a checkpoint; nothing in it names a path of this machine.
+
+        `hashes` are those of what training goes on from (`state_hashes`).
+        """
         for name in ("training_args.bin", "README.md"):  # nothing here reads them
             (folder / name).unlink(missing_ok=True)
         best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
         edit_json(folder / "trainer_state.json", best_model_checkpoint=best)
         base = base_name(self.settings.base_model)
         edit_json(folder / "adapter_config.json", base_model_name_or_path=base)
-        told = json.dumps({"fingerprint": self.mark, "versions": versions()}, indent=2)
-        (folder / "run.json").write_text(told, encoding="utf-8")
+        told = {"fingerprint": self.mark, "versions": versions(), "state": hashes}
+        (folder / "run.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
         seal(folder, "checkpoint", self.settings.run_name)
         (folder / BEING_WRITTEN).unlink(missing_ok=True)
 
@@ -153,7 +175,7 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
     Raises `UserError` after the Stop button, for a non-finite loss or gradient, and for a full
     disk.
     """
-    callback = KeepSafe(settings, fingerprint(settings, trainer))
+    callback = KeepSafe(settings, fingerprint(settings, trainer), trainer)
     trainer.add_callback(callback)
     main = threading.current_thread() is threading.main_thread() and processes()[1] == 1
     before = signal.signal(signal.SIGINT, callback.ask) if main else None

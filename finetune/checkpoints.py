@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerState
@@ -175,6 +179,64 @@ def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     )
     metrics = run.get("results", {}).get("training", {"train_runtime": 0.0})
     return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
+
+
+def state_hashes(trainer: Any) -> dict[str, str]:
+    """SHA-256 of all that training goes on from, as it is in memory.
+
+    That is: adapter, optimizer, schedule, fp16's scaler, and this process's random states.
+    """
+    moments = trainer.optimizer.state_dict()["state"]
+    kind, keys, *rest = np.random.get_state()
+    parts: dict[str, list[Any]] = {
+        "adapter": [weight for _, weight in sorted(trainer.trainable().items())],
+        "optimizer": [moments[n][name] for n in sorted(moments) for name in sorted(moments[n])],
+        "schedule": [sorted(trainer.lr_scheduler.state_dict().items())],
+        "random states": [random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state()],
+    }
+    if torch.cuda.is_available():
+        parts["random state of the GPU"] = [torch.cuda.get_rng_state()]
+    if scaler := trainer.accelerator.scaler:
+        parts["scaler"] = [sorted(scaler.state_dict().items())]
+    hashes = {name: hash_of(values) for name, values in parts.items()}
+    return hashes | {"processes": str(processes()[1])}
+
+
+def hash_of(values: Iterable[Any]) -> str:
+    """SHA-256 of tensors by their bytes, and of anything else by its `repr`."""
+    sha = hashlib.sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            sha.update(here(value).detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
+        else:
+            sha.update(repr(value).encode())
+    return sha.hexdigest()
+
+
+def require_same_state(trainer: Any, checkpoint: Path) -> None:
+    """Raise `UserError` if what was loaded from `checkpoint` is not what was in memory at its save.
+
+    What is compared is kept in the run's folder, as `resumed.json`. A state that the other machine
+    or number of processes did not have is left out.
+    """
+    was = json.loads((checkpoint / "run.json").read_text(encoding="utf-8")).get("state", {})
+    now = {name: found for name, found in state_hashes(trainer).items() if name in was}
+    if now.pop("processes", "") != was.get("processes", ""):
+        now = {name: found for name, found in now.items() if not name.startswith("random")}
+    told = {
+        "checkpoint": checkpoint.name,
+        "loaded": now,
+        "saved": {name: was[name] for name in now},
+    }
+    text = json.dumps(told, indent=1) + "\n"
+    (checkpoint.parent / "resumed.json").write_text(text, encoding="utf-8")
+    if changed := [name for name in now if now[name] != was[name]]:
+        raise UserError(
+            f"{checkpoint.name} is not loaded as it was saved: {', '.join(changed)} differ. "
+            f"Nothing was trained. Move {checkpoint} away, to continue from the one before it."
+        )
+    if now:
+        print(f"As saved in {checkpoint.name}: {', '.join(now)}.")
 
 
 def require_finite(model: PreTrainedModel) -> None:

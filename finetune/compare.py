@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finetune.batches import Collator, Cut, row_lengths
 from finetune.machine import autocast, computing_type, same_randomness
@@ -107,3 +108,19 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 def allowed(noise: float) -> float:
     """How far apart two equal computations may be, where `jolted` is off by `noise`."""
     return 1.5 * noise + 1e-4
+
+
+def body(causal: PreTrainedModel) -> PreTrainedModel:
+    """A causal LM without its head."""
+    return causal.model if causal.base_model is causal else causal.base_model
+
+
+def drops_out(model: PeftModel, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the base model, in training, computes the same row differently each time."""
+    batch = on_device(model, Collator(Cut(1, False, ""), 0)(rows))
+    del batch["labels"]
+    model.train()
+    with torch.no_grad(), model.disable_adapter(), autocast("fp32"):
+        one, other = (body(model.get_base_model())(**batch)[0].float() for _ in "12")
+    model.eval()
+    return apart([one], [other]) > 0.01

@@ -238,6 +238,13 @@ def data_notes(rows: Dataset) -> list[str]:
     return notes
 
 
+def places(rows: Dataset, salt: str = "") -> np.ndarray:
+    """A number from 0 to 1 for each row, `[rows]`, by a hash of its prompt."""
+    prompts = (prompt for batch in rows.iter(1000) for prompt in batch["prompt"])
+    hashes = (hashlib.sha256((salt + prompt).encode()).hexdigest()[:12] for prompt in prompts)
+    return np.fromiter((int(text, 16) / 16**12 for text in hashes), float, len(rows))
+
+
 def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """Training and held-out rows, chosen by a hash of the prompt.
 
@@ -245,9 +252,7 @@ def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     row is held out, and at least one is left to train on; raises `UserError` if there are not two
     different prompts.
     """
-    prompts = (prompt for batch in rows.iter(1000) for prompt in batch["prompt"])
-    hashes = (hashlib.sha256(prompt.encode()).hexdigest()[:12] for prompt in prompts)
-    place = np.fromiter((int(text, 16) / 16**12 for text in hashes), float, len(rows))
+    place = places(rows)
     low, high = place.min(), place.max()
     if low == high:
         raise UserError(
@@ -256,3 +261,36 @@ def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         )
     held = (place == low) | ((place < fraction) & (place != high))
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+ENOUGH = 40  # held-out rows, from which on one half chooses the epoch and the other is scored
+MOST = 2000  # rows that are evaluated
+
+
+def share_held_out(held: Dataset, settings: Settings) -> tuple[Dataset, Dataset]:
+    """Of the held-out rows those that choose the epoch, and those that are scored; says how many.
+
+    A score over rows that have chosen flatters a little, so that they are two halves, by a hash of
+    the prompt, where there are `ENOUGH` and an epoch is chosen at all; else both are all rows. At
+    most `MOST` of each are taken, drawn by the seed.
+    """
+    chooses = settings.keep_best or settings.early_stopping_patience > 0
+    first = places(held, "validation") < 0.5
+    apart = chooses and len(held) >= ENOUGH and 0 < first.sum() < len(held)
+    parts = [held.select(np.flatnonzero(part)) for part in (first, ~first)] if apart else [held] * 2
+    validation, test = (at_most(MOST, part, settings.seed) for part in parts)
+    if apart:
+        told = f"{len(validation):,} choose the epoch to keep, {len(test):,} others are scored"
+    else:
+        few = f", and choose the epoch, too: there are fewer than {ENOUGH}" * chooses
+        told = f"{len(test):,} are scored{few}"
+    print(f"{len(held):,} rows are held out: {told}.")
+    return validation, test
+
+
+def at_most(count: int, rows: Dataset, seed: int) -> Dataset:
+    """`rows`, or `count` of them, drawn by the seed, in their order."""
+    if len(rows) <= count:
+        return rows
+    drawn = np.random.default_rng(seed).choice(len(rows), count, replace=False)
+    return rows.select(np.sort(drawn))

@@ -138,10 +138,11 @@ def memory_limit(setting: float) -> float:
     """GiB that training may hold: 92 % of what is free or already ours, or less if so set.
 
     `setting` is `memory_limit_gb`, 0 for none; on a GPU 95 % of it counts. What is left is for
-    evaluation, generation and fragmentation. Without a GPU: the setting, or else all that is free.
+    evaluation, generation and fragmentation. Without a GPU, where no setting is allowed
+    (`preflight`): all that is free.
     """
     if not torch.cuda.is_available():
-        return setting or free_memory_size()
+        return free_memory_size()
     ours = 0.92 * (free_memory_size() + torch.cuda.memory_reserved() / 2**30)
     return min(ours, 0.95 * setting) if setting else ours
 

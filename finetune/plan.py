@@ -16,10 +16,10 @@ from pandas import DataFrame
 from peft import PeftModel
 
 from finetune.batches import Cut, row_lengths, steps_of
-from finetune.machine import is_spread, processes, resolve_precision, versions
+from finetune.machine import is_spread, memory_limit, processes, resolve_precision, versions
 from finetune.speed import checkpointable, own_attention
 from finetune.trials import Trials
-from qlora_helpers import Settings, UserError, listed
+from qlora_helpers import Settings, UserError, base_name, listed
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -69,9 +69,15 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     The effective batch is the contract: every cut gives the same update but for rounding. Weights,
     random states and gradients are left as they were. What was measured is kept in the run's folder
     and used again, by a resumed run too, while GPU, rows and settings are the same. Raises
-    `UserError` if one row does not fit with every layer recomputed.
+    `UserError` if one row does not fit with every layer recomputed, or into the base's positions.
     """
     step, lengths, ranks = settings.effective_batch, row_lengths(data), processes()[1]
+    ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if max(lengths) > ends:
+        raise UserError(
+            f"{sum(n > ends for n in lengths):,} rows are longer than the base model's positions, "
+            f"which end at {ends:,} tokens. Set max_length = {ends} in the hyperparameter cell."
+        )
     per_epoch, steps = steps_of(settings, len(lengths))
     if step % ranks:
         fits = max(n for n in range(1, ranks + 1) if step % n == 0)
@@ -113,20 +119,21 @@ def plan_unmeasured(settings: Settings, model: PeftModel) -> dict[str, Any]:
 def planned_for(settings: Settings, model: PeftModel, lengths: Sequence[int]) -> dict[str, Any]:
     """All that a plan depends on; its figures are of no use where one of these has changed."""
     names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb")
-    names += ("seed", "max_steps")
+    names += ("seed", "max_steps", "lora_r", "lora_dropout", "use_dora", "target_modules")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     size = [sum(p.numel() for p in model.parameters()), len(checkpointable(model))]
+    which = [base_name(settings.base_model), getattr(model.config, "_commit_hash", None)]
     return {name: getattr(settings, name) for name in names} | {
         "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
         "processes": processes()[1],
         "rows": hashlib.sha256(repr(list(lengths)).encode()).hexdigest()[:16],
-        "model": [resolve_precision(settings.bf16)[0], *size],
+        "model": [*which, resolve_precision(settings.bf16)[0], own_attention(model), *size],
         "versions": versions(),
     }
 
 
 def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier plan of this run measured, if it was about the same.
+    """What an earlier plan of this run measured, if it was about the same and still fits.
 
     Says what has changed if not.
     """
@@ -140,6 +147,9 @@ def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, An
         for name, now in about.items()
         if was.get(name) != now
     ]
+    limit = memory_limit(settings.memory_limit_gb)
+    if torch.cuda.is_available() and saved["peak"] > limit:
+        changed.append(f"memory: {saved['peak']:.1f} GB were used then, {limit:.1f} may be now")
     if changed:
         why = "Planned anew, because of what has changed since this run was planned:"
         print(listed(why, changed))

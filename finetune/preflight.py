@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from finetune.access import Line, base_model_gb, check_base_model, check_copies, check_push
+from finetune.architecture import check_architecture
 from finetune.backup import drive_folder
 from finetune.base_model import cache_of
 from finetune.files import checkpoints
@@ -33,6 +34,8 @@ def check_machine(settings: Settings) -> Iterator[Line]:
             "Change runtime type › T4 GPU or better. To try the notebook without: base_model = "
             "'embedded'",
         )
+    if settings.memory_limit_gb and not torch.cuda.is_available():
+        yield "✗", "memory_limit_gb is of a GPU's memory, and there is none: set it to 0"
     if settings.final_model.exists():
         yield (
             "!",
@@ -130,6 +133,7 @@ def preflight(settings: Settings, token: str | None) -> None:
     if not any(mark == "✗" for mark, _ in lines):
         claim(settings.run_dir)
     lines += [*check_room(settings, token), check_base_model(settings, token)]
+    lines += check_architecture(settings, token)
     lines += [check_backup(settings, token), check_push(settings, token), *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:

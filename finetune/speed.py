@@ -1,7 +1,4 @@
-"""Section 8: every change to a model, compared with the model's own and taken back by `undo`.
-
-No other room replaces forwards, classes or hooks.
-"""
+"""Section 8: every change to a model, compared with its own and taken back; no other room's."""
 
 from __future__ import annotations
 
@@ -35,7 +32,17 @@ from finetune.arithmetic import (
 )
 from finetune.base_model import linear_4bit
 from finetune.batches import Collator, Cut, row_lengths
-from finetune.compare import Comparison, allowed, apart, jolted, on_device, shaken, unnoticed
+from finetune.compare import (
+    Comparison,
+    allowed,
+    apart,
+    body,
+    drops_out,
+    jolted,
+    on_device,
+    shaken,
+    unnoticed,
+)
 from finetune.machine import autocast, free_cache, is_spread, short
 
 ABSENT = object()
@@ -158,11 +165,6 @@ def try_out(
         else:
             change.undo()
     return f"not {fuse.__name__.split('_')[1]} ({why})" if why else words
-
-
-def body(causal: PreTrainedModel) -> PreTrainedModel:
-    """A causal LM without its head."""
-    return causal.model if causal.base_model is causal else causal.base_model
 
 
 def fuse_loss(model: PeftModel) -> Callable[[], str]:
@@ -303,17 +305,6 @@ def last_states(
     return (states[0, -tokens:] if cut.flat else states[-1, :tokens]).float()
 
 
-def drops_out(model: PeftModel, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the base model, in training, computes the same row differently each time."""
-    batch = on_device(model, Collator(Cut(1, False, ""), 0)(rows))
-    del batch["labels"]
-    model.train()
-    with torch.no_grad(), model.disable_adapter(), autocast("fp32"):
-        one, other = (body(model.get_base_model())(**batch)[0].float() for _ in "12")
-    model.eval()
-    return apart([one], [other]) > 0.01
-
-
 def checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The decoder layers, each of which can be recomputed on its own."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -338,13 +329,20 @@ def compute_by(model: PeftModel, cut: Cut) -> None:
         keep_dense(model, cut.dense)
 
 
-def adapter_to_fp32(model: nn.Module) -> None:
-    """Hold the adapter's weights in fp32; call it after the trainer is built.
+@contextlib.contextmanager
+def noisy(model: PeftModel, alpha: float, lengths: Tensor) -> Iterator[None]:
+    """Inside, embeddings carry NEFTune's noise: uniform within ±alpha / √(length × width).
 
-    TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in
-    bf16, and with fp16 compute the gradient scaler refuses bf16 gradients outright. On an H100 fp32
-    was not slower.
+    `lengths` has that of each token's own row (https://arxiv.org/abs/2310.05914); transformers
+    takes the batch's, so that rows laid end to end would hear little.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+
+    def add(_: Any, __: Any, output: Tensor) -> Tensor:
+        most = (alpha / (lengths[..., None] * output.shape[-1]).sqrt()).to(output.dtype)
+        return output + (2 * torch.rand_like(output) - 1) * most
+
+    hook = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -190,7 +190,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
     lengths = np.array(data["length"][:])
     over = np.flatnonzero(lengths > max_length)
     if not len(over):
-        return data.remove_columns("completion")
+        return data
     kept, long = data.select(np.flatnonzero(lengths <= max_length)), data.select(over)
     told = tell_long(lengths, long, max_length)
     if too_long == "stop":
@@ -217,7 +217,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
     less = len(over) - gone
     cut = f"{less:,} lost the beginning of their prompt, " if too_long == "truncate" else ""
     print(f"{told}\n{cut}{gone:,} are left out: {lost:,} tokens less.")
-    return kept.remove_columns("completion")
+    return kept
 
 
 def tell_long(lengths: Any, long: Dataset, max_length: int) -> str:

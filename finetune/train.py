@@ -15,13 +15,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
-from finetune.batches import Collator, StepSampler, row_lengths, split_batch, with_void_row
+from finetune.answers import validation_loss
+from finetune.batches import (
+    Collator,
+    StepSampler,
+    own_lengths,
+    row_lengths,
+    split_batch,
+    with_void_row,
+)
 from finetune.callbacks import Speed
+from finetune.checkpoints import require_same_state
 from finetune.files import BEING_WRITTEN
 from finetune.machine import free_cache, processes
 from finetune.plan import Plan
-from finetune.speed import adapter_to_fp32, compute_by, keep_dense
+from finetune.speed import compute_by, keep_dense, noisy
 from qlora_helpers import UserError
 
 
@@ -31,12 +41,13 @@ class PlannedTrainer(trl.SFTTrainer):
     The loss of a micro-batch is summed over its trained tokens and divided by those of the whole
     step, so that it makes no difference how a step is cut. TRL's own `compute_loss` also gathers
     entropy and accuracy of every micro-batch, and waits for the GPU four times to do so; the
-    Trainer's plain one is used. The router of a mixture of experts gets no auxiliary loss: it would
-    depend on the cut.
+    Trainer's plain one is used. Evaluation is `validation_loss`, by tokens, where the Trainer takes
+    the mean over batches, which depends on their size. NEFTune's noise goes by each row's own
+    length (`noisy`). The router of a mixture of experts gets no auxiliary loss: it would depend on
+    the cut.
     """
 
     compute_loss = Trainer.compute_loss
-    prediction_step = Trainer.prediction_step
 
     def __init__(
         self,
@@ -49,11 +60,13 @@ class PlannedTrainer(trl.SFTTrainer):
     ):
         step = plan.cut.micro_batch * plan.accumulation * processes()[1]
         self.sampler = StepSampler(row_lengths(train_dataset), step, args.seed, plan.cut)
+        rows = train_dataset.select_columns(["input_ids", "labels"])
         self.parts, self.trained = 1, []
+        self.noise, args.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None
         super().__init__(
             model,
             for_encoded_rows(args),
-            train_dataset=with_void_row(train_dataset) if processes()[1] > 1 else train_dataset,
+            train_dataset=with_void_row(rows) if processes()[1] > 1 else rows,
             data_collator=Collator(plan.cut, processing_class.eos_token_id),
             processing_class=processing_class,
             **kwargs,
@@ -95,6 +108,17 @@ class PlannedTrainer(trl.SFTTrainer):
         pieces = split_batch(inputs, self.parts) if self.parts > 1 else [inputs]
         return sum(self.part(model, piece, num_items_in_batch, self.parts) for piece in pieces)
 
+    def evaluation_loop(
+        self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        """The loss over all trained tokens of the held-out rows, whatever the plan.
+
+        Under FSDP, where all processes pass through the model together, each takes all rows.
+        """
+        rows, ranks = dataloader.dataset, 1 if self.is_fsdp_enabled else processes()[1]
+        loss = validation_loss(self.model, rows, ranks)
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(rows))
+
     def part(self, model: nn.Module, inputs: Mapping[str, Any], count: Any, parts: int) -> Tensor:
         """Gradients of one of `parts`; if memory runs out, they are taken back and halves come.
 
@@ -125,7 +149,10 @@ class PlannedTrainer(trl.SFTTrainer):
     def passes(self, model: nn.Module, inputs: Mapping[str, Any], count: Any) -> Tensor:
         """One forward and backward pass; returns the loss."""
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
+        noise = contextlib.nullcontext()
+        if self.noise:
+            noise = noisy(self.model, self.noise, own_lengths(inputs))
+        with noise, self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         self.accelerator.backward(loss)
         return loss.detach()
@@ -163,6 +190,12 @@ class PlannedTrainer(trl.SFTTrainer):
             whole = saved[name.replace(".default.", ".")].to(weight.device, weight.dtype)
             weight.data.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last that is loaded of a checkpoint: it must be what was saved."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint and not self.is_fsdp_enabled and processes()[0] == 0:
+            require_same_state(self, Path(checkpoint))
+
     def _load_best_model(self) -> None:
         if not self.is_fsdp_enabled:  # else the process that follows loads it (`finished`)
             super()._load_best_model()
@@ -178,6 +211,18 @@ class PlannedTrainer(trl.SFTTrainer):
             holder.optimizer = holder.lr_scheduler = None
         self.accelerator.free_memory()
         free_cache()
+
+
+def adapter_to_fp32(model: nn.Module) -> None:
+    """Hold the adapter's weights in fp32; call it after the trainer is built.
+
+    TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in
+    bf16, and with fp16 compute the gradient scaler refuses bf16 gradients outright. On an H100 fp32
+    was not slower.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def for_encoded_rows(args: trl.SFTConfig) -> trl.SFTConfig:

@@ -35,8 +35,8 @@ from finetune.report import (
     write_report,
 )
 from finetune.save import manifest
-from finetune.speed import adapter_to_fp32
 from finetune.tokens import encode_rows
+from finetune.train import adapter_to_fp32
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird"]
 dice = random.Random(0)

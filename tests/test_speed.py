@@ -32,7 +32,6 @@ from finetune.merge import merge_adapter
 from finetune.plan import make_plan
 from finetune.save import manifest, save_adapter
 from finetune.speed import (
-    adapter_to_fp32,
     attend_by,
     bare,
     checkpointable,
@@ -47,7 +46,7 @@ from finetune.speed import (
     use_fast_kernels,
 )
 from finetune.tokens import encode_rows
-from finetune.train import PlannedTrainer
+from finetune.train import PlannedTrainer, adapter_to_fp32
 
 
 def fast(model, data=None):

@@ -141,7 +141,7 @@ def checkpoint(cfg: Settings, trainer, model: Model, step: int) -> None:
     folder.mkdir()
     for name in NEEDED["checkpoint"]:
         (folder / name.replace("*", "")).write_text("{}")
-    KeepSafe(cfg, fingerprint(cfg, trainer)).finish(folder, trainer.state)
+    KeepSafe(cfg, fingerprint(cfg, trainer)).finish(folder, trainer.state, {})
 
 
 def cells(cfg: Settings, model: Model, result: Result, epoch: int) -> None:
