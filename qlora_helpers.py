@@ -6,6 +6,7 @@ Imports neither torch nor the rooms in `finetune/`, which stand behind the noteb
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -171,7 +172,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
         length = (
             f"{self.max_steps} steps at most" if self.max_steps > 0 else f"{self.epochs:g} epochs"
         )
-        scale = self.lora_alpha / self.lora_r
+        scale = self.lora_alpha / (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
         batch = f"{self.batch_size} × {self.gradient_accumulation}"
         return "\n".join(
             [

@@ -283,5 +283,6 @@ def telling_if_full(folder: Path, left: str) -> Iterator[None]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-N` folders directly in `folder`, the highest step first."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    named = folder.glob("checkpoint-*")
+    found = [p for p in named if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)

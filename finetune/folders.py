@@ -34,8 +34,10 @@ def on_drive(path: Path) -> bool:
 
 
 def needs_drive(settings: Settings) -> bool:
-    """Whether anything that the settings name is on Google Drive."""
-    return settings.backup_to == "drive" or any(map(on_drive, folder_settings(settings).values()))
+    """Whether anything that the settings name, to read or to write, is on Google Drive."""
+    read = [locate(settings.data_files), local_base(settings.base_model) or Path()]
+    named = [*folder_settings(settings).values(), *read]
+    return settings.backup_to == "drive" or any(map(on_drive, named))
 
 
 def check_folders(settings: Settings) -> Iterator[tuple[str, str]]:

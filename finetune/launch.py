@@ -72,7 +72,7 @@ def launcher(gpus: str, fsdp: str) -> list[str]:
 def main() -> None:
     """In a launched process: the cells. Else launch `GPUS` of them; say what to do if they fail."""
     given = dict(argument.partition("=")[::2] for argument in arguments())
-    gpus, fsdp = given.pop("GPUS", "2"), given.pop("FSDP", "")
+    gpus, fsdp = given.pop("GPUS", "2"), given.pop("FSDP", "").removesuffix("False")
     words = [f"{name}={value}" for name, value in given.items()]
     settings = parse(words, known := defaults())
     if "ACCELERATE_MIXED_PRECISION" in os.environ:

@@ -105,8 +105,9 @@ class PlannedTrainer(trl.SFTTrainer):
         if not (self.trained and model.training and self.model.training):
             model.train()
             self.trained = [p for p in model.parameters() if p.requires_grad]
-        pieces = split_batch(inputs, self.parts) if self.parts > 1 else [inputs]
-        return sum(self.part(model, piece, num_items_in_batch, self.parts) for piece in pieces)
+        parts = self.parts
+        pieces = split_batch(inputs, parts) if parts > 1 else [inputs]
+        return sum(self.part(model, piece, num_items_in_batch, parts) for piece in pieces)
 
     def evaluation_loop(
         self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any

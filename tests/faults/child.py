@@ -13,13 +13,17 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
 
+from accelerate import PartialState
+
 import finetune.save
 from finetune.base_model import base_model_path
-from finetune.trials import Trials
+from finetune.batches import Cut
+from finetune.trials import Trial, Trials
 from qlora_helpers import Settings, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -54,12 +58,14 @@ def make_model(folder: Path) -> None:
 
 
 def cells() -> list[tuple[str, str]]:
-    """Heading and source of every code cell."""
+    """Heading and source of every code cell that this process runs."""
+    alone = os.environ.get("RANK", "0") == "0"
     heading, found = "", []
     for cell in json.loads((ROOT / "finetune_mistral.ipynb").read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
-            found.append((heading, source))
+            if alone or "main-process" not in cell["metadata"].get("tags", []):
+                found.append((heading, source))
         elif source.startswith("## "):
             heading = source.splitlines()[0]
     return found
@@ -213,6 +219,18 @@ def full_at_the_end(disk: str, leave: int) -> None:
     finetune.save.save_adapter = save_adapter
 
 
+def cut_as(rows: int, flat: bool, step: int = 0) -> None:
+    """The plan is this one, and nothing is measured; SIGKILL in the given step, if any."""
+
+    def choose(trials: Trials) -> Trial:
+        trials.tried = [Trial(Cut(rows, flat, "sdpa"), 1.0, 1.0)]
+        return trials.tried[0]
+
+    Trials.choose = choose
+    if step:
+        kill_at(step)
+
+
 def back_in_time() -> None:
     """Every checkpoint gets an older time stamp than the one before."""
     from transformers import Trainer
@@ -285,6 +303,7 @@ FAULTS = {
         full_at,
         full_at_the_end,
         back_in_time,
+        cut_as,
         fail_once_in,
         tell_calls,
     )
@@ -304,6 +323,8 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
     if endpoint := os.environ.get("HF_ENDPOINT"):  # the fork server read it when it imported
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
         constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint, template
+    if "WORLD_SIZE" in os.environ:
+        PartialState(cpu=True)
     torch.set_num_threads(1)  # sums in one order, and no thread pools across a fork
     # Time decides on the cut, and the cut on the last digits.
     Trials.best = lambda self: self.fitting()[0]
@@ -335,3 +356,22 @@ def run(
     process.start()
     process.join(300)
     return process.exitcode, log.read_text(errors="replace")
+
+
+def run_two(settings: dict, log: Path, fault: tuple = ()) -> tuple:
+    """Two processes that train together; exit code and output of the first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    context = multiprocessing.get_context("forkserver")
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    parts = []
+    for rank in "01":
+        own = together | {"RANK": rank, "LOCAL_RANK": rank}
+        place = str(log if rank == "0" else log.with_name("log of the second"))
+        parts.append(context.Process(target=main, args=(settings, place, fault, own, "")))
+    for part in parts:
+        part.start()
+    for part in parts:
+        part.join(300)
+    return parts[0].exitcode, log.read_text(errors="replace")

@@ -20,18 +20,19 @@ ROWS = [
 ]  # 8 of them to train on
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Makes settings of a run of 3 epochs and 6 steps that takes a few seconds, in a folder of its
-    own.
-    """
+def shared_model(folder: Path) -> Path:
+    """Starts the fork server, and has it make the tiny model and the rows in a folder."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(child.PRELOADED)
-    shared = tmp_path_factory.mktemp("tiny")
-    (shared / "rows.jsonl").write_text("\n".join(ROWS))
-    maker = context.Process(target=child.make_model, args=(shared / "model",))
+    (folder / "rows.jsonl").write_text("\n".join(ROWS))
+    maker = context.Process(target=child.make_model, args=(folder / "model",))
     maker.start()
     maker.join()
+    return folder
+
+
+def settings_of(shared: Path):
+    """Makes settings of a run of 3 epochs and 6 steps that takes a few seconds, in a folder."""
 
     def make(folder: Path, **changes):
         return {
@@ -52,6 +53,12 @@ def tiny(tmp_path_factory):
         } | changes
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Makes settings of a run of a few seconds, in a folder of its own (`settings_of`)."""
+    return settings_of(shared_model(tmp_path_factory.mktemp("tiny")))
 
 
 def result_of(folder: Path) -> SimpleNamespace:
