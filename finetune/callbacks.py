@@ -48,6 +48,7 @@ class KeepSafe(TrainerCallback):
 
     def __init__(self, settings: Settings, mark: Mapping[str, Any], trainer: Any = None):
         self.settings, self.mark, self.trainer, self.asked = settings, mark, trainer, False
+        self.fp16 = trainer is not None and trainer.args.fp16
         self.pending, self.trained = None, []
 
     def ask(self, *_: Any) -> None:
@@ -71,13 +72,13 @@ class KeepSafe(TrainerCallback):
 
     def advice(self, step: int) -> str:
         """What to do about a loss or gradient that is not finite."""
-        if self.trainer.args.fp16 and not step:
+        if self.fp16 and not step:
             return (
                 "This base model's numbers are too large for fp16, which ends at 65,504: no "
                 "learning_rate helps. Take a GPU with native bf16 (L4, A100, H100), or another "
                 "base_model."
             )
-        fp16 = " (or take a GPU with native bf16: fp16 ends at 65,504)" * self.trainer.args.fp16
+        fp16 = " (or take a GPU with native bf16: fp16 ends at 65,504)" * self.fp16
         return (
             f"Lower learning_rate (half is a good start){fp16} and run all again: "
             "with resume = 'anyway' it continues from that checkpoint, "
@@ -138,8 +139,8 @@ class KeepSafe(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        sharded = self.trainer.is_fsdp_enabled  # no process has all of it then
-        self.finish(folder, state, {} if sharded else state_hashes(self.trainer))
+        whole = self.trainer and not self.trainer.is_fsdp_enabled  # else no process has all of it
+        self.finish(folder, state, state_hashes(self.trainer) if whole else {})
         self.rotate(folder, state)
         back_up(self.settings, folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,8 +100,11 @@ def write_report(
     `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is what is
     to be said of the rows. The hashes (SHA-256) are of the data files and of the saved adapter.
     """
-    files = [*find_files(settings.data_files), settings.final_model / "adapter_model.safetensors"]
-    hashes = {file.name: file_hash(file) for file in files}
+    files = find_files(settings.data_files)
+    root = os.path.commonpath([file.parent for file in files])
+    hashes = {file.relative_to(root).as_posix(): file_hash(file) for file in files}
+    adapter = "adapter_model.safetensors"
+    hashes[adapter] = file_hash(settings.final_model / adapter)
     run = {**run, "data": data, "sha256": hashes}
     answers = {"log": log, "answers": table.to_dict("records")}
     text = json.dumps(run | answers, indent=1, ensure_ascii=False)
@@ -176,7 +180,8 @@ def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
     columns = []
     for folder in map(Path, (first, second)):
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        kept = {name: run[name] for name in run if name not in ("log", "answers", "created")}
+        left_out = ("log", "answers", "created", "trainer_state")
+        kept = {name: value for name, value in run.items() if name not in left_out}
         columns.append(json_normalize(kept).iloc[0].rename(folder.name))
     both = concat(columns, axis=1)
     names = both.index

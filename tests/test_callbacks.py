@@ -1,6 +1,7 @@
 """Section 11: what stops a training, what is told then, and what a finished checkpoint holds."""
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -51,6 +52,19 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_step(safe, name, valu
     safe.on_log(None, state(), None, logs={name: 1.5, "epoch": 1.0})
     with pytest.raises(UserError, match=rf"at step 11: {name} \({value}\) is not finite"):
         safe.on_log(None, state(), None, logs={name: value})
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("step", [0, 11])
+def test_what_overflows_in_fp16_is_told_as_that_by_its_first_loss(cfg, fp16, step):
+    trainer = types.SimpleNamespace(args=types.SimpleNamespace(fp16=fp16))
+    with pytest.raises(UserError) as told:
+        KeepSafe(cfg, {}, trainer).on_log(None, state(step), None, logs={"eval_loss": math.nan})
+    assert ("fp16, which ends at 65,504: no learning_rate helps" in str(told.value)) == (
+        fp16 and not step
+    )
+    assert ("Lower learning_rate" in str(told.value)) == (not fp16 or step > 0)
+    assert ("fp16" in str(told.value)) == fp16
 
 
 @pytest.mark.parametrize("fp16", [False, True])
@@ -107,7 +121,9 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_not_sealed(safe, cfg):
 
 def test_a_finished_checkpoint_is_whole_and_names_no_path_of_this_machine(safe, cfg):
     folder = checkpoint(cfg.run_dir / "checkpoint-11")
-    safe.finish(folder, state(best_model_checkpoint=str(cfg.run_dir / "checkpoint-4")))
+    best = state(best_model_checkpoint=str(cfg.run_dir / "checkpoint-4"))
+    safe.finish(folder, best, {"adapter": "1f"})
+    assert json.loads((folder / "run.json").read_text())["state"] == {"adapter": "1f"}
     assert not why_unusable(folder, "checkpoint") and read_seal(folder)["run"] == "safe"
     names = {path.name for path in folder.iterdir()}
     assert not names & {"training_args.bin", "README.md", BEING_WRITTEN}
@@ -142,6 +158,7 @@ class Watched:
 
     def __init__(self, step):
         self.callbacks, self.state = [], state(step, max_steps=10)
+        self.args = types.SimpleNamespace(fp16=False)
         self.add_callback, self.remove_callback = self.callbacks.append, self.callbacks.remove
 
 

@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from finetune.data import RowReader, data_notes, read_rows, split_rows
+from finetune.data import (
+    RowReader,
+    at_most,
+    data_notes,
+    read_rows,
+    share_held_out,
+    split_rows,
+)
 from finetune.rows import LONGEST_LINE
 from qlora_helpers import UserError
 
@@ -437,3 +444,50 @@ def test_where_every_prompt_would_be_held_out_one_is_left_to_train_on():
 def test_one_prompt_alone_cannot_be_split():
     with pytest.raises(UserError, match="at least two rows with different prompts"):
         split_rows(as_dataset([{"prompt": "a", "completion": "b"}] * 5), 0.1)
+
+
+def held(count, same=1):
+    return as_dataset([{"prompt": f"p{n // same}", "completion": str(n)} for n in range(count)])
+
+
+@pytest.mark.parametrize("same", [1, 5])
+def test_the_rows_that_choose_are_not_the_rows_that_are_scored(settings, capsys, same):
+    rows = held(200, same)
+    validation, test = share_held_out(rows, settings())
+    texts = [{*part["completion"]} for part in (validation, test)]
+    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 200
+    assert not {*validation["prompt"]} & {*test["prompt"]}
+    assert min(len(validation), len(test)) > 60
+    said = capsys.readouterr().out
+    assert f"{len(validation)} choose the epoch to keep, {len(test)} others are scored" in said
+    more = share_held_out(held(400, same), settings())
+    assert all(was <= {*now["completion"]} for was, now in zip(texts, more, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "said"),
+    [
+        (39, {}, "39 are scored, and choose the epoch, too: there are fewer than 40."),
+        (200, {"keep_best": False}, "200 are scored."),
+    ],
+)
+def test_where_rows_are_few_or_nothing_is_chosen_all_are_scored(
+    settings, capsys, count, changes, said
+):
+    for part in share_held_out(held(count), settings(**changes)):
+        assert part["completion"] == [str(n) for n in range(count)]
+    assert said in capsys.readouterr().out
+    early = settings(**changes | {"early_stopping_patience": 2})
+    validation, _ = share_held_out(held(count), early)
+    assert (len(validation) < count) == (count >= 40)
+
+
+def test_at_most_two_thousand_are_evaluated_drawn_by_the_seed(settings):
+    rows = held(9000)
+    drawn = [share_held_out(rows, settings(seed=seed)) for seed in (1, 1, 2)]
+    assert [len(part) for part in drawn[0]] == [2000, 2000]
+    numbers = [[int(text) for text in test["completion"]] for _, test in drawn]
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert all(found == sorted(found) for found in numbers)
+    assert max(numbers[0]) > 8500 and min(numbers[0]) < 500
+    assert at_most(3, rows.select(range(3)), 1)["completion"] == ["0", "1", "2"]

@@ -196,9 +196,8 @@ def test_training_may_hold_most_of_what_is_free_or_ours_and_no_more_than_is_set(
     assert 4 < memory_limit(5) < 5
 
 
-def test_without_a_gpu_the_setting_counts_or_what_is_free_of_main_memory(no_gpu):
+def test_without_a_gpu_what_is_free_of_main_memory_counts(no_gpu):
     total = psutil.virtual_memory().total / GB
-    assert memory_limit(0.25) == 0.25 and memory_limit(3 * total) == 3 * total
     for free in (memory_limit(0), free_memory_size()):
         assert free == pytest.approx(psutil.virtual_memory().available / GB, rel=0.3)
         assert 0 < free < total

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import json
 import math
 import random
 import weakref
@@ -17,10 +18,10 @@ from computing import FLAT, PADDED, close, in_nf4, rows, tiny, with_lora
 from safetensors.torch import load_file
 from tiny import tiny_base, tiny_tuned
 
-from finetune.batches import Collator, Cut, StepSampler, split_batch, with_void_row
-from finetune.plan import make_plan, planned_for
+from finetune.batches import Collator, Cut, StepSampler, own_lengths, split_batch, with_void_row
+from finetune.plan import make_plan, planned_before, planned_for
 from finetune.report import history
-from finetune.speed import checkpointable, undo, use_fast_kernels
+from finetune.speed import checkpointable, noisy, undo, use_fast_kernels
 from finetune.train import PlannedTrainer
 from finetune.trials import Trial, Trials
 from qlora_helpers import UserError
@@ -761,3 +762,105 @@ def test_a_rows_first_token_is_never_trained(cut):
     ids = [[5, 6, 7], [8, 9, 2]] if cut is PADDED else [[5, 6, 7, 8, 9]]
     assert batch["labels"].tolist() == labels and batch["input_ids"].tolist() == ids
     assert batch["use_cache"] is False
+
+
+LAYOUTS = [PADDED, FLAT, Cut(16, True, "varlen")]
+
+
+@pytest.mark.parametrize("cut", LAYOUTS, ids=str)
+def test_each_token_knows_its_own_rows_length_in_every_layout(cut):
+    data = list(rows(6))
+    data[2]["labels"][-1] = data[2]["input_ids"][-1]  # every row ends in a trained EOS
+    wanted = [len(row["input_ids"]) for row in data]
+    assert len({*wanted}) > 3
+    batch = Collator(cut, 0)(data)
+    for pieces in ([batch], split_batch(batch, 2)):
+        found = [own_lengths(piece) for piece in pieces]
+        if cut.flat:
+            each = [n for piece in found for n in piece[0].tolist()]
+            assert each == [n for n in wanted for _ in range(n)]
+        else:
+            assert [n for piece in found for n in piece[:, 0].tolist()] == wanted
+            assert all((piece == piece[:, :1]).all() for piece in found)
+
+
+@pytest.mark.parametrize("cut", LAYOUTS, ids=str)
+def test_neftunes_noise_goes_by_each_rows_own_length(cut):
+    """Uniform within ±alpha / √(length × width): a deviation of that over √3."""
+    model, data = tiny(), list(rows(4, longest=200))
+    embeddings, batch = model.get_input_embeddings(), Collator(cut, 0)(data)
+    plain, ids = embeddings(batch["input_ids"]), batch["input_ids"]
+    with noisy(model, 5.0, own_lengths(batch)):
+        noise = embeddings(ids) - plain
+        again = embeddings(ids) - plain
+    assert torch.equal(embeddings(ids), plain) and not torch.equal(noise, again)
+    start = 0
+    for number, row in enumerate(data):
+        n = len(row["input_ids"])
+        own = noise[0, start : start + n] if cut.flat else noise[number, :n]
+        start += n
+        most = 5.0 / math.sqrt(n * 64)
+        assert own.abs().max().item() == pytest.approx(most, rel=0.05)
+        assert own.std().item() == pytest.approx(most / math.sqrt(3), rel=0.1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+def test_noise_is_heard_in_training_alone_and_differs_each_step(planning, built, tmp_path, alpha):
+    heard = []
+
+    class Listening(PlannedTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            embeddings, ids = self.model.get_input_embeddings(), inputs["input_ids"]
+            heard.append((embeddings(ids) - embeddings.weight[ids]).abs().max().item())
+            return super().compute_loss(model, inputs, **kwargs)
+
+    model, data, cfg = tiny(), rows(32), planning(max_steps=2)
+    plan = plan_for(cfg, model, data, Cut(8, True, "sdpa"))
+    options = {"neftune_noise_alpha": alpha, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = built(model, cfg, plan, data, tmp_path, Listening, **options)
+    silent = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert len(heard) == 4 and len({*heard}) == (4 if alpha else 1)
+    assert (min(heard) > 0.05) == (alpha > 0) and trainer.evaluate()["eval_loss"] != silent
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("cut", [Cut(1, False, "sdpa"), Cut(16, False, "sdpa"), FLAT], ids=str)
+def test_the_trainers_validation_loss_counts_every_token_alike(planning, built, tmp_path, cut):
+    model, data, cfg = tiny(), rows(40, longest=90), planning()
+    batches = [Collator(Cut(1, False, "sdpa"), 0)([row]) for row in data]
+    model.eval()
+    with torch.no_grad():
+        each = [
+            (model(**batch).loss.item(), (batch["labels"] != -100).sum().item())
+            for batch in batches
+        ]
+    tokens = sum(n for _, n in each)
+    wanted, by_rows = sum(loss * n for loss, n in each) / tokens, sum(x for x, _ in each) / 40
+    trainer = built(model, cfg, plan_for(cfg, model, data, cut), data, tmp_path)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, abs=1e-5)
+    assert abs(by_rows - wanted) > 1e-3
+    assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_plan_that_needs_more_than_is_free_now_is_made_anew(planning, monkeypatch, capsys):
+    cfg, about = planning(), {"rows": "as before"}
+    cfg.run_dir.mkdir(parents=True)
+    saved = {"about": about, "peak": 21.0}
+    (cfg.run_dir / "plan.json").write_text(json.dumps(saved))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for limit, found in ((21.5, saved), (20.5, None)):
+        monkeypatch.setattr("finetune.plan.memory_limit", lambda _, limit=limit: limit)
+        assert planned_before(cfg, about) == found
+    assert "memory: 21.0 GB were used then, 20.5 may be now" in capsys.readouterr().out
+
+
+def test_rows_beyond_the_base_models_positions_are_told_before_training(planning):
+    model, data = tiny(), rows(20, longest=60)
+    lengths = sorted(len(row["input_ids"]) for row in data)
+    model.config.max_position_embeddings = lengths[-1]
+    assert make_plan(planning(), model, data).steps
+    model.config.max_position_embeddings = lengths[-3]
+    over = sum(n > lengths[-3] for n in lengths)
+    with pytest.raises(UserError, match=rf"^{over} rows are longer .* max_length = {lengths[-3]} "):
+        make_plan(planning(), model, data)

@@ -563,3 +563,11 @@ def test_a_public_repository_is_refused_and_no_line_publishes(
     ).stdout.splitlines()
     assert words[:5] == ["hf", "upload", "ada/open", str(cfg.final_model), "."]
     assert "tokenizer*" in words and "*.bin" not in line
+
+
+@pytest.mark.parametrize("limit", [0, 12])
+def test_a_limit_of_gpu_memory_is_refused_without_a_gpu(settings, monkeypatch, limit):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cfg = settings(base_model="embedded", memory_limit_gb=limit)
+    failed = [text for mark, text in preflight.check_machine(cfg) if mark == "✗"]
+    assert len(failed) == (limit > 0) and all("memory_limit_gb" in text for text in failed)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import child
 import pytest
+import torch
 from conftest import result_of
 from sums import checksums
 
 from finetune.backup import back_up, drive_folder
 from finetune.checkpoints import last_good_checkpoint
-from finetune.files import BEING_WRITTEN, checkpoints, why_unusable
+from finetune.files import BEING_WRITTEN, checkpoints, seal, why_unusable
 
 KILLED = -9
 
@@ -56,6 +57,8 @@ def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, step):
         else "Continuing from checkpoint-2."
     )
     assert begun in shown
+    loaded = "As saved in checkpoint-2: adapter, optimizer, schedule, random states."
+    assert (loaded in shown) == (step != 1)
     assert result_of(tmp_path) == undisturbed[0]
 
 
@@ -160,6 +163,34 @@ def test_damage_to_a_needed_file_is_seen_and_the_older_checkpoint_is_used(
             shutil.rmtree(aside)
         whole.rename(looked_for / "checkpoint-6")
     assert last_good_checkpoint(looked_for) == looked_for / "checkpoint-6"
+
+
+def flipped(file: Path):
+    """One byte of the optimizer's moments changes, in a way that loads."""
+    state = torch.load(file, weights_only=True)
+    moment = state["state"][3]["exp_avg"]
+    moment.view(torch.uint8).view(-1)[5] ^= 1
+    torch.save(state, file)
+
+
+def test_what_is_loaded_is_compared_with_what_was_in_memory_at_the_save(tiny, tmp_path, half):
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    last = outputs(tmp_path) / "checkpoint-2"
+    flipped(last / "optimizer.pt")
+    seal(last, "checkpoint", "faults")  # as if it had been written so
+    code, shown = run(tiny, tmp_path)
+    assert code == 2, shown
+    assert "checkpoint-2 is not loaded as it was saved: optimizer differ. Nothing was" in shown
+    told = json.loads((outputs(tmp_path) / "resumed.json").read_text())
+    assert told["checkpoint"] == "checkpoint-2"
+    equal = {name: told["loaded"][name] == told["saved"][name] for name in told["saved"]}
+    assert equal == {
+        "adapter": True,
+        "optimizer": False,
+        "schedule": True,
+        "random states": True,
+    }
+    assert not (outputs(tmp_path) / "final_model").exists()
 
 
 def test_a_damaged_optimizer_does_not_change_the_result(tiny, tmp_path, undisturbed):
