@@ -18,6 +18,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 import finetune.save
@@ -27,6 +28,7 @@ from finetune.trials import Trial, Trials
 from qlora_helpers import Settings, UserError
 
 ROOT = Path(__file__).parents[2]
+BEST = Trials.best
 # What the fork server imports once for all runs: libraries, and the rooms that are slow to import.
 PRELOADED = [
     *("child", "trl", "peft", "transformers", "bitsandbytes", "datasets", "torch"),
@@ -38,7 +40,6 @@ SKIPPED = ("## 1.", "## 5.", "## 15.", "## 16.")  # set-up, memory, merge, use
 
 def make_model(folder: Path) -> None:
     """Two layers, hidden size 64, SmolLM2's tokenizer: random weights, always the same."""
-    import torch
     import transformers
 
     torch.set_num_threads(1)
@@ -231,6 +232,27 @@ def cut_as(rows: int, flat: bool, step: int = 0) -> None:
         kill_at(step)
 
 
+def as_measured() -> None:
+    """The plan is chosen by time, as in a notebook."""
+    Trials.best = BEST
+
+
+def overflow_at(step: int) -> None:
+    """A gradient is infinite in a step; prints the scaler's scale after each step."""
+    update = torch.amp.GradScaler.update
+
+    def told(self, *args):
+        update(self, *args)
+        print(f"SCALE {self.get_scale():.0f}", flush=True)
+
+    torch.amp.GradScaler.update = told
+
+    def plant(model):
+        next(p for n, p in model.named_parameters() if "lora_B" in n).grad[0, 0] = float("inf")
+
+    in_step(step, plant)
+
+
 def back_in_time() -> None:
     """Every checkpoint gets an older time stamp than the one before."""
     from transformers import Trainer
@@ -303,6 +325,8 @@ FAULTS = {
         full_at,
         full_at_the_end,
         back_in_time,
+        as_measured,
+        overflow_at,
         cut_as,
         fail_once_in,
         tell_calls,
@@ -317,7 +341,6 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    import torch
     from huggingface_hub import constants
 
     if endpoint := os.environ.get("HF_ENDPOINT"):  # the fork server read it when it imported
