@@ -72,18 +72,18 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     `UserError` if one row does not fit with every layer recomputed, or into the base's positions.
     """
     step, lengths, ranks = settings.effective_batch, row_lengths(data), processes()[1]
-    ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if max(lengths) > ends:
-        raise UserError(
-            f"{sum(n > ends for n in lengths):,} rows are longer than the base model's positions, "
-            f"which end at {ends:,} tokens. Set max_length = {ends} in the hyperparameter cell."
-        )
     per_epoch, steps = steps_of(settings, len(lengths))
     if step % ranks:
         fits = max(n for n in range(1, ranks + 1) if step % n == 0)
         raise UserError(
             f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
             f"set batch_size × gradient_accumulation to a multiple of {ranks}."
+        )
+    ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if max(lengths) > ends:
+        raise UserError(
+            f"{sum(n > ends for n in lengths):,} rows are longer than the base model's positions, "
+            f"which end at {ends:,} tokens. Set max_length = {ends} in the hyperparameter cell."
         )
     found = None
     if is_spread():

@@ -33,8 +33,8 @@ def test_a_batch_answers_as_each_prompt_does_alone(nf4_model, smollm_tokenizer):
         "Hi",
         "Name three colours of the rainbow, and one animal.",
     ]
-    together = generate_answers(model, smollm_tokenizer, prompts, 12)
-    alone = [generate_answers(model, smollm_tokenizer, [prompt], 12)[0] for prompt in prompts]
+    together = generate_answers(model, smollm_tokenizer, prompts, 6)
+    alone = [generate_answers(model, smollm_tokenizer, [prompt], 6)[0] for prompt in prompts]
     assert together == alone
     assert len({answer.text for answer in together}) == 3
 

@@ -22,9 +22,7 @@ from finetune.rows import LONGEST_LINE
 from qlora_helpers import UserError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
-many = hypothesis_settings(
-    max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck)
-)
+many = hypothesis_settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="session")

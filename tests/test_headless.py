@@ -13,7 +13,15 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from finetune import headless
-from finetune.headless import NOTEBOOK, SMALL, defaults, execute, given_to_make, main, parse
+from finetune.headless import (
+    NOTEBOOK,
+    SMALL,
+    defaults,
+    execute,
+    given_to_make,
+    main,
+    parse,
+)
 from qlora_helpers import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -40,12 +48,11 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def settings_of_make(tmp_path_factory):
-    """The real Makefile's `run` with a stand-in for Python that prints the settings it is given."""
+    """The settings of the real Makefile's `run`; a stand-in for Python prints how it is called."""
     python = tmp_path_factory.mktemp("make") / "python"
     python.write_text(
-        f"#!{sys.executable}\nimport json, sys\nassert sys.argv.pop(1) == '-m'; sys.argv.pop(0)\n"
-        "from finetune.headless import arguments, defaults, parse\n"
-        "print(json.dumps(parse(arguments(), defaults())))\n"
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], os.environ.get('MAKEFLAGS', '')]))\n"
     )
     python.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
@@ -64,7 +71,12 @@ def settings_of_make(tmp_path_factory):
         options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment_now}
         done = subprocess.run([*command, *own, *arguments], **options)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        (module, name, *words), flags = json.loads(done.stdout)
+        assert (module, name) == ("-m", "finetune.headless")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [name, *words])
+            patch.setenv("MAKEFLAGS", flags)
+            return parse(arguments(), defaults())
 
     return make
 

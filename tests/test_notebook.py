@@ -3,6 +3,7 @@ kernel.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+import transformers
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tiny import pythons
 
+from finetune.base_model import write_config
 from finetune.headless import NOTEBOOK, defaults, parse
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +95,19 @@ def test_command_line_settings_take_the_cells_types(committed):
         parse(["EPOCS=1"], known)
 
 
-def small_settings(root: Path) -> dict:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, smollm_path, smollm_tokenizer):
+    """The embedded model's first layers: all that a whole one does, sooner. `make run` has all."""
+    folder = tmp_path_factory.mktemp("base") / "SmolLM2-short"
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(smollm_path, num_hidden_layers=6, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    smollm_tokenizer.save_pretrained(folder)
+    write_config(model, folder, model.dtype)
+    return str(folder)
+
+
+def small_settings(root: Path, base: str = "embedded") -> dict:
     """Settings of a run that takes seconds: 14 rows of the examples, two steps of four."""
     rows = (
         (ROOT / "data_examples" / "support_triage.jsonl")
@@ -100,7 +116,7 @@ def small_settings(root: Path) -> dict:
     )
     (root / "rows.jsonl").write_bytes(b"".join(rows))
     return {
-        "base_model": "embedded",
+        "base_model": base,
         "data_files": str(root / "rows.jsonl"),
         "model_cache": str(ROOT / "content" / "model_cache"),
         "output_dir": str(root / "outputs"),
@@ -155,13 +171,13 @@ def again(client, notebook, name) -> str:
 
 
 @pytest.fixture(scope="module")
-def twice(tmp_path_factory, committed):
+def twice(tmp_path_factory, committed, base):
     """Run all, then one number changed and run all again, in one kernel: folder, and what each run
     printed.
     """
     root = tmp_path_factory.mktemp("twice")
     notebook = nbformat.from_dict(committed)
-    client, texts = client_for(notebook, small_settings(root) | {"merge": True}, ROOT), []
+    client, texts = client_for(notebook, small_settings(root, base) | {"merge": True}, ROOT), []
     with client.setup_kernel():
         for rank in (8, 4):
             cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
@@ -308,11 +324,13 @@ get_ipython().extension_manager.loaded.add("tensorboard")
 """
 
 
-def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(tmp_path, committed):
+def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(
+    tmp_path, committed, base
+):
     notebook = nbformat.from_dict(committed)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(COLAB))
     client_for(
-        notebook, small_settings(tmp_path) | {"push_to_hub": False, "max_steps": 1}, ROOT
+        notebook, small_settings(tmp_path, base) | {"push_to_hub": False, "max_steps": 1}, ROOT
     ).execute()
     text = "\n".join(printed(cell) for cell in notebook.cells if cell.cell_type == "code")
     assert "Hugging Face token found in Colab's secrets." in text
@@ -341,7 +359,9 @@ def test_a_mistake_ends_in_its_own_words_and_nothing_is_trained(tmp_path, change
         "finetune.headless",
         *(f"{k}={v}" for k, v in settings.items()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:1"}  # a Hub that cannot be asked
+    options = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT, "env": nowhere}
+    done = subprocess.run(command, **options)
     assert done.returncode == 1
     assert re.search(words, done.stderr, re.S), done.stderr[-2000:]
     # No traceback, but for the one that the kernel's sockets may log as it is shut down.

@@ -98,7 +98,7 @@ TEXT = st.lists(
         st.text(max_size=12), st.sampled_from([*CONTROL, "\n\n", " ", "### End", "### Answer:"])
     )
 ).map("".join)
-many = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @settings(many, max_examples=400)

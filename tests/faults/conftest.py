@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,13 @@ ROWS = [
 ]  # 8 of them to train on
 
 
-def shared_model(folder: Path) -> Path:
-    """Starts the fork server, and has it make the tiny model and the rows in a folder."""
+def shared_model(folder: Path, preloaded: Sequence[str] = child.PRELOADED) -> Path:
+    """Starts the fork server, and has it make the tiny model and the rows in a folder.
+
+    On a GPU nothing may be `preloaded`: CUDA does not survive a fork.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(child.PRELOADED)
+    context.set_forkserver_preload([*preloaded])
     (folder / "rows.jsonl").write_text("\n".join(ROWS))
     maker = context.Process(target=child.make_model, args=(folder / "model",))
     maker.start()

@@ -96,11 +96,9 @@ def test_what_a_kill_at_each_file_of_a_save_leaves_is_no_checkpoint(
     assert files - set.union(*(each for each in names if "checksums.json" not in each)) == {
         "checksums.json"
     }
-    for state in (left[1], left[len(left) // 2]):
-        shutil.copytree(half, tmp_path / "again")
-        shutil.copytree(state, outputs(tmp_path / "again") / "checkpoint-4")
-        continued(tiny, tmp_path / "again", undisturbed)
-        shutil.rmtree(tmp_path / "again")
+    shutil.copytree(half, tmp_path / "again")
+    shutil.copytree(left[len(left) // 2], outputs(tmp_path / "again") / "checkpoint-4")
+    continued(tiny, tmp_path / "again", undisturbed)
 
 
 @pytest.fixture

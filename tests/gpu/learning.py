@@ -1,12 +1,14 @@
 """Does the fast path learn what a CPU learns? The embedded model through the notebook's own cells.
 
     python tests/gpu/learning.py
+    python tests/gpu/learning.py --only fp16
 
 In bf16 and in forced fp16, by the plan's choice and by two forced cuts, over seeds 42, 1 and 2.
 Prints a line a run; fails if the mean of three seeds leaves the spread of the same seeds on a CPU
 (`make run SEED=…`), or an answer does not stop.
 """
 
+import argparse
 import itertools
 import json
 import sys
@@ -40,15 +42,19 @@ def scores(folder: Path, seed: int, bf16: bool, fault: tuple) -> dict:
 
 
 def main() -> None:
-    failed = []
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="a part of the names of what is to be run")
+    only, failed = parser.parse_args().only, []
     for bf16, (name, fault) in itertools.product((True, False), CUTS.items()):
+        title = f"{'bf16' if bf16 else 'fp16'}, {name}"
+        if only not in title:
+            continue
         with tempfile.TemporaryDirectory() as made:
             found = []
             for seed in SEEDS:
                 folder = Path(made) / str(seed)
                 folder.mkdir()
                 found.append(scores(folder, seed, bf16, fault))
-        title = f"{'bf16' if bf16 else 'fp16'}, {name}"
         told = [f"{100 * run['exact_match']:.1f} % {run['validation_loss']:.4f}" for run in found]
         means = {key: mean(run[key] for run in found) for key in CPU}
         print(f"{title}: {', '.join(told)}; mean {means}; {found[0]['cut']}", flush=True)
