@@ -37,7 +37,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # FSDP cannot gather weights in inference mode
             yield
     finally:
         model.train(was_training)

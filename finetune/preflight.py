@@ -132,8 +132,10 @@ def preflight(settings: Settings, token: str | None) -> None:
     lines = [*check_folders(settings), *check_machine(settings)]
     if not any(mark == "✗" for mark, _ in lines):
         claim(settings.run_dir)
-    lines += [*check_room(settings, token), check_base_model(settings, token)]
-    lines += check_architecture(settings, token)
+    base = check_base_model(settings, token)
+    lines += [*check_room(settings, token), base]
+    if base[0] == "✓":
+        lines += check_architecture(settings, token)
     lines += [check_backup(settings, token), check_push(settings, token), *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:

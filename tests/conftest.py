@@ -10,6 +10,7 @@ os.environ.pop("HF_TOKEN", None)  # a developer's own token must not reach a tes
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "tests" / "faults"))
 
 import pytest  # noqa: E402
 

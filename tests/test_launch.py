@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import child
 import psutil
 import pytest
-from faults import child
 from safetensors.torch import load_file
 
 from finetune.launch import main
@@ -30,22 +30,31 @@ def model(tmp_path_factory, smollm_path):
     return folder
 
 
-def launch(folder, gpus, name, command=("-m", "finetune.launch"), **environment):
-    """Start 20 steps of 16 rows, the last of each epoch of 4; without dropout, which each process
-    draws for itself.
+def settings_for(folder, name):
+    """20 steps of 16 rows, the last of each epoch of 4; without dropout, which each process draws
+    for itself.
     """
-    settings = {
-        "BASE_MODEL": folder / "model",
-        "DATA": folder / "rows.jsonl",
-        "OUTPUT_DIR": folder,
-        "RUN_NAME": name,
+    return {
+        "base_model": str(folder / "model"),
+        "data_files": str(folder / "rows.jsonl"),
+        "output_dir": str(folder),
+        "run_name": name,
+        "max_steps": 20,
+        "lora_dropout": 0.0,
+        "learning_rate": 1e-3,
+        "push_to_hub": False,
+        "bf16": False,  # or a CPU that has bf16 would round by the cut
+        "sample_rows": 1,
+        "max_new_tokens": 2,
     }
-    settings |= {"MAX_STEPS": 20, "LORA_DROPOUT": 0.0, "LEARNING_RATE": 1e-3, "PUSH_TO_HUB": False}
-    settings |= {"BF16": False}  # or a CPU that has bf16 would round by the cut
-    settings |= {"SAMPLE_ROWS": 1, "MAX_NEW_TOKENS": 2} | ({"GPUS": gpus} if gpus else {})
-    command = [sys.executable, *command, *(f"{k}={v}" for k, v in settings.items())]
+
+
+def launch(folder, gpus, name):
+    """Start them as `make launch` does."""
+    words = [f"{key.upper()}={value}" for key, value in settings_for(folder, name).items()]
+    command = [sys.executable, "-m", "finetune.launch", *words, f"GPUS={gpus}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
 
 
 def finish(process):
@@ -71,7 +80,9 @@ def same(found, expected):
 
 @pytest.fixture(scope="module")
 def one(model):
-    code, shown = finish(launch(model, 1, "one"))
+    """One process from start to end."""
+    (model / "alone").mkdir()
+    code, shown = child.run(settings_for(model, "one"), model / "alone" / "log")
     assert code == 0, shown
     return result(model, "one")
 
@@ -102,23 +113,15 @@ def test_when_one_process_is_killed_all_end_and_one_continues(model, one):
 
 
 def test_fsdp_trains_as_one_process_does_and_the_process_that_follows_has_its_adapter(model, one):
-    two = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "tests/fsdp_on_cpu.py",
-    )
+    settings, folder = settings_for(model, "fsdp"), model / "sharded"
+    folder.mkdir()
     for expected in ("Starting at step 0", "Continuing from checkpoint-"):
-        code, shown = finish(launch(model, None, "fsdp", two))
-        assert code == 0 and expected in shown and "all layers recomputed: not measured" in shown, (
-            shown
-        )
+        code, shown = child.run_two(settings, folder / "log", ("under_fsdp",))
+        assert code == 0 and expected in shown, shown
         last = max((model / "fsdp").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
         if expected.startswith("Starting"):  # as if it had been ended before its last checkpoint
             shutil.rmtree(last)
-    alone = {"QLORA_SPREAD": "1", "ACCELERATE_MIXED_PRECISION": "no"}
-    code, shown = finish(launch(model, None, "fsdp", **alone))
+    code, shown = child.run(settings, folder / "log", (), {"QLORA_SPREAD": "1"})
     assert code == 0 and "nothing is trained again" in shown, shown
     same(result(model, "fsdp"), one)
 

@@ -3,13 +3,13 @@ kernel.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import child
 import nbformat
 import pytest
 import torch
@@ -108,7 +108,7 @@ def base(tmp_path_factory, smollm_path, smollm_tokenizer):
 
 
 def small_settings(root: Path, base: str = "embedded") -> dict:
-    """Settings of a run that takes seconds: 14 rows of the examples, two steps of four."""
+    """Settings of a run that takes seconds: 14 rows of the examples, ten steps of four."""
     rows = (
         (ROOT / "data_examples" / "support_triage.jsonl")
         .read_bytes()
@@ -123,7 +123,7 @@ def small_settings(root: Path, base: str = "embedded") -> dict:
         "merged_dir": str(root / "merged"),
         "run_name": "small",
         "learning_rate": 4e-3,
-        "max_steps": 2,
+        "max_steps": 10,
         "batch_size": 2,
         "gradient_accumulation": 2,
         "validation_fraction": 0.3,
@@ -338,32 +338,33 @@ def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(
     assert "t0kent0ken" not in nbformat.writes(notebook)
 
 
+MISTAKES = [
+    ({"data_files": "nowhere/*.jsonl"}, r"No file matches data_files = 'nowhere/\*\.jsonl'"),
+    ({"run_name": "../out"}, "run_name = '../out'"),
+    ({"lora_r": 0, "learning_rate": "fast"}, "lora_r = 0.*learning_rate = 'fast'"),
+    (
+        {"base_model": "mistralai/Mistral-7B-Instruct-v0.3"},
+        "no GPU.*Change runtime type.*base_model = 'embedded'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISTAKES)
+def test_a_mistake_ends_in_its_own_words_and_nothing_is_trained(tmp_path, base, change, words):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1"}  # a Hub that cannot be asked
+    settings = small_settings(tmp_path, base) | change
+    code, shown = child.run(settings, tmp_path / "log", (), nowhere)
+    assert code == 2 and "Traceback" not in shown
+    assert re.search(words, shown[shown.rindex("UserError: ") :], re.S), shown
+    assert not list((tmp_path).rglob("adapter_model.safetensors"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"data_files": "nowhere/*.jsonl"}, r"No file matches data_files = 'nowhere/\*\.jsonl'"),
-        ({"run_name": "../out"}, "run_name = '../out'"),
-        ({"lora_r": 0, "learning_rate": "fast"}, "lora_r = 0.*learning_rate = 'fast'"),
-        (
-            {"base_model": "mistralai/Mistral-7B-Instruct-v0.3"},
-            "no GPU.*Change runtime type.*base_model = 'embedded'",
-        ),
-    ],
-)
-def test_a_mistake_ends_in_its_own_words_and_nothing_is_trained(tmp_path, change, words):
-    settings = {k.upper(): v for k, v in (small_settings(tmp_path) | change).items()}
-    command = [
-        sys.executable,
-        "-m",
-        "finetune.headless",
-        *(f"{k}={v}" for k, v in settings.items()),
-    ]
-    nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:1"}  # a Hub that cannot be asked
-    options = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT, "env": nowhere}
-    done = subprocess.run(command, **options)
-    assert done.returncode == 1
-    assert re.search(words, done.stderr, re.S), done.stderr[-2000:]
+def test_a_mistake_ends_the_command_in_its_own_words_alone(tmp_path):
+    settings = {k.upper(): v for k, v in (small_settings(tmp_path) | {"lora_r": 0}).items()}
+    words = (f"{k}={v}" for k, v in settings.items())
+    command = [sys.executable, "-m", "finetune.headless", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 1 and "lora_r = 0" in done.stderr
     # No traceback, but for the one that the kernel's sockets may log as it is shut down.
     assert all("zmq/" in part for part in done.stderr.split("Traceback")[1:])
-    assert not list((tmp_path).rglob("adapter_model.safetensors"))

@@ -19,11 +19,15 @@ import traceback
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 import finetune.save
 from finetune.base_model import base_model_path
 from finetune.batches import Cut
+from finetune.machine import is_sharded
 from finetune.trials import Trial, Trials
 from qlora_helpers import Settings, UserError
 
@@ -60,7 +64,7 @@ def make_model(folder: Path) -> None:
 
 def cells() -> list[tuple[str, str]]:
     """Heading and source of every code cell that this process runs."""
-    alone = os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("RANK", "0") == "0" and not is_sharded()
     heading, found = "", []
     for cell in json.loads((ROOT / "finetune_mistral.ipynb").read_text())["cells"]:
         source = "".join(cell["source"])
@@ -162,24 +166,29 @@ def nan_at(step: int) -> None:
 
 
 def in_save(step: int, act) -> None:
-    """Call `act(folder, names)` when another file has come to the checkpoint of `step`."""
+    """Call `act(folder, names)` when another file has come to the checkpoint of `step`.
+
+    Looked for whenever Python is about to open, rename or remove a file.
+    """
     from transformers import Trainer
 
-    original, seen = Trainer._save_checkpoint, set()
+    original, seen, folders = Trainer._save_checkpoint, set(), []
 
-    def save(self, *args, **kwargs):
-        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-
-        def watch(frame, event, arg):
+    def watch(event, _):
+        if folders and event in ("open", "os.rename", "os.remove", "os.mkdir"):
+            folder = folders.pop()  # what is done here is not looked at
             names = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()  # noqa: PTH208
             if names not in seen:
                 seen.add(names)
                 act(folder, names)
+            folders.append(folder)
 
+    def save(self, *args, **kwargs):
         if self.state.global_step == step:
-            sys.setprofile(watch)
+            folders.append(Path(self.args.output_dir) / f"checkpoint-{step}")
         return original(self, *args, **kwargs)
 
+    sys.addaudithook(watch)
     Trainer._save_checkpoint = save
 
 
@@ -251,6 +260,24 @@ def overflow_at(step: int) -> None:
         next(p for n, p in model.named_parameters() if "lora_B" in n).grad[0, 0] = float("inf")
 
     in_step(step, plant)
+
+
+def under_fsdp() -> None:
+    """Train under FSDP without a GPU: accelerate offers it to GPUs alone, and is told otherwise.
+
+    Everything else is the real thing: torch's FSDP2 over gloo, accelerate's wrapping.
+    """
+    initialise = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs) -> None:
+        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = with_fsdp
+    told = yaml.safe_load((ROOT / "finetune" / "fsdp.yaml").read_text())["fsdp_config"]
+    os.environ |= {name.upper(): str(value) for name, value in told.items()}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}
 
 
 def back_in_time() -> None:
@@ -325,6 +352,7 @@ FAULTS = {
         full_at,
         full_at_the_end,
         back_in_time,
+        under_fsdp,
         as_measured,
         overflow_at,
         cut_as,
@@ -368,12 +396,20 @@ def main(settings: dict, log: str, fault: tuple, environment: dict, again: str) 
     os._exit(code)
 
 
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have imported what is `PRELOADED`; on a GPU, for CUDA does not survive
+    a fork, nothing is.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([] if torch.cuda.is_available() else PRELOADED)
+    return context
+
+
 def run(
     settings: dict, log: Path, fault: tuple = (), environment: dict | None = None, again: str = ""
 ) -> tuple:
     """One process from start to end: its exit code (-9 if killed) and what it printed."""
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(
+    process = fork_server().Process(
         target=main, args=(settings, str(log), fault, environment or {}, again)
     )
     process.start()
@@ -386,7 +422,7 @@ def run_two(settings: dict, log: Path, fault: tuple = ()) -> tuple:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     parts = []
     for rank in "01":

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,15 +19,10 @@ ROWS = [
 ]  # 8 of them to train on
 
 
-def shared_model(folder: Path, preloaded: Sequence[str] = child.PRELOADED) -> Path:
-    """Starts the fork server, and has it make the tiny model and the rows in a folder.
-
-    On a GPU nothing may be `preloaded`: CUDA does not survive a fork.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*preloaded])
+def shared_model(folder: Path) -> Path:
+    """The tiny model and the rows, made in a folder by a process of their own."""
     (folder / "rows.jsonl").write_text("\n".join(ROWS))
-    maker = context.Process(target=child.make_model, args=(folder / "model",))
+    maker = child.fork_server().Process(target=child.make_model, args=(folder / "model",))
     maker.start()
     maker.join()
     return folder

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         root = Path(made)
-        make = settings_of(shared_model(root, []))
+        make = settings_of(shared_model(root))
         (root / "skips").mkdir()
         settings = make(root / "skips", bf16=False)
         code, shown = child.run(settings, root / "skips" / "log", ("overflow_at", 4))
