@@ -177,7 +177,7 @@ SCORES = {
     "exact_match": ("exact answers", ".0%"),
     "f1": ("words in common (F1)", ".0%"),
     "stopped": ("stopped by itself", ".0%"),
-    "validation_loss": ("validation loss (nats a token)", ".3f"),
+    "validation_loss": ("loss (nats a token)", ".3f"),
     "perplexity": ("perplexity", ".4g"),
 }
 

@@ -186,9 +186,11 @@ def weights_held(model: PreTrainedModel) -> str:
             "Choose another base_model."
         )
     of_layers = f" ({share:.0%} of the layers)" if kept else ""
+    routed = hasattr(model.config.get_text_config(), "output_router_logits")
+    router = ". A mixture of experts: its router gets no auxiliary loss" * routed
     return (
         f"{small / (small + whole):.0%} of {(small + whole) / 1e6:,.0f} million weights are in "
-        f"4 bits{of_layers}; embeddings and output head stay in 16"
+        f"4 bits{of_layers}; embeddings and output head stay in 16{router}"
     )
 
 

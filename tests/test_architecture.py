@@ -126,7 +126,9 @@ def test_weights_in_4_bits_are_counted_and_what_stays_in_16_is_said():
     four, whole = 3 * 64 * (64 + 32 + 32 + 64 + 3 * 128), 2 * 512 * 64 + 7 * 64
     said = weights_held(model)
     assert f"{four / (four + whole):.0%} of 0 million weights are in 4 bits;" in said
-    assert "embeddings and output head stay in 16" in said
+    assert said.endswith("embeddings and output head stay in 16")
+    model.config.output_router_logits = True
+    assert weights_held(model).endswith("its router gets no auxiliary loss")
 
 
 def test_a_mixture_whose_experts_stay_in_16_bits_is_refused():
