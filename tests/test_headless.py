@@ -16,6 +16,7 @@ from finetune import headless
 from finetune.headless import (
     NOTEBOOK,
     SMALL,
+    arguments,
     defaults,
     execute,
     given_to_make,
@@ -57,7 +58,7 @@ def settings_of_make(tmp_path_factory):
     python.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
 
-    def make(*arguments, **more):
+    def make(*given, **more):
         own = (f"PY={python}", f"VENV={Path(sys.executable).parents[1]}")
         command = [
             "make",
@@ -69,7 +70,7 @@ def settings_of_make(tmp_path_factory):
         ]
         environment_now = environment | {"PYTHONPATH": str(ROOT)} | more
         options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment_now}
-        done = subprocess.run([*command, *own, *arguments], **options)
+        done = subprocess.run([*command, *own, *given], **options)
         assert done.returncode == 0, done.stderr
         (module, name, *words), flags = json.loads(done.stdout)
         assert (module, name) == ("-m", "finetune.headless")
