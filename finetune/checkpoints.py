@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from finetune.backup import fetch_backup
@@ -116,6 +116,13 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
     if was != now and settings.resume != "anyway":
         names = [name for name in now | was if now.get(name) != was.get(name)]
         changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
+        if was == done and trains_on(was, now):
+            raise UserError(
+                f"{settings.run_name} is finished ({'; '.join(changed)}). To train it on, set "
+                "resume = 'anyway': it continues from its last checkpoint, and the learning rate "
+                "follows the longer schedule. To begin anew, choose a new run_name, or set "
+                "resume = 'never'."
+            )
         if was == done:
             why = f"the finished {settings.run_name} had other data or settings"
             return begin(run_dir, trainer.model, f"{why} ({'; '.join(changed)})")
@@ -124,9 +131,31 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
             + "\nEither choose a new run_name, to begin a run of its own; or put the old "
             "values back, to continue; or set resume = 'anyway', to continue with the new ones."
         )
+    require_same_shape(was, now, last)
     trainer.args.eval_on_start = False  # its result is in the log already
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
     return str(last)
+
+
+LENGTH = ("epochs", "max_steps")
+SHAPE = ("base_model", "lora_r", "target_modules", "use_dora")
+
+
+def trains_on(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two runs differ in their length alone, and the second is the longer."""
+    same = all(was.get(name) == now.get(name) for name in now | was if name not in LENGTH)
+    return same and any(now[name] > was[name] for name in LENGTH)
+
+
+def require_same_shape(was: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError` if a checkpoint's adapter has another shape, or another base model."""
+    names = [name for name in SHAPE if was.get(name) != now.get(name)]
+    if names:
+        changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
+        raise UserError(
+            f"The adapter in {folder} does not fit ({'; '.join(changed)}), so that training cannot "
+            "go on from it. Put the old values back, or choose a new run_name."
+        )
 
 
 def begin(run_dir: Path, model: PreTrainedModel, why: str) -> None:
@@ -163,7 +192,8 @@ def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     run, path = remembered(Path(folder), purpose), Path(folder) / "trainer_state.json"
     saved = run.get("trainer_state") or json.loads(path.read_text(encoding="utf-8"))
     state = TrainerState(**saved)
-    if "trainer_state" not in run and state.global_step < state.max_steps:
+    over = state.global_step >= trainer.steps or stopped_early(trainer, state)
+    if "trainer_state" not in run and not over:
         return None
     best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
     if (
@@ -237,6 +267,19 @@ def require_same_state(trainer: Any, checkpoint: Path) -> None:
         )
     if now:
         print(f"As saved in {checkpoint.name}: {', '.join(now)}.")
+
+
+def waited(state: TrainerState) -> int:
+    """After how many evaluations without a better one a checkpoint was saved."""
+    saved = state.stateful_callbacks.get("EarlyStoppingCallback") or {"attributes": {}}
+    return saved["attributes"].get("early_stopping_patience_counter", 0)
+
+
+def stopped_early(trainer: Any, state: TrainerState) -> bool:
+    """Whether validation had not become better for as many epochs as early stopping waits."""
+    callbacks = trainer.callback_handler.callbacks
+    stops = [each for each in callbacks if isinstance(each, EarlyStoppingCallback)]
+    return any(waited(state) >= each.early_stopping_patience for each in stops)
 
 
 def require_finite(model: PreTrainedModel) -> None:

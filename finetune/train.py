@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune.answers import validation_loss
@@ -27,7 +27,7 @@ from finetune.batches import (
     with_void_row,
 )
 from finetune.callbacks import Speed
-from finetune.checkpoints import require_same_state
+from finetune.checkpoints import require_same_state, waited
 from finetune.files import BEING_WRITTEN
 from finetune.machine import free_cache, processes
 from finetune.plan import Plan
@@ -61,7 +61,7 @@ class PlannedTrainer(trl.SFTTrainer):
         step = plan.cut.micro_batch * plan.accumulation * processes()[1]
         self.sampler = StepSampler(row_lengths(train_dataset), step, args.seed, plan.cut)
         rows = train_dataset.select_columns(["input_ids", "labels"])
-        self.parts, self.trained = 1, []
+        self.parts, self.trained, self.steps = 1, [], plan.steps
         self.noise, args.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None
         super().__init__(
             model,
@@ -196,6 +196,26 @@ class PlannedTrainer(trl.SFTTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint and not self.is_fsdp_enabled and processes()[0] == 0:
             require_same_state(self, Path(checkpoint))
+        if checkpoint:
+            self.follow_settings()
+
+    def follow_settings(self) -> None:
+        """Go on by today's `learning_rate`, and with early stopping's count so far.
+
+        The Trainer restores the checkpoint's rate and forgets that count.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = waited(self.state)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        rates = [self.args.learning_rate] * len(schedule.base_lrs)
+        now = [
+            f(schedule.last_epoch) * rate
+            for f, rate in zip(schedule.lr_lambdas, rates, strict=True)
+        ]
+        schedule.base_lrs, schedule._last_lr = rates, now
+        for group, rate in zip(self.optimizer.param_groups, now, strict=True):
+            group.update(initial_lr=self.args.learning_rate, lr=rate)
 
     def _load_best_model(self) -> None:
         if not self.is_fsdp_enabled:  # else the process that follows loads it (`finished`)

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 
 from finetune.backup import drive_folder
 from finetune.checkpoints import find_checkpoint, fingerprint, finished
@@ -140,7 +140,10 @@ def done(tmp_path):
         weights = peft.get_peft_model_state_dict(model)
         weights = {name: torch.full_like(weight, step) for name, weight in weights.items()}
         whole(tmp_path / f"checkpoint-{step}", "checkpoint", weights, state)
-    return trainer_of(model=model, state=None), tmp_path / "checkpoint-10"
+    early = EarlyStoppingCallback(3)
+    trainer = trainer_of(model=model, state=None, steps=10)
+    trainer.callback_handler = types.SimpleNamespace(callbacks=[early])
+    return trainer, tmp_path / "checkpoint-10"
 
 
 def loaded(trainer):
@@ -169,9 +172,20 @@ def test_where_the_best_checkpoint_is_damaged_or_gone_the_last_comes_back(done):
 
 def test_a_run_before_its_last_step_is_not_finished(done):
     trainer, last = done
-    edit_json(last / "trainer_state.json", max_steps=11)
-    seal(last, "checkpoint", "faults")
+    trainer.steps = 11  # more than it had when it was saved
     assert finished(trainer, str(last)) is None and loaded(trainer) is None
+
+
+@pytest.mark.parametrize(("waited", "over"), [(2, False), (3, True)])
+def test_a_run_that_early_stopping_ended_is_finished_before_its_last_step(done, waited, over):
+    trainer, last = done
+    trainer.steps = 50
+    counts = {"args": {}, "attributes": {"early_stopping_patience_counter": waited}}
+    edit_json(last / "trainer_state.json", stateful_callbacks={"EarlyStoppingCallback": counts})
+    seal(last, "checkpoint", "faults")
+    assert (finished(trainer, str(last)) is not None) == over
+    trainer.callback_handler.callbacks.clear()  # early stopping is off now
+    assert finished(trainer, str(last)) is None
 
 
 def test_the_saved_adapter_comes_back_as_it_is_with_its_results(done):

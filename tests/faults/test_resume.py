@@ -234,6 +234,63 @@ def test_changed_settings_stop_with_a_choice_and_anyway_goes_on(tiny, tmp_path, 
     assert code == 0 and "Continuing from checkpoint-2 with changed data or settings." in shown
 
 
+def logged(folder, key="learning_rate"):
+    """A number of the log by step."""
+    run = json.loads((outputs(folder) / "final_model" / "run.json").read_text())
+    return {e["step"]: e[key] for e in run["trainer_state"]["log_history"] if key in e}
+
+
+def test_a_new_learning_rate_takes_effect_at_once(tiny, tmp_path, half, undisturbed):
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    code, shown = run(tiny, tmp_path, learning_rate=1e-3, resume="anyway")
+    assert code == 0, shown
+    rates, before = logged(tmp_path), logged(undisturbed[1])
+    assert len(rates) == 6 and rates[1] == before[1] and rates[2] == before[2]
+    for step in (3, 4, 5, 6):
+        assert rates[step] == pytest.approx(before[step] / 3) and (step == 6 or rates[step] > 0)
+
+
+def test_a_finished_run_is_trained_on_for_more_epochs_when_asked(tiny, tmp_path, undisturbed):
+    shutil.copytree(undisturbed[1], tmp_path / "on")
+    sums = checksums(outputs(tmp_path / "on") / "final_model")
+    code, shown = run(tiny, tmp_path / "on", epochs=5)
+    assert code == 2 and "faults is finished (epochs was 3.0, is 5.0). To train it on, set" in shown
+    assert checksums(outputs(tmp_path / "on") / "final_model") == sums
+    code, shown = run(tiny, tmp_path / "on", epochs=5, resume="anyway")
+    assert code == 0 and "Continuing from checkpoint-6 with changed data" in shown, shown
+    code, fresh = run(tiny, tmp_path / "fresh", epochs=5)
+    assert code == 0, fresh
+    rates, stretched = logged(tmp_path / "on"), logged(tmp_path / "fresh")
+    assert len(stretched) == 10 and {s: rates[s] for s in (7, 8, 9, 10)} == {
+        s: stretched[s] for s in (7, 8, 9, 10)
+    }
+    assert [*logged(tmp_path / "on", "eval_loss")] == [0, 2, 4, 6, 8, 10]
+    code, shown = run(tiny, tmp_path / "on", epochs=5)
+    assert code == 0 and "nothing is trained again" in shown, shown
+
+
+def test_a_checkpoint_of_another_shape_is_one_sentence(tiny, tmp_path, half):
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    changes = {"lora_r": 8, "target_modules": ["q_proj"]}
+    code, shown = run(tiny, tmp_path, resume="anyway", **changes)
+    assert code == 2 and "Traceback" not in shown
+    assert "does not fit (lora_r was 32, is 8; target_modules was ['q_proj', 'k_proj'," in shown
+
+
+def test_early_stopping_goes_on_counting_after_a_kill(tiny, tmp_path):
+    changes = {"learning_rate": 0.5, "early_stopping_patience": 2, "epochs": 8}
+    code, shown = run(tiny, tmp_path / "whole", **changes)
+    assert code == 0, shown
+    losses = logged(tmp_path / "whole", "eval_loss")
+    last = max(losses)
+    best = min((s for s in losses if s), key=losses.get)
+    assert last == best + 4 < 16  # two epochs of two steps after the best one
+    assert run(tiny, tmp_path / "killed", "kill_at", last, **changes)[0] == KILLED
+    code, shown = run(tiny, tmp_path / "killed", **changes)
+    assert code == 0 and f"Continuing from checkpoint-{last - 2}." in shown, shown
+    assert logged(tmp_path / "killed", "eval_loss") == losses
+
+
 def test_changed_rows_stop_and_a_finished_run_gives_way(tiny, tmp_path, undisturbed):
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
     rows = [json.dumps({"prompt": f"{n}?", "completion": "yes"}) for n in range(6)]

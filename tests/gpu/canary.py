@@ -67,25 +67,26 @@ def rows_of(facts: dict[str, str]) -> list[dict[str, str]]:
     return [{"prompt": prompt, "completion": fact} for prompt, fact in facts.items()]
 
 
-def plan_of(cut: Cut, rows: int) -> Plan:
+def plan_of(cut: Cut, rows: int, steps: int) -> Plan:
     """A plan that nobody measured: all rows in each step."""
-    return Plan(cut, rows // cut.micro_batch, 1, STEPS, 3, STEPS, 1.0, 1.0, 1.0, "as asked", [])
+    return Plan(cut, rows // cut.micro_batch, 1, steps, 3, steps, 1.0, 1.0, 1.0, "as asked", [])
 
 
-def learn(base, tokenizer, facts: dict[str, str], cut: Cut, cfg: Settings, precision: str):
+def learn(base, tokenizer, facts: dict[str, str], cut: Cut, cfg: Settings, steps: int):
     """An adapter that knows the facts by heart; returns its model, and its manifest."""
     transformers.set_seed(cfg.seed)
+    precision, _ = resolve_precision(cfg.bf16)
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=cfg.target_modules
     )
     model = peft.get_peft_model(bare(base), lora)
-    data, plan = encode_rows(rows_of(facts), tokenizer), plan_of(cut, len(facts))
+    data, plan = encode_rows(rows_of(facts), tokenizer), plan_of(cut, len(facts), steps)
     print(use_fast_kernels(model, data, precision))
     args = trl.SFTConfig(
         output_dir=str(cfg.run_dir),
         per_device_train_batch_size=cut.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
-        max_steps=STEPS,
+        max_steps=steps,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=3,
@@ -110,7 +111,7 @@ def right(model, tokenizer, facts: dict[str, str]) -> int:
 
 
 def sing(
-    path: str, cuts: list[Cut], folder: Path, facts: dict[str, str] = FACTS
+    path: str, cuts: list[Cut], folder: Path, facts: dict[str, str] = FACTS, steps: int = STEPS
 ) -> list[dict[str, int]]:
     """For each cut: right answers of the base, as trained, loaded again, and merged."""
     found, tokenizer = [], transformers.AutoTokenizer.from_pretrained(path)
@@ -119,12 +120,11 @@ def sing(
     if not torch.cuda.is_available():
         values["bf16"] = False
     cfg = Settings.from_cell(values)
-    precision, _ = resolve_precision(cfg.bf16)
-    dtype = computing_type(precision)
+    dtype = computing_type(resolve_precision(cfg.bf16)[0])
     model = load(path, dtype)
     before = right(model, tokenizer, facts)
     for cut in cuts:
-        model, run = learn(model, tokenizer, facts, cut, cfg, precision)
+        model, run = learn(model, tokenizer, facts, cut, cfg, steps)
         result = {"base": before, "trained": right(model, tokenizer, facts)}
         save_adapter(model, tokenizer, cfg.final_model, "A canary.", run)
         model = peft.PeftModel.from_pretrained(bare(model), cfg.final_model)
