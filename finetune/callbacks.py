@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from finetune.backup import back_up
@@ -38,9 +39,14 @@ from finetune.files import (
 from finetune.machine import here, processes, versions
 from qlora_helpers import Settings, UserError, base_name
 
+SAVE_SECONDS = 20 * 60  # an epoch on a T4 can take a night
+ASK_STEPS = 20  # several processes agree on the time as often as this, for each time all must wait
+
 
 class KeepSafe(TrainerCallback):
     """Seals and copies checkpoints, stops at a non-finite loss or gradient, stops when asked.
+
+    Besides those at the ends of epochs it has a checkpoint made every 20 minutes.
 
     `mark` is the run's fingerprint. With fp16 a gradient may overflow now and then (the scaler
     skips that step), so there only the loss counts.
@@ -49,7 +55,7 @@ class KeepSafe(TrainerCallback):
     def __init__(self, settings: Settings, mark: Mapping[str, Any], trainer: Any = None):
         self.settings, self.mark, self.trainer, self.asked = settings, mark, trainer, False
         self.fp16 = trainer is not None and trainer.args.fp16
-        self.pending, self.trained = None, []
+        self.pending, self.trained, self.saved = None, [], time.monotonic()
 
     def ask(self, *_: Any) -> None:
         """What SIGINT does: the first lets the step end, the second does not."""
@@ -127,12 +133,22 @@ class KeepSafe(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
+        elif state.epoch % 1 and state.global_step < state.max_steps:  # else it is saved anyway
+            control.should_save = self.is_time(state.global_step)
+
+    def is_time(self, step: int) -> bool:
+        """Whether the last checkpoint is `SAVE_SECONDS` old; the first process says so for all."""
+        late = time.monotonic() - self.saved >= SAVE_SECONDS
+        if processes()[1] == 1:
+            return late
+        return step % ASK_STEPS == 0 and broadcast_object_list([late])[0]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked and state.epoch % 1:  # inside an epoch: its evaluation belongs to its end
             control.should_save = control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.saved = time.monotonic()
         self.check_gradient()
         PartialState().wait_for_everyone()  # each process has a random state to save
         require_finite(model)

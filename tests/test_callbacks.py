@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 import types
 from pathlib import Path
 
@@ -52,6 +53,26 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_step(safe, name, valu
     safe.on_log(None, state(), None, logs={name: 1.5, "epoch": 1.0})
     with pytest.raises(UserError, match=rf"at step 11: {name} \({value}\) is not finite"):
         safe.on_log(None, state(), None, logs={name: value})
+
+
+@pytest.mark.parametrize(("minutes", "due"), [(19, False), (21, True)])
+def test_a_checkpoint_is_due_twenty_minutes_after_the_last_however_it_was_made(
+    safe, monkeypatch, minutes, due
+):
+    inside = {"epoch": 1.5, "max_steps": 99}
+
+    def saves(**changes):
+        safe.on_step_end(None, state(**inside | changes), control := transformers.TrainerControl())
+        assert not control.should_training_stop
+        return control.should_save
+
+    for number in (1, 2):
+        now = time.monotonic() + 60 * minutes
+        monkeypatch.setattr("finetune.callbacks.time.monotonic", lambda now=now: now)
+        assert saves() == due
+        assert not saves(epoch=2.0) and not saves(max_steps=11)  # these are saved anyway
+        safe.on_save(None, state(is_world_process_zero=False), None, model=torch.nn.Linear(1, 1))
+        assert not saves(), number
 
 
 @pytest.mark.parametrize("fp16", [False, True])

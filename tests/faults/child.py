@@ -262,6 +262,13 @@ def overflow_at(step: int) -> None:
     in_step(step, plant)
 
 
+def save_often(step: int) -> None:
+    """A checkpoint is made after every step, and SIGKILL comes in the given one."""
+    callbacks = importlib.import_module("finetune.callbacks")
+    callbacks.SAVE_SECONDS, callbacks.ASK_STEPS = 0, 1
+    kill_at(step)
+
+
 def under_fsdp() -> None:
     """Train under FSDP without a GPU: accelerate offers it to GPUs alone, and is told otherwise.
 
@@ -353,6 +360,7 @@ FAULTS = {
         full_at_the_end,
         back_in_time,
         under_fsdp,
+        save_often,
         as_measured,
         overflow_at,
         cut_as,

@@ -62,6 +62,19 @@ def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, step):
     assert result_of(tmp_path) == undisturbed[0]
 
 
+@pytest.mark.parametrize("step", [2, 6], ids=["first epoch", "last step"])
+def test_a_checkpoint_made_by_time_inside_an_epoch_is_continued_from(
+    tiny, tmp_path, undisturbed, step
+):
+    code, shown = run(tiny, tmp_path, "save_often", step)
+    assert code == KILLED, shown
+    found = [path.name for path in checkpoints(outputs(tmp_path))]
+    assert found == [f"checkpoint-{n}" for n in range(step - 1, max(0, step - 3), -1)]
+    code, shown = run(tiny, tmp_path)
+    assert code == 0 and f"Continuing from checkpoint-{step - 1}." in shown, shown
+    assert result_of(tmp_path) == undisturbed[0]
+
+
 def continued(tiny, folder, undisturbed) -> None:
     """Run on in `folder`, where a save of checkpoint-4 was cut short."""
     code, shown = run(tiny, folder)
