@@ -90,7 +90,9 @@ def linear_layers(config: PretrainedConfig) -> list[str]:
 
     Empty if it cannot be made so.
     """
-    config = type(config).from_dict(config.to_dict() | {"quantization_config": None})
+    values = config.to_dict()
+    values.pop("quantization_config", None)  # None in its place would break transformers 4.57
+    config = type(config).from_dict(values)
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
