@@ -133,7 +133,7 @@ class KeepSafe(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
-        elif state.epoch % 1 and state.global_step < state.max_steps:  # else it is saved anyway
+        elif (state.epoch or 0) % 1 and state.global_step < state.max_steps:  # else it is saved
             control.should_save = self.is_time(state.global_step)
 
     def is_time(self, step: int) -> bool:

@@ -82,6 +82,10 @@ class PlannedTrainer(trl.SFTTrainer):
         # First, so that TensorBoard sees the number.
         self.callback_handler.callbacks.insert(0, Speed(self.sampler))
 
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """By this plan's micro-batch: transformers 4.57 goes on by the checkpoint's."""
+        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
+
     def _get_train_sampler(self, *_: Any) -> StepSampler:
         return self.sampler
 

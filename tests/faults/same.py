@@ -77,7 +77,7 @@ def apart(found: SimpleNamespace, wanted: SimpleNamespace) -> dict[str, float]:
 
     def most(name: str) -> float:
         one, other = getattr(found, name), getattr(wanted, name)
-        assert one.keys() == other.keys()
+        assert one.keys() == other.keys(), (one, other)
         return max(abs(one[step] - other[step]) for step in one)
 
     pairs = [(found.adapter[name], weight) for name, weight in wanted.adapter.items()]
@@ -90,7 +90,10 @@ def require_same(found: SimpleNamespace, wanted: SimpleNamespace) -> dict[str, f
     """`apart`, once it was found to be rounding, and the same epoch to be chosen."""
     result = apart(found, wanted)
     assert len(wanted.losses) == 12 and len(wanted.validation) == 4, wanted
-    assert result["losses"] <= 1e-5 and result["validation"] <= 1e-6, result
+    rounded = all(round(loss, 4) == loss for loss in found.losses.values())  # before 5.0
+    assert result["losses"] <= (1.01e-4 if rounded else 1e-5) and result["validation"] <= 1e-6, (
+        result
+    )
     assert result["adapter"] <= 1e-4 and found.chosen == wanted.chosen, result
     return result
 
