@@ -46,7 +46,7 @@ ASK_STEPS = 20  # several processes agree on the time as often as this, for each
 class KeepSafe(TrainerCallback):
     """Seals and copies checkpoints, stops at a non-finite loss or gradient, stops when asked.
 
-    Besides those at the ends of epochs it has a checkpoint made every 20 minutes.
+    Between the checkpoints at the ends of epochs it asks for one every `SAVE_SECONDS`.
 
     `mark` is the run's fingerprint. With fp16 a gradient may overflow now and then (the scaler
     skips that step), so there only the loss counts.

@@ -1,4 +1,4 @@
-"""Section 8: every change to a model, compared with its own and taken back; no other room's."""
+"""Section 8: all that replaces forwards, classes or hooks: compared first, taken back by `undo`."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def noisy(model: PeftModel, alpha: float, lengths: Tensor) -> Iterator[None]:
     """Inside, embeddings carry NEFTune's noise: uniform within ±alpha / √(length × width).
 
     `lengths` has that of each token's own row (https://arxiv.org/abs/2310.05914); transformers
-    takes the batch's, so that rows laid end to end would hear little.
+    takes the batch's, which gives rows laid end to end too little.
     """
 
     def add(_: Any, __: Any, output: Tensor) -> Tensor:
