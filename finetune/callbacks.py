@@ -6,22 +6,24 @@ import contextlib
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from finetune.backup import back_up
 from finetune.batches import StepSampler
 from finetune.checkpoints import (
+    count_on,
     fingerprint,
     last_good_checkpoint,
     require_finite,
@@ -36,11 +38,24 @@ from finetune.files import (
     seal,
     why_unusable,
 )
-from finetune.machine import here, processes, versions
+from finetune.machine import here, processes, random_states, versions
 from qlora_helpers import Settings, UserError, base_name
 
 SAVE_SECONDS = 20 * 60  # an epoch on a T4 can take a night
-ASK_STEPS = 20  # several processes agree on the time as often as this, for each time all must wait
+SAVE_SHARE = 0.05  # of the time, at most, goes into saves and copies inside an epoch
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+ONE_PRESS = 2  # seconds in which a launcher passes on a signal that this process has already
+
+
+class Dropped(BaseException):
+    """A step, or an evaluation, is given up: training goes back to the end of the last step.
+
+    `randomness` are the random states of that moment.
+    """
+
+    def __init__(self, randomness: Any):
+        super().__init__("the unfinished step is dropped")
+        self.randomness = randomness
 
 
 class KeepSafe(TrainerCallback):
@@ -53,16 +68,39 @@ class KeepSafe(TrainerCallback):
     """
 
     def __init__(self, settings: Settings, mark: Mapping[str, Any], trainer: Any = None):
-        self.settings, self.mark, self.trainer, self.asked = settings, mark, trainer, False
+        self.settings, self.mark, self.trainer = settings, mark, trainer
         self.fp16 = trainer is not None and trainer.args.fp16
-        self.pending, self.trained, self.saved = None, [], time.monotonic()
+        self.pending, self.trained, self.saved, self.cost = None, [], time.monotonic(), 0.0
+        self.asked, self.since, self.stopped, self.droppable = None, 0.0, False, False
+        self.randomness, self.group = None, None
 
-    def ask(self, *_: Any) -> None:
-        """What SIGINT does: the first lets the step end, the second does not."""
+    def ask(self, number: int, *_: Any) -> None:
+        """What SIGINT and SIGTERM do: what is unfinished is dropped, and the state before saved.
+
+        A second SIGINT stops at once. One process of several waits for the end of the step, as all
+        must stop at the same.
+        """
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("Stopping after this step, with a checkpoint. Press again to stop at once, without.")
+            if number == signal.SIGINT and time.monotonic() - self.since > ONE_PRESS:
+                raise KeyboardInterrupt
+            return
+        self.asked, self.since = number, time.monotonic()
+        print("Stopping, with a checkpoint. Press again to stop at once, without.", flush=True)
+        self.drop_if_asked()
+
+    def drop_if_asked(self) -> None:
+        """Raise `Dropped` where a stop was asked for and there is something that can be dropped."""
+        if self.asked and self.droppable and processes()[1] == 1:
+            self.droppable, self.stopped = False, True
+            raise Dropped(self.randomness)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it is an evaluation: a stop drops it, and the resumed run makes up for it."""
+        self.droppable, self.randomness = True, random_states()
+        self.drop_if_asked()
+        yield
+        self.droppable = False
 
     def diverged(self, what: str, step: int) -> None:
         """Raise `UserError` about `what` is not finite, with the last good checkpoint."""
@@ -95,6 +133,7 @@ class KeepSafe(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         """On a GPU the answer is read a step later: waiting for it would leave the GPU idle."""
+        self.droppable = False
         self.check_gradient()
         self.trained = self.trained or [p for p in model.parameters() if p.requires_grad]
         grads = [here(weight.grad) for weight in self.trained if weight.grad is not None]
@@ -129,36 +168,56 @@ class KeepSafe(TrainerCallback):
         if state.best_model_checkpoint:  # as `finish` has written it, a name alone
             name = Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(Path(args.output_dir) / name)
+        count_on(self.trainer, state)
+        self.randomness = random_states()
+        if processes()[1] > 1:  # of CPUs, so that no GPU waits
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=6))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:  # before the first step training begins anew
+            self.randomness = random_states()
+        self.droppable = True
+        self.drop_if_asked()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-        elif (state.epoch or 0) % 1 and state.global_step < state.max_steps:  # else it is saved
-            control.should_save = self.is_time(state.global_step)
+        inside = (state.epoch or 0) % 1 and state.global_step < state.max_steps  # else it is saved
+        asked, late = self.any_of(bool(self.asked), bool(inside) and self.is_late())
+        if asked:
+            self.stopped = control.should_save = control.should_training_stop = True
+        elif late:
+            self.trainer.log_part()
+            control.should_save = True
 
-    def is_time(self, step: int) -> bool:
-        """Whether the last checkpoint is `SAVE_SECONDS` old; the first process says so for all."""
-        late = time.monotonic() - self.saved >= SAVE_SECONDS
-        if processes()[1] == 1:
-            return late
-        return step % ASK_STEPS == 0 and broadcast_object_list([late])[0]
+    def is_late(self) -> bool:
+        """Whether a checkpoint is due between the ends of epochs."""
+        wait = max(SAVE_SECONDS, self.cost / SAVE_SHARE)
+        return time.monotonic() - self.saved >= wait
+
+    def any_of(self, *told: bool) -> list[bool]:
+        """What this process finds so, or any of those that train with it."""
+        if self.group is None:
+            return [*told]
+        found = torch.tensor(told, dtype=torch.uint8)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.group)
+        return found.bool().tolist()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked and state.epoch % 1:  # inside an epoch: its evaluation belongs to its end
+        if self.stopped:  # it is saved already, and evaluated by the run that goes on
             control.should_save = control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.saved = time.monotonic()
+        began = time.monotonic()
         self.check_gradient()
         PartialState().wait_for_everyone()  # each process has a random state to save
         require_finite(model)
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        whole = self.trainer and not self.trainer.is_fsdp_enabled  # else no process has all of it
-        self.finish(folder, state, state_hashes(self.trainer) if whole else {})
-        self.rotate(folder, state)
-        back_up(self.settings, folder)
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            whole = self.trainer and not self.trainer.is_fsdp_enabled  # else no process has it all
+            self.finish(folder, state, state_hashes(self.trainer) if whole else {})
+            self.rotate(folder, state)
+            back_up(self.settings, folder)
+        self.saved = time.monotonic()
+        self.cost = self.saved - began
 
     def finish(self, folder: Path, state: Any, hashes: Mapping[str, Any]) -> None:
         """Complete and seal a checkpoint; nothing in it names a path of this machine.
@@ -188,14 +247,15 @@ class KeepSafe(TrainerCallback):
 def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
     """Inside, checkpoints are sealed and copied, and what can stop training does so in plain words.
 
-    The Stop button (SIGINT) lets the step end and saves a checkpoint; a second press stops at once.
-    Raises `UserError` after the Stop button, for a non-finite loss or gradient, and for a full
-    disk.
+    The Stop button (SIGINT) and SIGTERM drop the unfinished step and save the state before it; a
+    second press stops at once. After SIGTERM the process ends as it would have. Raises `UserError`
+    after the Stop button, for a non-finite loss or gradient, and for a full disk.
     """
     callback = KeepSafe(settings, fingerprint(settings, trainer), trainer)
     trainer.add_callback(callback)
-    main = threading.current_thread() is threading.main_thread() and processes()[1] == 1
-    before = signal.signal(signal.SIGINT, callback.ask) if main else None
+    trainer.evaluating = callback.evaluating
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, callback.ask) for number in SIGNALS} if main else {}
     try:
         yield
     except Exception as error:
@@ -208,14 +268,33 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
             "Free some space, then run this cell again: it continues from there."
         ) from None
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         trainer.remove_callback(callback)
-    if callback.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise UserError(
-            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, and saved. "
-            "Run this cell again to continue."
-        )
+        trainer.evaluating = contextlib.nullcontext
+    if callback.stopped:
+        step = trainer.state.global_step
+        told = f"Stopped at step {step:,} of {trainer.state.max_steps:,}, and saved." * (step > 0)
+        told = told or "Stopped before the end of the first step: there is nothing to save yet."
+        if callback.asked == signal.SIGTERM and processes()[1] == 1:
+            print(f"{told} This process is being ended.", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise UserError(f"{told} Run this cell again to continue.")
+
+
+class Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins.
+
+    accelerate 1.15 does not where several processes go on inside an epoch: it skips the batches
+    before in a sampler around theirs (`DataLoaderShard.set_epoch`), so that they would be the first
+    epoch's.
+    """
+
+    def __init__(self, sampler: StepSampler):
+        self.sampler, self.per_epoch = sampler, len(sampler.steps(0))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.set_epoch(state.global_step // self.per_epoch)
 
 
 class Speed(TrainerCallback):

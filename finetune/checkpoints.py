@@ -132,7 +132,8 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
             "values back, to continue; or set resume = 'anyway', to continue with the new ones."
         )
     require_same_shape(was, now, last)
-    trainer.args.eval_on_start = False  # its result is in the log already
+    state = TrainerState(**json.loads((last / "trainer_state.json").read_text(encoding="utf-8")))
+    trainer.args.eval_on_start = lacks_evaluation(state)  # else its result is in the log already
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
     return str(last)
 
@@ -193,7 +194,7 @@ def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     saved = run.get("trainer_state") or json.loads(path.read_text(encoding="utf-8"))
     state = TrainerState(**saved)
     over = state.global_step >= trainer.steps or stopped_early(trainer, state)
-    if "trainer_state" not in run and not over:
+    if "trainer_state" not in run and (not over or lacks_evaluation(state)):
         return None
     best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
     if (
@@ -275,10 +276,28 @@ def waited(state: TrainerState) -> int:
     return saved["attributes"].get("early_stopping_patience_counter", 0)
 
 
+def lacks_evaluation(state: TrainerState) -> bool:
+    """Whether a checkpoint is of the end of an epoch that was not evaluated: a stop came before."""
+    step, over = state.global_step, not (state.epoch or 0) % 1
+    evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
+    return step > 0 and (over or step >= state.max_steps) and step not in evaluated
+
+
+def count_on(trainer: Any, state: TrainerState) -> None:
+    """Let early stopping go on with its count so far, which the Trainer forgets."""
+    for callback in early_stopping(trainer):
+        callback.early_stopping_patience_counter = waited(state)
+
+
+def early_stopping(trainer: Any) -> list[EarlyStoppingCallback]:
+    """The trainer's early stopping, if it has any."""
+    callbacks = trainer.callback_handler.callbacks if trainer else []
+    return [each for each in callbacks if isinstance(each, EarlyStoppingCallback)]
+
+
 def stopped_early(trainer: Any, state: TrainerState) -> bool:
     """Whether validation had not become better for as many epochs as early stopping waits."""
-    callbacks = trainer.callback_handler.callbacks
-    stops = [each for each in callbacks if isinstance(each, EarlyStoppingCallback)]
+    stops = early_stopping(trainer)
     return any(waited(state) >= each.early_stopping_patience for each in stops)
 
 

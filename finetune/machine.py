@@ -7,11 +7,13 @@ import functools
 import gc
 import importlib.metadata
 import os
+import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
@@ -163,6 +165,22 @@ def autocast(precision: str) -> Any:
 def same_randomness() -> Any:
     """A context after which the random states are what they were before."""
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
+def random_states() -> tuple[Any, ...]:
+    """The random states of Python, NumPy, torch and this process's GPU."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Put `random_states` back."""
+    python, numpy, cpu, gpu = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)
 
 
 def here(tensor: Any) -> Any:

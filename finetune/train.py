@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import trl
 from datasets import Dataset
@@ -14,8 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from finetune.answers import validation_loss
 from finetune.batches import (
@@ -26,13 +27,15 @@ from finetune.batches import (
     split_batch,
     with_void_row,
 )
-from finetune.callbacks import Speed
-from finetune.checkpoints import require_same_state, waited
-from finetune.files import BEING_WRITTEN
-from finetune.machine import free_cache, processes
+from finetune.callbacks import Dropped, Epochs, Speed
+from finetune.checkpoints import require_same_state
+from finetune.files import BEING_WRITTEN, why_unusable
+from finetune.machine import free_cache, processes, set_random_states
 from finetune.plan import Plan
 from finetune.speed import compute_by, keep_dense, noisy
 from qlora_helpers import UserError
+
+PART_TOKENS = 20_000  # of held-out rows, in a timed checkpoint: some ten seconds on a T4
 
 
 class PlannedTrainer(trl.SFTTrainer):
@@ -62,6 +65,7 @@ class PlannedTrainer(trl.SFTTrainer):
         self.sampler = StepSampler(row_lengths(train_dataset), step, args.seed, plan.cut)
         rows = train_dataset.select_columns(["input_ids", "labels"])
         self.parts, self.trained, self.steps = 1, [], plan.steps
+        self.evaluating = contextlib.nullcontext  # `safe_training` gives another
         self.noise, args.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None
         super().__init__(
             model,
@@ -80,11 +84,29 @@ class PlannedTrainer(trl.SFTTrainer):
         if self.is_fsdp_enabled:  # its casts would round the adapter and the positions' frequencies
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         # First, so that TensorBoard sees the number.
-        self.callback_handler.callbacks.insert(0, Speed(self.sampler))
+        self.callback_handler.callbacks[:0] = [Epochs(self.sampler), Speed(self.sampler)]
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
         """By this plan's micro-batch: transformers 4.57 goes on by the checkpoint's."""
-        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
+        try:
+            return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
+        except Dropped as dropped:
+            return self.save_last_step(dropped)
+
+    def save_last_step(self, dropped: Dropped) -> TrainOutput:
+        """Save the state after the last whole step, unless that was done already."""
+        self.model.zero_grad()
+        set_random_states(dropped.randomness)
+        step = self.state.global_step
+        if step and why_unusable(self.checkpoint_folder(), "checkpoint"):
+            self._save_checkpoint(self.model_wrapped, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(step, 0.0, {"train_runtime": 0.0})
+
+    def checkpoint_folder(self) -> Path:
+        """Where the state after the last whole step is saved."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _get_train_sampler(self, *_: Any) -> StepSampler:
         return self.sampler
@@ -120,9 +142,33 @@ class PlannedTrainer(trl.SFTTrainer):
 
         Under FSDP, where all processes pass through the model together, each takes all rows.
         """
-        rows, ranks = dataloader.dataset, 1 if self.is_fsdp_enabled else processes()[1]
-        loss = validation_loss(self.model, rows, ranks)
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(rows))
+        rows = dataloader.dataset
+        with self.evaluating():
+            metrics = {f"{metric_key_prefix}_loss": self.loss_of(rows)}
+        return EvalLoopOutput(None, None, metrics, len(rows))
+
+    def loss_of(self, rows: Dataset) -> float:
+        """`validation_loss` of rows that all processes share."""
+        ranks = 1 if self.is_fsdp_enabled else processes()[1]
+        return validation_loss(self.model, rows, ranks)
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; at the start of a resumed run it is of the epoch that ended there."""
+        metrics = super()._evaluate(trial, *args, **kwargs)
+        made_up = kwargs.get("skip_scheduler") and self.state.global_step
+        if made_up and self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = str(self.checkpoint_folder())
+        return metrics
+
+    def log_part(self) -> None:
+        """Log the validation loss of a few rows, inside an epoch: seconds; it decides nothing."""
+        rows = self.eval_dataset.shuffle(self.args.seed)
+        count = (np.cumsum(row_lengths(rows)) <= PART_TOKENS).sum()
+        rows = rows.select(range(max(1, count)))
+        loss, due = self.loss_of(rows), self.control.should_log
+        self.log({"eval_part_loss": loss})
+        self.control.should_log = due  # the step's own loss comes after this
+        print(f"Step {self.state.global_step:,}: validation loss {loss:.3f} ({len(rows)} rows)")
 
     def part(self, model: nn.Module, inputs: Mapping[str, Any], count: Any, parts: int) -> Tensor:
         """Gradients of one of `parts`; if memory runs out, they are taken back and halves come.
@@ -171,7 +217,7 @@ class PlannedTrainer(trl.SFTTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, in a folder that says, until it is sealed, that it is being written."""
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = self.checkpoint_folder()
             folder.mkdir(parents=True, exist_ok=True)
             (folder / BEING_WRITTEN).touch()
         super()._save_checkpoint(*args, **kwargs)
@@ -204,13 +250,7 @@ class PlannedTrainer(trl.SFTTrainer):
             self.follow_settings()
 
     def follow_settings(self) -> None:
-        """Go on by today's `learning_rate`, and with early stopping's count so far.
-
-        The Trainer restores the checkpoint's rate and forgets that count.
-        """
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience_counter = waited(self.state)
+        """Go on by today's `learning_rate`: the Trainer restores the checkpoint's."""
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         rates = [self.args.learning_rate] * len(schedule.base_lrs)
         now = [

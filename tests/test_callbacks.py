@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from finetune.callbacks import KeepSafe, safe_training
+from finetune.callbacks import Dropped, KeepSafe, safe_training
 from finetune.files import BEING_WRITTEN, NEEDED, read_seal, seal, why_unusable
 from qlora_helpers import UserError
 
@@ -57,9 +57,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_step(safe, name, valu
 
 @pytest.mark.parametrize(("minutes", "due"), [(19, False), (21, True)])
 def test_a_checkpoint_is_due_twenty_minutes_after_the_last_however_it_was_made(
-    safe, monkeypatch, minutes, due
+    cfg, monkeypatch, minutes, due
 ):
-    inside = {"epoch": 1.5, "max_steps": 99}
+    inside, evaluated = {"epoch": 1.5, "max_steps": 99}, []
+    safe = KeepSafe(cfg, {}, evaluating_trainer(evaluated))
 
     def saves(**changes):
         safe.on_step_end(None, state(**inside | changes), control := transformers.TrainerControl())
@@ -73,6 +74,27 @@ def test_a_checkpoint_is_due_twenty_minutes_after_the_last_however_it_was_made(
         assert not saves(epoch=2.0) and not saves(max_steps=11)  # these are saved anyway
         safe.on_save(None, state(is_world_process_zero=False), None, model=torch.nn.Linear(1, 1))
         assert not saves(), number
+    assert len(evaluated) == 2 * due
+
+
+def evaluating_trainer(evaluated):
+    """What of a trainer a checkpoint between epochs asks for."""
+    told = types.SimpleNamespace(fp16=False)
+    return types.SimpleNamespace(args=told, log_part=lambda: evaluated.append(1))
+
+
+def test_saves_inside_an_epoch_take_a_twentieth_of_the_time_at_most(cfg, monkeypatch):
+    safe, clock = KeepSafe(cfg, {}, evaluating_trainer([])), [time.monotonic()]
+    monkeypatch.setattr("finetune.callbacks.time.monotonic", lambda: clock[0])
+
+    def three_minutes(model):
+        clock[0] += 180
+
+    monkeypatch.setattr("finetune.callbacks.require_finite", three_minutes)
+    safe.on_save(None, state(is_world_process_zero=False), None)
+    for minutes, due in ((59, False), (61, True)):
+        clock[0] = safe.saved + 60 * minutes
+        assert safe.is_late() == due
 
 
 @pytest.mark.parametrize("fp16", [False, True])
@@ -162,16 +184,15 @@ def test_a_resumed_run_finds_its_best_checkpoint_in_its_own_folder(safe, cfg):
         assert found.best_model_checkpoint == str(cfg.run_dir / "checkpoint-4")
 
 
-@pytest.mark.parametrize(
-    ("asked", "epoch", "kept"), [(False, 1.5, True), (True, 1.5, False), (True, 2.0, True)]
-)
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("epoch", [1.5, 2.0])
 def test_the_end_of_max_steps_inside_an_epoch_is_saved_and_scored_unless_stopped(
-    safe, asked, epoch, kept
+    safe, stopped, epoch
 ):
     control = transformers.TrainerControl(should_save=True, should_evaluate=True)
-    safe.asked = asked
+    safe.stopped = stopped
     safe.on_epoch_end(None, state(epoch=epoch), control)
-    assert control.should_save is control.should_evaluate is kept
+    assert control.should_save is control.should_evaluate is not stopped
 
 
 class Watched:
@@ -190,34 +211,67 @@ def begun(cfg, monkeypatch):
     return lambda trainer: safe_training(cfg, trainer)
 
 
-def press_stop():
-    os.kill(os.getpid(), signal.SIGINT)
+def press_stop(number=signal.SIGINT):
+    os.kill(os.getpid(), number)
 
 
-def test_the_first_press_of_stop_saves_after_the_step_and_a_second_stops_at_once(begun, capsys):
-    trainer, control = Watched(4), transformers.TrainerControl()
-    with pytest.raises(UserError, match="Stopped at step 4 of 10, and saved"), begun(trainer):
-        trainer.callbacks[0].on_step_end(None, trainer.state, control)
-        assert not control.should_save and not control.should_training_stop
-        press_stop()
-        trainer.callbacks[0].on_step_end(None, trainer.state, control)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_between_two_steps_a_stop_waits_for_what_is_being_done(begun, number, capsys, monkeypatch):
+    trainer, control, ended = Watched(4), transformers.TrainerControl(), []
+    with contextlib.ExitStack() as stack:
+        signal.signal(signal.SIGTERM, lambda *_: ended.append("as it would have"))
+        stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(UserError, match="Stopped at step 4 of 10, and saved"), begun(trainer):
+            safe = trainer.callbacks[0]
+            safe.on_step_end(None, trainer.state, control)
+            assert not control.should_save and not control.should_training_stop
+            press_stop(number)
+            safe.on_step_end(None, trainer.state, control)
     assert control.should_save and control.should_training_stop
-    assert "Stopping after this step, with a checkpoint." in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt), begun(trainer):
-        press_stop()
-        press_stop()
+    assert "Stopping, with a checkpoint." in capsys.readouterr().out
+    assert ended == ["as it would have"] * (number == signal.SIGTERM)
 
 
-def test_a_press_of_stop_in_the_last_step_is_no_error(begun):
-    with begun(Watched(10)):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_unfinished_is_dropped_at_once_but_never_half_an_optimizer_step(begun, number):
+    trainer = Watched(4)
+    with contextlib.suppress(UserError), begun(trainer):
+        safe, told = trainer.callbacks[0], (None, trainer.state, transformers.TrainerControl())
+        safe.on_step_begin(*told)
+        safe.on_pre_optimizer_step(types.SimpleNamespace(fp16=True), *told[1:], model=weights(1.0))
+        before = safe.randomness
+        press_stop(number)
+        with pytest.raises(Dropped) as dropped:
+            safe.on_step_begin(*told)
+        assert dropped.value.randomness is not before
+        safe.asked = None
+        with pytest.raises(Dropped), trainer.evaluating():
+            press_stop(number)
+        safe.asked = None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end of this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("seconds", "stops"), [(0.1, False), (3, True)])
+def test_a_second_press_stops_at_once_unless_it_is_the_same_one_passed_on(
+    begun, monkeypatch, seconds, stops
+):
+    clock = [time.monotonic()]
+    monkeypatch.setattr("finetune.callbacks.time.monotonic", lambda: clock[0])
+    with pytest.raises(KeyboardInterrupt if stops else ValueError), begun(Watched(4)):
         press_stop()
+        clock[0] += seconds
+        press_stop(signal.SIGTERM)  # a launcher's, while the checkpoint is being written
+        press_stop()
+        raise ValueError
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_after_training_stop_means_again_what_it_meant_before(begun, error):
-    before, trainer = signal.getsignal(signal.SIGINT), Watched(4)
+    numbers, trainer = (signal.SIGINT, signal.SIGTERM), Watched(4)
+    before = [*map(signal.getsignal, numbers)]
     with contextlib.suppress(error or ()), begun(trainer):
-        assert signal.getsignal(signal.SIGINT) is not before and len(trainer.callbacks) == 1
+        assert not {*before} & {*map(signal.getsignal, numbers)} and len(trainer.callbacks) == 1
         if error:
             raise error
-    assert signal.getsignal(signal.SIGINT) is before and trainer.callbacks == []
+    assert [*map(signal.getsignal, numbers)] == before and trainer.callbacks == []

@@ -134,7 +134,8 @@ def done(tmp_path):
     """A trainer with a tiny adapter, and the run's last checkpoint, 10; the best one is 8."""
     base = torch.nn.Sequential(OrderedDict(q_proj=torch.nn.Linear(4, 4)))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    state = TrainerState(global_step=10, max_steps=10)
+    log = [{"eval_loss": 1.5, "step": 10}]
+    state = TrainerState(global_step=10, max_steps=10, epoch=2.0, log_history=log)
     state = dataclasses.asdict(state) | {"best_model_checkpoint": "/elsewhere/faults/checkpoint-8"}
     for step in (8, 10):
         weights = peft.get_peft_model_state_dict(model)
@@ -174,6 +175,26 @@ def test_a_run_before_its_last_step_is_not_finished(done):
     trainer, last = done
     trainer.steps = 11  # more than it had when it was saved
     assert finished(trainer, str(last)) is None and loaded(trainer) is None
+
+
+@pytest.mark.parametrize("epoch", [2.0, 1.5])
+def test_a_last_step_that_was_not_evaluated_is_not_the_end(done, epoch):
+    trainer, last = done
+    for step in (8, 10):
+        log = [{"eval_loss": 1.5, "step": step}, {"loss": 1.5, "step": 10}]
+        edit_json(last / "trainer_state.json", log_history=log, epoch=epoch)
+        seal(last, "checkpoint", "faults")
+        assert (finished(trainer, str(last)) is None) == (step == 8)
+
+
+@pytest.mark.parametrize(("epoch", "evaluated"), [(2.0, 8), (2.0, 10), (1.5, 8)])
+def test_the_end_of_an_epoch_that_was_not_evaluated_is_evaluated_on_resume(begun, epoch, evaluated):
+    trainer, log = trainer_of(), [{"eval_loss": 1.5, "step": evaluated}]
+    state = {"global_step": 10, "max_steps": 20, "epoch": epoch, "log_history": log}
+    mark = fingerprint(begun, trainer)
+    whole(begun.run_dir / "checkpoint-10", "checkpoint", state=state, fingerprint=mark)
+    find_checkpoint(begun, trainer)
+    assert trainer.args.eval_on_start == ((epoch, evaluated) == (2.0, 8))
 
 
 @pytest.mark.parametrize(("waited", "over"), [(2, False), (3, True)])

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -151,6 +152,45 @@ def kill_at(step: int) -> None:
     in_step(step, lambda model: kill())
 
 
+def signal_in_evaluation(number: int) -> None:
+    """SIGTERM in the training's evaluation of this number, counted from 0 before the first step."""
+    from finetune.train import PlannedTrainer
+
+    original, calls = PlannedTrainer.loss_of, []
+
+    def loss_of(self, rows):
+        calls.append(rows)
+        if len(calls) == number + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, rows)
+
+    PlannedTrainer.loss_of = loss_of
+
+
+def slow_step(step: int, seconds: float) -> None:
+    """A step takes so long; says that it has begun."""
+
+    def sleep(model):
+        print("SLEEPS", flush=True)
+        time.sleep(seconds)
+
+    in_step(step, sleep)
+
+
+def saved_by_time(interval: float, seconds: float) -> None:
+    """Every step takes `seconds` more, a checkpoint is made every `interval`; tells the calls."""
+    callbacks = importlib.import_module("finetune.callbacks")
+    callbacks.SAVE_SECONDS, callbacks.SAVE_SHARE = interval, 1e9
+    original = importlib.import_module("finetune.train").PlannedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        time.sleep(seconds)
+        return original(self, *args, **kwargs)
+
+    importlib.import_module("finetune.train").PlannedTrainer.training_step = training_step
+    tell_calls()
+
+
 def stop_at(step: int) -> None:
     """The Stop button in the middle of a step."""
     in_step(step, lambda model: os.kill(os.getpid(), signal.SIGINT))
@@ -264,9 +304,14 @@ def overflow_at(step: int) -> None:
 
 def save_often(step: int) -> None:
     """A checkpoint is made after every step, and SIGKILL comes in the given one."""
-    callbacks = importlib.import_module("finetune.callbacks")
-    callbacks.SAVE_SECONDS, callbacks.ASK_STEPS = 0, 1
+    save_always()
     kill_at(step)
+
+
+def save_always() -> None:
+    """A checkpoint is made after every step, whatever it costs."""
+    callbacks = importlib.import_module("finetune.callbacks")
+    callbacks.SAVE_SECONDS, callbacks.SAVE_SHARE = 0, 1e9
 
 
 def under_fsdp() -> None:
@@ -361,6 +406,10 @@ FAULTS = {
         back_in_time,
         under_fsdp,
         save_often,
+        save_always,
+        saved_by_time,
+        signal_in_evaluation,
+        slow_step,
         as_measured,
         overflow_at,
         cut_as,
@@ -413,32 +462,53 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def begin(
+    settings: dict, log: Path, fault: tuple = (), environment: dict | None = None, again: str = ""
+) -> multiprocessing.Process:
+    """Start one process."""
+    arguments = (settings, str(log), fault, environment or {}, again)
+    process = fork_server().Process(target=main, args=arguments)
+    process.start()
+    return process
+
+
 def run(
     settings: dict, log: Path, fault: tuple = (), environment: dict | None = None, again: str = ""
 ) -> tuple:
     """One process from start to end: its exit code (-9 if killed) and what it printed."""
-    process = fork_server().Process(
-        target=main, args=(settings, str(log), fault, environment or {}, again)
-    )
-    process.start()
+    process = begin(settings, log, fault, environment, again)
     process.join(300)
     return process.exitcode, log.read_text(errors="replace")
 
 
-def run_two(settings: dict, log: Path, fault: tuple = ()) -> tuple:
-    """Two processes that train together; exit code and output of the first."""
+def wait_for(word: str, log: Path, process: multiprocessing.Process) -> None:
+    """Wait until a process has printed `word`."""
+    for _ in range(3000):
+        if log.exists() and word in log.read_text(errors="replace"):
+            return
+        if not process.is_alive():
+            break
+        time.sleep(0.02)
+    raise AssertionError(log.read_text(errors="replace"))
+
+
+def begin_two(settings: dict, log: Path, fault: tuple = ()) -> list[multiprocessing.Process]:
+    """Start two processes that train together."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    context = fork_server()
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     parts = []
     for rank in "01":
+        place = log if rank == "0" else log.with_name("log of the second")
         own = together | {"RANK": rank, "LOCAL_RANK": rank}
-        place = str(log if rank == "0" else log.with_name("log of the second"))
-        parts.append(context.Process(target=main, args=(settings, place, fault, own, "")))
-    for part in parts:
-        part.start()
+        parts.append(begin(settings, place, fault, own))
+    return parts
+
+
+def run_two(settings: dict, log: Path, fault: tuple = ()) -> tuple:
+    """Two processes that train together; exit code and output of the first."""
+    parts = begin_two(settings, log, fault)
     for part in parts:
         part.join(300)
     return parts[0].exitcode, log.read_text(errors="replace")

@@ -8,12 +8,16 @@ the adapter's bytes and every logged loss.
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import child
+import moments
 import pytest
 import torch
+import transformers
 from conftest import result_of
 from sums import checksums
 
@@ -337,16 +341,70 @@ def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_pat
     assert "checkpoint-2" in shown and "resume = 'anyway'" in shown
 
 
-@pytest.mark.parametrize("step", [3, 4], ids=["inside an epoch", "at its end"])
-def test_the_stop_button_keeps_the_work_and_the_cell_continues(tiny, tmp_path, undisturbed, step):
+@pytest.mark.parametrize("step", [3, 4, 6], ids=["after an epoch", "inside one", "last"])
+def test_the_stop_button_drops_the_step_and_the_cell_continues(tiny, tmp_path, undisturbed, step):
     code, shown = run(tiny, tmp_path, "stop_at", step, again="## 11.")
     assert code == 0, shown
     assert (
-        f"UserError: Stopped at step {step} of 6, and saved. Run this cell again to continue."
+        f"UserError: Stopped at step {step - 1} of 6, and saved. Run this cell again to continue."
         in shown
     )
-    assert f"Continuing from checkpoint-{step}." in shown
+    assert f"Continuing from checkpoint-{step - 1}." in shown
     assert result_of(tmp_path) == undisturbed[0]
+
+
+def test_stopped_in_the_first_step_there_is_nothing_to_save(tiny, tmp_path, undisturbed):
+    code, shown = run(tiny, tmp_path, "stop_at", 1, again="## 11.")
+    assert code == 0, shown
+    assert "Stopped before the end of the first step: there is nothing to save yet." in shown
+    assert "Starting at step 0" in shown and result_of(tmp_path) == undisturbed[0]
+
+
+def test_a_step_of_a_minute_is_dropped_at_sigterm_and_the_state_before_it_saved_in_seconds(
+    tiny, tmp_path, undisturbed
+):
+    process = child.begin(tiny(tmp_path), tmp_path / "log", ("slow_step", 4, 60))
+    child.wait_for("SLEEPS", tmp_path / "log", process)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert time.monotonic() - began < 10 and process.exitcode == -signal.SIGTERM
+    assert "Stopped at step 3 of 6, and saved." in (tmp_path / "log").read_text()
+    code, shown = run(tiny, tmp_path)
+    assert code == 0 and "Continuing from checkpoint-3." in shown, shown
+    assert result_of(tmp_path) == undisturbed[0]
+
+
+@pytest.mark.parametrize("number", [0, 2, 3], ids=["before the first step", "second", "last"])
+def test_an_evaluation_is_dropped_at_sigterm_and_made_up_for(tiny, tmp_path, undisturbed, number):
+    code, shown = run(tiny, tmp_path, "signal_in_evaluation", number)
+    assert code == -signal.SIGTERM, shown
+    assert (f"Stopped at step {2 * number} of 6, and saved." in shown) == (number > 0)
+    code, shown = run(tiny, tmp_path)
+    assert code == 0 and (f"Continuing from checkpoint-{2 * number}." in shown) == (number > 0)
+    assert result_of(tmp_path) == undisturbed[0]
+    final = json.loads((outputs(tmp_path) / "final_model" / "run.json").read_text())
+    best = Path(final["trainer_state"]["best_model_checkpoint"])
+    assert best == outputs(tmp_path) / "checkpoint-6"  # its evaluation is the lowest
+
+
+@pytest.fixture(scope="module")
+def moments_undisturbed(tiny, tmp_path_factory):
+    """What the run of `moments` ends as, in one process and in two."""
+    ends = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp("moments")
+        moments.go_on(moments.settings_in(folder, tiny), folder / "log", processes)
+        ends[processes] = moments.result(folder)
+    return ends
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 resumes no two CPU processes")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGTERM, 3.3), (signal.SIGKILL, 4.6)])
+def test_interrupted_at_some_moment(tiny, tmp_path, moments_undisturbed, processes, number, after):
+    moments.one(tiny, tmp_path, moments_undisturbed[processes], number, after, processes)
 
 
 @pytest.fixture
