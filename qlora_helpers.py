@@ -77,6 +77,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     """The hyperparameter cell's values, checked. Make it with `from_cell`."""
 
     base_model: str = Field(min_length=1)
+    base_adapter: str
     run_name: str = Field(pattern=f"^{NAME}$", max_length=96)
     data_files: str = Field(min_length=1)
     validation_fraction: float = Field(gt=0, le=0.5)
@@ -151,6 +152,12 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     def effective_batch(self) -> int:
         """Examples per optimizer step."""
         return self.batch_size * self.gradient_accumulation
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether anything is read from or written to the Hub."""
+        read = [self.base_model, self.base_adapter or "embedded"]
+        return self.push_to_hub or self.backup_to == "hub" or not all(map(is_local, read))
 
     @property
     def run_dir(self) -> Path:

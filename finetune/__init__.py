@@ -2,7 +2,7 @@
 
 Each room imports only from those that stand before it here, and from `qlora_helpers`:
 
-machine, files, lock, setup, hub, rows, data, tokens, audit, batches, answers, base_model, backup,
-report, arithmetic, compare, speed, access, architecture, folders, preflight, checkpoints, trials,
-plan, callbacks, train, card, save, merge, headless, launch
+machine, files, lock, setup, hub, rows, data, tokens, audit, batches, answers, base_model,
+base_adapter, identity, backup, report, arithmetic, compare, speed, access, architecture, folders,
+preflight, checkpoints, trials, plan, callbacks, train, card, save, merge, headless, launch
 """

@@ -112,6 +112,12 @@ def convert_gguf(source: Path, name: str, folder: Path) -> None:
     write_config(model, folder, model.dtype)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """A local base model's files of weights, by name."""
+    kinds = (sorted(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "gguf"))
+    return next(filter(None, kinds), [])
+
+
 def placement() -> Any:
     """The base model's `device_map`: this process's device, unless several GPUs hold it in parts.
 

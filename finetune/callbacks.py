@@ -22,13 +22,7 @@ from transformers import TrainerCallback
 
 from finetune.backup import back_up
 from finetune.batches import StepSampler
-from finetune.checkpoints import (
-    count_on,
-    fingerprint,
-    last_good_checkpoint,
-    require_finite,
-    state_hashes,
-)
+from finetune.checkpoints import count_on, last_good_checkpoint, require_finite, state_hashes
 from finetune.files import (
     BEING_WRITTEN,
     checkpoints,
@@ -38,6 +32,7 @@ from finetune.files import (
     seal,
     why_unusable,
 )
+from finetune.identity import fingerprint
 from finetune.machine import here, processes, random_states, versions
 from qlora_helpers import Settings, UserError, base_name
 
@@ -230,7 +225,8 @@ class KeepSafe(TrainerCallback):
         edit_json(folder / "trainer_state.json", best_model_checkpoint=best)
         base = base_name(self.settings.base_model)
         edit_json(folder / "adapter_config.json", base_model_name_or_path=base)
-        told = {"fingerprint": self.mark, "versions": versions(), "state": hashes}
+        told = {"run": getattr(self.trainer, "run", ""), "fingerprint": self.mark}
+        told |= {"versions": versions(), "state": hashes}
         (folder / "run.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
         seal(folder, "checkpoint", self.settings.run_name)
         (folder / BEING_WRITTEN).unlink(missing_ok=True)

@@ -64,6 +64,10 @@ def model_card(settings: Settings, run: Mapping[str, Any], merged: bool = False)
     base = "SmolLM2-135M-Instruct (embedded)" if embedded else base_name(settings.base_model)
     what = f"{base} with a LoRA adapter merged into it" if merged else f"A LoRA adapter for {base}"
     header = "" if is_local(settings.base_model) else f"base_model: {settings.base_model}\n"
+    begun = base_name(settings.base_adapter) if settings.base_adapter else ""
+    start = f'\nTraining went on from the adapter {begun}, which is what "before" means.' * bool(
+        begun
+    )
     stack = ", ".join(map(" ".join, run["versions"].items()))
     return f"""---
 {header}library_name: {"transformers" if merged else "peft"}
@@ -73,7 +77,7 @@ tags: [lora, qlora, sft]
 
 # {settings.run_name}
 
-{what}{revision}, trained with 4-bit NF4 (QLoRA) on {run["device"]}.
+{what}{revision}, trained with 4-bit NF4 (QLoRA) on {run["device"]}.{start}
 
 {score_table(result)}
 

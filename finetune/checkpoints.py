@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from finetune.backup import fetch_backup
+from finetune.backup import begin_copies, fetch_backup, told_in
+from finetune.base_adapter import is_untrained
 from finetune.files import (
     BEING_WRITTEN,
     SEAL,
@@ -28,43 +29,19 @@ from finetune.files import (
     unused,
     why_unusable,
 )
+from finetune.identity import (
+    as_told_now,
+    changes,
+    fingerprint,
+    hash_of_fingerprint,
+    other_release,
+    require_same_shape,
+    run_of,
+    trains_on,
+)
 from finetune.lock import claim
 from finetune.machine import here, main_first, processes
-from qlora_helpers import Settings, UserError, base_name, listed
-
-# Settings that do not change what is trained: where things are, what happens afterwards, and how a
-# step is cut.
-NOT_TRAINING = {
-    *("run_name", "data_files", "validation_fraction", "max_length", "on_bad_rows", "too_long"),
-    *("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "bf16"),
-    *("sample_rows", "max_new_tokens", "report_to", "push_to_hub", "hub_repo", "hub_private"),
-    *("resume", "backup_to", "merge", "model_cache", "output_dir", "merged_dir"),
-}
-
-
-def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
-    """What two runs must share for one to continue the other.
-
-    That is: the settings that matter, and hashes of the tokens.
-    """
-
-    def digest(data: Any) -> str:
-        sha = hashlib.sha256()
-        for batch in data.with_format("arrow").iter(batch_size=1000):
-            for column in (batch["input_ids"].combine_chunks(), batch["labels"].combine_chunks()):
-                sha.update(column.value_lengths().to_numpy().astype("int64").tobytes())
-                sha.update(column.flatten().to_numpy().astype("int64").tobytes())
-        return sha.hexdigest()
-
-    told = {
-        name: value for name, value in settings.model_dump().items() if name not in NOT_TRAINING
-    }
-    told["base_model"] = base_name(settings.base_model)
-    told["effective_batch"] = settings.effective_batch
-    told["base_revision"] = getattr(trainer.model.config, "_commit_hash", None)
-    rows = trainer.train_dataset
-    real = len(rows) - (processes()[1] > 1)  # without `with_void_row`'s
-    return told | {"training rows": digest(rows.select(range(real)))}
+from qlora_helpers import Settings, UserError, listed
 
 
 def last_good_checkpoint(run_dir: Path) -> Path | None:
@@ -95,83 +72,75 @@ def remembered(folder: Path, purpose: str) -> dict[str, Any]:
 def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
     """The folder for `trainer.train(resume_from_checkpoint=…)` to continue from, or None to begin.
 
-    Prints what it decided and why. The finished run itself comes back as `final_model`. Copies are
-    fetched from `backup_to` if nothing usable is here. Raises `UserError` if data or settings
-    changed under an unfinished run.
+    Prints what it decided and why. The finished run itself comes back as `final_model`. Copies in
+    `backup_to` are fetched if they are further than what is here. Raises `UserError` if data or
+    settings changed under an unfinished run, or if another release finished it.
     """
     claim(settings.run_dir)
-    now, run_dir, final = fingerprint(settings, trainer), settings.run_dir, settings.final_model
+    now, final = fingerprint(settings, trainer), settings.final_model
+    trainer.run = hash_of_fingerprint(now)
+    last = last_good_checkpoint(settings.run_dir)
     if settings.resume == "never":
-        last_good_checkpoint(run_dir)
-        return begin(run_dir, trainer.model, "resume = 'never'")
-    done, last = remembered(final, "adapter").get("fingerprint"), last_good_checkpoint(run_dir)
-    if not done and not last:
-        fetch_backup(settings)
-        done, last = remembered(final, "adapter").get("fingerprint"), last_good_checkpoint(run_dir)
-    if done == now:
+        return begin(settings, trainer.model, "resume = 'never'")
+    done = remembered(final, "adapter")
+    if fetch_backup(settings, told_in(last) if last else done):
+        done, last = remembered(final, "adapter"), last_good_checkpoint(settings.run_dir)
+    finished_as = as_told_now(done.get("fingerprint"), now)
+    if finished_as == now:
+        trainer.run = run_of(done)
         return str(final)
-    if last is None:
-        return begin(run_dir, trainer.model, "there is no checkpoint")
-    was = remembered(last, "checkpoint")["fingerprint"]
-    if was != now and settings.resume != "anyway":
-        names = [name for name in now | was if now.get(name) != was.get(name)]
-        changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
-        if was == done and trains_on(was, now):
-            raise UserError(
-                f"{settings.run_name} is finished ({'; '.join(changed)}). To train it on, set "
-                "resume = 'anyway': it continues from its last checkpoint, and the learning rate "
-                "follows the longer schedule. To begin anew, choose a new run_name, or set "
-                "resume = 'never'."
-            )
-        if was == done:
-            why = f"the finished {settings.run_name} had other data or settings"
-            return begin(run_dir, trainer.model, f"{why} ({'; '.join(changed)})")
+    if finished_as and (other := other_release(finished_as, now)):
         raise UserError(
-            listed(f"{last} is of an unfinished run with other data or settings:", changed)
-            + "\nEither choose a new run_name, to begin a run of its own; or put the old "
-            "values back, to continue; or set resume = 'anyway', to continue with the new ones."
+            f"{settings.run_name} is finished, by another release of this notebook: since then "
+            f"{', and '.join(other)} changed. It is not trained again. Choose a new run_name; the "
+            f"adapter stays in {final}"
         )
+    if last is None:
+        return begin(settings, trainer.model, "there is no checkpoint")
+    was = as_told_now(told_in(last)["fingerprint"], now)
+    if was != now and settings.resume != "anyway":
+        changed = changes(was, now)
+        if was == finished_as and not trains_on(was, now):
+            why = f"the finished {settings.run_name} had other data or settings"
+            return begin(settings, trainer.model, f"{why} ({'; '.join(changed)})")
+        raise UserError(how_to_go_on(settings, last, changed, was == finished_as))
     require_same_shape(was, now, last)
+    trainer.run = run_of(told_in(last))
     state = TrainerState(**json.loads((last / "trainer_state.json").read_text(encoding="utf-8")))
     trainer.args.eval_on_start = lacks_evaluation(state)  # else its result is in the log already
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
     return str(last)
 
 
-LENGTH = ("epochs", "max_steps")
-SHAPE = ("base_model", "lora_r", "target_modules", "use_dora")
-
-
-def trains_on(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two runs differ in their length alone, and the second is the longer."""
-    same = all(was.get(name) == now.get(name) for name in now | was if name not in LENGTH)
-    return same and any(now[name] > was[name] for name in LENGTH)
-
-
-def require_same_shape(was: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Raise `UserError` if a checkpoint's adapter has another shape, or another base model."""
-    names = [name for name in SHAPE if was.get(name) != now.get(name)]
-    if names:
-        changed = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
-        raise UserError(
-            f"The adapter in {folder} does not fit ({'; '.join(changed)}), so that training cannot "
-            "go on from it. Put the old values back, or choose a new run_name."
+def how_to_go_on(settings: Settings, last: Path, changed: list[str], is_finished: bool) -> str:
+    """What there is to choose from where a run is there, and something has changed."""
+    if is_finished:
+        return (
+            f"{settings.run_name} is finished ({'; '.join(changed)}). To train it on, set "
+            "resume = 'anyway': it continues from its last checkpoint, and the learning rate "
+            "follows the longer schedule. To begin anew, choose a new run_name, or set "
+            "resume = 'never'."
         )
+    return (
+        listed(f"{last} is of an unfinished run with other data or settings:", changed)
+        + "\nEither choose a new run_name, to begin a run of its own; or put the old "
+        "values back, to continue; or set resume = 'anyway', to continue with the new ones."
+    )
 
 
-def begin(run_dir: Path, model: PreTrainedModel, why: str) -> None:
+def begin(settings: Settings, model: PreTrainedModel, why: str) -> None:
     """Put the run's old checkpoints into one folder, in place of those that are there.
 
-    Raises `UserError` if the adapter in memory has learned something already.
+    Copies elsewhere are kept apart, too. Raises `UserError` if the adapter in memory has learned
+    something already.
     """
-    trained = (here(weight) for name, weight in model.named_parameters() if "lora_B" in name)
-    if any(weight.any() for weight in trained):
+    if not is_untrained(model, settings):
         raise UserError(
             f"This would start at step 0 ({why}), but the adapter in memory is trained already. "
             "Run from section 7 on, which loads the base model anew."
         )
-    before = run_dir / "checkpoints-before"
-    old = checkpoints(run_dir)
+    before = settings.run_dir / "checkpoints-before"
+    old = checkpoints(settings.run_dir)
     for folder in checkpoints(before) if old else ():
         remove(folder, "checkpoint")
     for folder in old:
@@ -179,6 +148,7 @@ def begin(run_dir: Path, model: PreTrainedModel, why: str) -> None:
         folder.rename(unused(before / folder.name))
     kept = f" The checkpoints that were here are in {before.name}." if old else ""
     print(f"Starting at step 0: {why}.{kept}")
+    begin_copies(settings)
 
 
 def finished(trainer: Any, folder: str | None) -> TrainOutput | None:

@@ -240,17 +240,27 @@ def data_notes(rows: Dataset) -> list[str]:
 
 def places(rows: Dataset, salt: str = "") -> np.ndarray:
     """A number from 0 to 1 for each row, `[rows]`, by a hash of its prompt."""
-    prompts = (prompt for batch in rows.iter(1000) for prompt in batch["prompt"])
-    hashes = (hashlib.sha256((salt + prompt).encode()).hexdigest()[:12] for prompt in prompts)
+    hashes = prompt_hashes(rows, salt)
     return np.fromiter((int(text, 16) / 16**12 for text in hashes), float, len(rows))
 
 
-def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+def prompt_hashes(rows: Dataset, salt: str = "") -> Iterator[str]:
+    """The first 48 bits of each prompt's SHA-256, as hexadecimal digits."""
+    prompts = (prompt for batch in rows.iter(1000) for prompt in batch["prompt"])
+    return (hashlib.sha256((salt + prompt).encode()).hexdigest()[:12] for prompt in prompts)
+
+
+SPLIT = 1  # raised whenever `split_rows` would hold other rows out
+
+
+def split_rows(
+    rows: Dataset, fraction: float, before: frozenset[str] = frozenset()
+) -> tuple[Dataset, Dataset]:
     """Training and held-out rows, chosen by a hash of the prompt.
 
     Adding rows never moves an old one across, and one prompt is never on both sides. At least one
     row is held out, and at least one is left to train on; raises `UserError` if there are not two
-    different prompts.
+    different prompts. Prompts whose hashes an earlier run held out (`before`) are so again.
     """
     place = places(rows)
     low, high = place.min(), place.max()
@@ -260,6 +270,13 @@ def split_rows(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
             "one to learn from, one to test on."
         )
     held = (place == low) | ((place < fraction) & (place != high))
+    if before:
+        held |= np.fromiter((text in before for text in prompt_hashes(rows)), bool, len(rows))
+    if held.all():
+        raise UserError(
+            "All of these rows were held out by the run that this one continues, so that none is "
+            "left to train on: add others, or choose a new run_name without base_adapter."
+        )
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 

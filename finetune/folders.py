@@ -35,7 +35,8 @@ def on_drive(path: Path) -> bool:
 
 def needs_drive(settings: Settings) -> bool:
     """Whether anything that the settings name, to read or to write, is on Google Drive."""
-    read = [locate(settings.data_files), local_base(settings.base_model) or Path()]
+    read = [locate(settings.data_files)]
+    read += [local_base(name) or Path() for name in (settings.base_model, settings.base_adapter)]
     named = [*folder_settings(settings).values(), *read]
     return settings.backup_to == "drive" or any(map(on_drive, named))
 

@@ -20,9 +20,10 @@ from typing import Any
 import nbconvert
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from traitlets.config import Config
 
 from finetune.lock import require_unused
 from qlora_helpers import Settings, UserError
@@ -95,6 +96,11 @@ class Streaming(NotebookClient):
             print(bar[0], flush=True)
         return super().process_message(msg, cell, cell_index)
 
+    async def _async_cleanup_kernel(self) -> None:
+        """Once: after a signal nbclient does it twice."""
+        if self.km is not None:
+            await super()._async_cleanup_kernel()
+
 
 def execute(settings: Mapping[str, Any], folder: Path | None = None) -> nbformat.NotebookNode:
     """Execute the notebook with `settings`; write it and its page to `folder`, the run's if None.
@@ -110,6 +116,8 @@ def execute(settings: Mapping[str, Any], folder: Path | None = None) -> nbformat
     notebook = parameterize_notebook(notebook, settings)
     place = {"metadata": {"path": str(Path.cwd())}}
     options = {"timeout": None, "kernel_name": "python3", "coalesce_streams": True}
+    # At SIGINT and SIGTERM training saves a checkpoint; only then the kernel is killed.
+    options["config"] = Config({"KernelManager": {"shutdown_wait_time": 120}})
     try:
         Streaming(notebook, resources=place, **options).execute()
     finally:
@@ -138,6 +146,11 @@ def main() -> None:
         raise SystemExit(words) from None
     except UserError as error:
         raise SystemExit(str(error)) from None
+    except (DeadKernelError, AssertionError):  # nbclient asserts that its kernel is there
+        raise SystemExit(
+            "\nThe notebook's process was ended. Nothing that was saved is lost: run this again, "
+            "and it continues from the last whole checkpoint."
+        ) from None
     run = Settings.from_cell(known | settings)
     print(f"Curves:   {run.run_dir / 'curves.png'}\nAdapter:  {run.final_model}")
 

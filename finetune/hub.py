@@ -108,6 +108,7 @@ def sign_in(needed: bool = True) -> str | None:
 PUSHED_FILES = [
     *("adapter_model.safetensors", "adapter_config.json", "tokenizer*", "special_tokens_map.json"),
     *("chat_template.jinja", "generation_config.json", "README.md", "run.json", "checksums.json"),
+    "held_out.json",
 ]
 CARD_FILES = ["README.md", "run.json", "checksums.json"]
 

@@ -27,7 +27,15 @@ BEAT, STALE = 20, 90  # seconds between two heartbeats, and after which a holder
 # What a run writes into its folder by plain names, besides checkpoints and the adapter.
 WRITTEN = {
     *("data", "data.rejected.jsonl", "plan.json", "lengths.png", "curves.png", "answers.jsonl"),
-    *("run.json", "resumed.json", "report.html", "notebook.ipynb", "notebook.html", "runs"),
+    *(
+        "run.json",
+        "resumed.json",
+        "held_out.json",
+        "report.html",
+        "notebook.ipynb",
+        "notebook.html",
+        "runs",
+    ),
 }
 
 

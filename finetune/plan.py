@@ -19,7 +19,7 @@ from finetune.batches import Cut, row_lengths, steps_of
 from finetune.machine import is_spread, memory_limit, processes, resolve_precision, versions
 from finetune.speed import checkpointable, own_attention
 from finetune.trials import Trials
-from qlora_helpers import Settings, UserError, base_name, listed
+from qlora_helpers import Settings, UserError, base_name, listed, on_colab, on_kaggle
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -93,6 +93,8 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
         found = planned_before(settings, about) or measure_plan(settings, model, data, about)
     measured = broadcast_object_list([found])[0]
     cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
+    if told := at_risk(settings, seconds * steps / per_epoch):
+        print(told)
     return Plan(
         cut=cut,
         accumulation=step // (cut.micro_batch * ranks),
@@ -103,6 +105,18 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
         tokens_per_second=sum(lengths) / seconds if seconds else 0.0,
         seconds=seconds * steps / per_epoch,
         **{name: measured[name] for name in ("peak", "why", "table")},
+    )
+
+
+def at_risk(settings: Settings, seconds: float) -> str:
+    """What is lost if Colab or Kaggle takes the machine away; empty with copies, and elsewhere."""
+    if settings.backup_to != "none" or not (on_colab() or on_kaggle()) or not seconds:
+        return ""
+    whose = "Colab" if on_colab() else "Kaggle"
+    return (
+        f"! Nothing is copied elsewhere: if {whose} takes this machine away, up to "
+        f"{seconds / 60:,.0f} minutes of training are lost. With backup_to = 'drive' or 'hub' in "
+        "section 2 it would be 20."
     )
 
 

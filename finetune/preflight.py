@@ -12,7 +12,8 @@ import torch
 
 from finetune.access import Line, base_model_gb, check_base_model, check_copies, check_push
 from finetune.architecture import check_architecture
-from finetune.backup import drive_folder
+from finetune.backup import drive_folder, what_is_there
+from finetune.base_adapter import adapter_config, adapter_folder
 from finetune.base_model import cache_of
 from finetune.files import checkpoints
 from finetune.folders import check_disks, check_folders
@@ -89,18 +90,37 @@ def check_room(settings: Settings, token: str | None) -> Iterator[Line]:
         yield ("✓", text) if memory > held else ("✗", f"{text}: {less}")
 
 
-def check_backup(settings: Settings, token: str | None) -> Line:
-    """Whether checkpoints can be copied to where `backup_to` says."""
+def check_backup(settings: Settings, token: str | None) -> Iterator[Line]:
+    """Whether checkpoints can be copied to where `backup_to` says, and what is there already."""
     if settings.backup_to == "none":
         told = "if this machine goes away, so does the training ('drive' or 'hub' keep copies)"
-        return "!", f"backup_to is 'none': {told}"
-    if settings.backup_to == "hub":
-        return check_copies(settings, token)
+        yield "!", f"backup_to is 'none': {told}"
+        return
+    line = check_copies(settings, token) if settings.backup_to == "hub" else check_drive(settings)
+    yield line
+    if line[0] == "✓" and (found := what_is_there(settings, token)):
+        told = "if rows and settings are the same, section 11 goes on from the furthest"
+        yield "!", f"there {found}: {told}; another run's are kept apart, never replaced"
+
+
+def check_drive(settings: Settings) -> Line:
+    """Whether Google Drive is there for copies."""
     drive = drive_folder(settings).parent.parent
     if not drive.is_dir():
         told = "run section 3 again and allow Drive, or set 'hub'"
         return "✗", f"backup_to = 'drive', but there is no {drive}: {told}"
     return "✓", f"checkpoints are copied to {drive_folder(settings)}"
+
+
+def check_adapter(settings: Settings) -> Iterator[Line]:
+    """Whether training can go on from `base_adapter`, if one is given."""
+    if not settings.base_adapter:
+        return
+    try:
+        adapter_config(adapter_folder(settings))
+        yield "✓", f"training goes on from {settings.base_adapter}"
+    except UserError as error:
+        yield "✗", str(error)
 
 
 def check_logger(settings: Settings) -> Iterator[Line]:
@@ -136,7 +156,8 @@ def preflight(settings: Settings, token: str | None) -> None:
     lines += [*check_room(settings, token), base]
     if base[0] == "✓":
         lines += check_architecture(settings, token)
-    lines += [check_backup(settings, token), check_push(settings, token), *check_logger(settings)]
+    lines += [*check_adapter(settings), *check_backup(settings, token)]
+    lines += [check_push(settings, token), *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:
         raise UserError(listed("Before training can start:", failed))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.checkpoints import fingerprint, require_finite
+from finetune.base_adapter import HELD_OUT
+from finetune.checkpoints import require_finite
 from finetune.files import (
     SEAL,
     edit_json,
@@ -36,14 +37,12 @@ from finetune.hub import (
     hub_repo_id,
     with_retries,
 )
+from finetune.identity import fingerprint
 from finetune.lock import claim
 from finetune.machine import short, versions
 from finetune.plan import Plan
 from finetune.tokens import chat_template
-from qlora_helpers import (
-    Settings,
-    UserError,
-)
+from qlora_helpers import Settings, UserError
 
 
 def manifest(
@@ -55,8 +54,10 @@ def manifest(
     """
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": trainer.run,
         "base_model": settings.base_model,
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "base_adapter": settings.base_adapter,
         "fingerprint": fingerprint(settings, trainer),
         "settings": settings.model_dump(),
         "plan": dataclasses.asdict(plan),
@@ -114,6 +115,8 @@ def save_adapter(
         model.save_pretrained(work)
         write_for_others(work, tokenizer)
         write_texts(work, card, run)
+        if (folder.parent / HELD_OUT).is_file():
+            shutil.copy2(folder.parent / HELD_OUT, work)
         if is_same(work, folder):
             raise SavedAlready
         seal(work, "adapter", folder.parent.name)

@@ -64,9 +64,10 @@ class PlannedTrainer(trl.SFTTrainer):
         step = plan.cut.micro_batch * plan.accumulation * processes()[1]
         self.sampler = StepSampler(row_lengths(train_dataset), step, args.seed, plan.cut)
         rows = train_dataset.select_columns(["input_ids", "labels"])
-        self.parts, self.trained, self.steps = 1, [], plan.steps
+        self.parts, self.trained, self.steps, self.run = 1, [], plan.steps, ""
         self.evaluating = contextlib.nullcontext  # `safe_training` gives another
         self.noise, args.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None
+        weights = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model,
             for_encoded_rows(args),
@@ -76,7 +77,7 @@ class PlannedTrainer(trl.SFTTrainer):
             **kwargs,
         )
         model.config.get_text_config().output_router_logits = False
-        adapter_to_fp32(model)
+        hold_in_fp32(model, weights)
         compute_by(model, plan.cut)
         self.model_accepts_loss_kwargs = True
         # Else a batch waits for the step before it.
@@ -278,16 +279,16 @@ class PlannedTrainer(trl.SFTTrainer):
         free_cache()
 
 
-def adapter_to_fp32(model: nn.Module) -> None:
-    """Hold the adapter's weights in fp32; call it after the trainer is built.
+def hold_in_fp32(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
+    """Give the adapter back the weights that it had, in fp32, once the trainer is built.
 
-    TRL casts the trainable weights of a quantised model to bf16. AdamW's small updates vanish in
-    bf16, and with fp16 compute the gradient scaler refuses bf16 gradients outright. On an H100 fp32
-    was not slower.
+    TRL casts the trainable weights of a quantised model to bf16, which rounds an adapter that is
+    trained on. AdamW's small updates vanish in bf16, and with fp16 compute the gradient scaler
+    refuses bf16 gradients outright. On an H100 fp32 was not slower.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = weights[name]
 
 
 def for_encoded_rows(args: trl.SFTConfig) -> trl.SFTConfig:

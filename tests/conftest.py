@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "tests" / "faults"))
 import pytest  # noqa: E402
 
 from finetune.base_model import base_model_path, mend_cpu_gradients  # noqa: E402
+from finetune.lock import release  # noqa: E402
 from finetune.setup import quiet  # noqa: E402
 from qlora_helpers import Settings  # noqa: E402
 
@@ -119,3 +120,12 @@ def nf4_model(smollm_path):
         )
 
     return make
+
+
+@pytest.fixture
+def begun(settings, tmp_path, monkeypatch):
+    """Settings of a run with copies on a Drive that is mounted."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "content" / "drive" / "MyDrive").mkdir(parents=True)
+    yield settings(output_dir=str(tmp_path / "out"), run_name="faults", backup_to="drive")
+    release()

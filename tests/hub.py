@@ -75,6 +75,7 @@ class Hub:
             "auth": {"accessToken": {"role": role}},
         } | (user or {})
         self.requests, self.files, self.repos, self.refuse, self.objects = [], {}, {}, {}, {}
+        self.branches = {}
         self.closing = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub = self
@@ -182,6 +183,9 @@ class Hub:
             return (
                 {"commitUrl": f"{self.url}/{repo}/commit/{SHA}", "commitOid": SHA, "success": True},
             )
+        if rest.startswith("branch/"):
+            self.branches[repo, rest.removeprefix("branch/")] = dict(files)
+            return ({},)
         if rest.startswith("tree/"):
             return (
                 [{"type": "file", "path": n, "size": len(d), "oid": SHA} for n, d in files.items()],

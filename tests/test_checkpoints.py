@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, TrainerState
 
 from finetune.backup import drive_folder
-from finetune.checkpoints import find_checkpoint, fingerprint, finished
+from finetune.checkpoints import find_checkpoint, finished
 from finetune.files import NEEDED, checkpoints, edit_json, seal
-from finetune.lock import release
+from finetune.identity import fingerprint
 from qlora_helpers import UserError
 
 TOKENS = [{"input_ids": [n, n + 1, 7], "labels": [-100, n + 1, 7]} for n in range(2500)]
@@ -79,15 +79,6 @@ def test_what_changes_the_training_and_nothing_else_makes_another_run(settings):
         assert fingerprint(settings(**changes), trainer) == mark, changes
     assert fingerprint(settings(), trainer_of(revision="def")) != mark
     assert json.loads(json.dumps(mark)) == mark  # it is compared with what a file holds
-
-
-@pytest.fixture
-def begun(settings, tmp_path, monkeypatch):
-    """Settings of a run with copies on a Drive that is mounted."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "content" / "drive" / "MyDrive").mkdir(parents=True)
-    yield settings(output_dir=str(tmp_path / "out"), run_name="faults", backup_to="drive")
-    release()
 
 
 def whole(folder, purpose, weights=None, state=None, **told):

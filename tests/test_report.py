@@ -36,7 +36,7 @@ from finetune.report import (
 )
 from finetune.save import manifest
 from finetune.tokens import encode_rows
-from finetune.train import adapter_to_fp32
+from finetune.train import hold_in_fp32
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird"]
 dice = random.Random(0)
@@ -99,10 +99,11 @@ def train(folder, base, tokenizer, **changes):
     }
     data = {"train_dataset": rows[:16], "eval_dataset": rows[16:]}
     data = {name: datasets.Dataset.from_list(part) for name, part in data.items()}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer = trl.SFTTrainer(
         model, trl.SFTConfig(**options | changes), processing_class=tokenizer, **data
     )
-    adapter_to_fp32(model)
+    hold_in_fp32(model, weights)
     sampler = StepSampler([len(row["input_ids"]) for row in rows[:16]], 4, 0, Cut(4, False, "sdpa"))
     trainer._get_train_sampler = lambda *_: sampler
     trainer.callback_handler.callbacks.insert(0, Speed(sampler))

@@ -59,7 +59,7 @@ def saved(tmp_path_factory, settings, smollm_path, smollm_tokenizer):
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     data = datasets.Dataset.from_list([encode_example(smollm_tokenizer, "Hello", "Hi")])
     trainer = types.SimpleNamespace(
-        model=model, train_dataset=data, state=transformers.TrainerState(global_step=5)
+        model=model, train_dataset=data, state=transformers.TrainerState(global_step=5), run="a1"
     )
     run = manifest(cfg, trainer, PLAN, RESULT)
     backup = save_adapter(model, smollm_tokenizer, cfg.final_model, model_card(cfg, run), run)
@@ -241,7 +241,7 @@ def test_the_manifest_has_the_revision_of_a_base_from_the_hub(saved, monkeypatch
     cfg, model, _ = saved
     monkeypatch.setattr(model.config, "_commit_hash", "c0ffee", raising=False)
     data = datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
-    options = {"train_dataset": data, "state": transformers.TrainerState()}
+    options = {"train_dataset": data, "state": transformers.TrainerState(), "run": "a1"}
     run = manifest(cfg, types.SimpleNamespace(model=model, **options), PLAN, RESULT)
     assert run["base_revision"] == run["fingerprint"]["base_revision"] == "c0ffee"
 

@@ -46,7 +46,7 @@ from finetune.speed import (
     use_fast_kernels,
 )
 from finetune.tokens import encode_rows
-from finetune.train import PlannedTrainer, adapter_to_fp32
+from finetune.train import PlannedTrainer, hold_in_fp32
 
 
 def fast(model, data=None):
@@ -412,11 +412,12 @@ def with_mask(data):
 
 def plain(model, args, data, tokenizer):
     options = {"train_dataset": data, "processing_class": tokenizer}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer = Plain(model, args, data_collator=with_mask, **options)
     trainer.plainer = any(type(model.get_base_model()).__name__.startswith(n) for n in NOT_TRLS)
     trainer.model_accepts_loss_kwargs |= trainer.plainer
     trainer.sampler = StepSampler(row_lengths(data), 16, 42, PADDED)
-    adapter_to_fp32(model)
+    hold_in_fp32(model, weights)
     return trainer
 
 

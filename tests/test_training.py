@@ -42,7 +42,10 @@ def train(model, tokenizer, cfg, folder):
         disable_tqdm=True,
         use_cpu=True,
     )
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer = PlannedTrainer(model, args, plan, train_dataset=data, processing_class=tokenizer)
+    for name, weight in trainer.trainable().items():  # trl rounds them to bf16
+        assert weight.dtype == torch.float32 and torch.equal(weight, before[name].float()), name
     trainer.train()
     return trainer, plan
 

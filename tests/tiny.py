@@ -62,9 +62,8 @@ def tiny_tuned(base: str, seed: int = 0, **lora):
     from finetune.base_model import mend_cpu_gradients
 
     targets = lora.pop("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj"])
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, **lora
-    )
+    shape = {"r": 4, "lora_alpha": 8} | lora
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **shape)
     model = peft.get_peft_model(tiny_nf4(base), config)
     mend_cpu_gradients(model)
     generator = torch.Generator().manual_seed(seed)

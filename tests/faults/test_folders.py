@@ -350,35 +350,41 @@ def test_begun_anew_the_old_checkpoints_stand_in_one_folder(tiny, tmp_path, undi
     assert result_of(tmp_path) == undisturbed[0]
 
 
-def test_what_somebody_put_among_the_old_checkpoints_is_kept(tmp_path, tuned, monkeypatch):
+@pytest.fixture
+def anew(settings, tmp_path):
+    """Settings of a run whose folder is `tmp_path`."""
+    return settings(output_dir=str(tmp_path.parent), run_name=tmp_path.name)
+
+
+def test_what_somebody_put_among_the_old_checkpoints_is_kept(tmp_path, tuned, monkeypatch, anew):
     sealed(tmp_path / "checkpoint-2", "checkpoint")
     theirs = tmp_path / "checkpoints-before" / "checkpoint-2"
     theirs.mkdir(parents=True)
     (theirs / "mine").write_text("x")
-    monkeypatch.setattr("finetune.checkpoints.here", lambda weight: weight * 0)
-    begin(tmp_path, tuned, "a test")
+    monkeypatch.setattr("finetune.base_adapter.here", lambda weight: weight * 0)
+    begin(anew, tuned, "a test")
     assert (tmp_path / "checkpoints-before" / "checkpoint-2-kept" / "mine").read_text() == "x"
     assert (tmp_path / "checkpoints-before" / "checkpoint-2" / "optimizer").exists()
 
 
-def test_the_old_checkpoints_stay_until_newer_ones_take_their_place(tmp_path, capsys):
+def test_the_old_checkpoints_stay_until_newer_ones_take_their_place(tmp_path, anew, capsys):
     model = torch.nn.ParameterDict({"lora_B": torch.zeros(2), "lora_A": torch.ones(2)})
     before = tmp_path / "checkpoints-before"
     for steps in ((8, 10), (), (9,)):
         for step in steps:
             sealed(tmp_path / f"checkpoint-{step}", "checkpoint")
-        begin(tmp_path, model, "a test")
+        begin(anew, model, "a test")
         shown = capsys.readouterr().out
         assert ("The checkpoints that were here are in" in shown) == bool(steps)
         names = {path.name for path in before.iterdir()}
         assert names == {f"checkpoint-{step}" for step in steps or (8, 10)}
 
 
-def test_an_adapter_that_has_learned_is_not_begun_anew(tmp_path):
+def test_an_adapter_that_has_learned_is_not_begun_anew(tmp_path, anew):
     sealed(tmp_path / "checkpoint-2", "checkpoint")
     model = torch.nn.ParameterDict({"q_lora_B": torch.zeros(2), "v_lora_B": torch.ones(2)})
     with pytest.raises(UserError, match=r"step 0 \(a test\), but the adapter in memory is tr"):
-        begin(tmp_path, model, "a test")
+        begin(anew, model, "a test")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 

@@ -245,8 +245,8 @@ def fine(*permissions, name="ada"):
 )
 def test_a_token_that_cannot_write_keeps_no_copies(settings, hub, access_token, mark, words):
     hub.user["auth"] = {"accessToken": access_token}
-    found = preflight.check_backup(settings(backup_to="hub"), TOKEN)
-    assert found[0] == mark and words in found[1]
+    found = [*preflight.check_backup(settings(backup_to="hub"), TOKEN)]
+    assert found[0][0] == mark and words in found[0][1] and len(found) == 1
     assert access.check_push(settings(), TOKEN)[0] == mark
 
 
