@@ -73,13 +73,16 @@ def in_words(name: str, error: Mapping[str, Any]) -> str:
     return f"it names a folder and a repository, so it may have {owner}{NAME_IN_WORDS}"
 
 
+PathName = Annotated[str, Field(min_length=1)]
+
+
 class Settings(pydantic.BaseModel, frozen=True, strict=True):
     """The hyperparameter cell's values, checked. Make it with `from_cell`."""
 
     base_model: str = Field(min_length=1)
     base_adapter: str
     run_name: str = Field(pattern=f"^{NAME}$", max_length=96)
-    data_files: str = Field(min_length=1)
+    data_files: PathName | Annotated[list[PathName], Field(min_length=1)]
     validation_fraction: float = Field(gt=0, le=0.5)
     max_length: int = Field(ge=16)
     on_bad_rows: Literal["stop", "skip"]
@@ -157,7 +160,19 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     def needs_hub(self) -> bool:
         """Whether anything is read from or written to the Hub."""
         read = [self.base_model, self.base_adapter or "embedded"]
-        return self.push_to_hub or self.backup_to == "hub" or not all(map(is_local, read))
+        data = any(name.startswith("hf:") for name in self.data_names)
+        written = self.push_to_hub or self.backup_to == "hub"
+        return written or data or not all(map(is_local, read))
+
+    @property
+    def data_names(self) -> list[str]:
+        """`data_files` as a list."""
+        return [self.data_files] if isinstance(self.data_files, str) else self.data_files
+
+    @property
+    def data_places(self) -> list[Path | str]:
+        """Where the rows are: paths and patterns here, and the Hub's data sets by their names."""
+        return [name if name.startswith("hf:") else locate(name) for name in self.data_names]
 
     @property
     def run_dir(self) -> Path:
@@ -188,7 +203,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
                 f"Effective batch  {self.effective_batch} examples a step ({batch})",
                 f"Training         {length}, learning rate {self.learning_rate:g}, cosine",
                 f"Precision        {precision}",
-                f"Data             {locate(self.data_files)}",
+                f"Data             {', '.join(map(str, self.data_places))}",
                 f"Model cache      {self.cache_dir}",
                 f"Run folder       {self.run_dir}",
                 f"Adapter          {self.final_model}",
@@ -217,7 +232,10 @@ def base_name(base_model: str) -> str:
 
 # The prompt ends at the colon and the completion starts with the space: a prompt that ended in the
 # space would be a token of its own, and the first word of the answer another one than in the text.
-PROMPT_TEMPLATE = "### Question: {prompt}\n\n### Answer:"
+SYSTEM_TEMPLATE = "### System: {system}\n\n"
+QUESTION_TEMPLATE = "### Question: {prompt}\n\n"
+ANSWER_START = "### Answer:"
+PROMPT_TEMPLATE = QUESTION_TEMPLATE + ANSWER_START
 COMPLETION_TEMPLATE = " {completion}\n\n### End"
 END_MARKER = "### End"
 
@@ -227,16 +245,36 @@ def format_prompt(prompt: str) -> str:
     return PROMPT_TEMPLATE.format(prompt=prompt)
 
 
+def format_answer(completion: str) -> str:
+    """The text that is generated, but for EOS, which the encoder adds."""
+    return COMPLETION_TEMPLATE.format(completion=completion)
+
+
 def format_example(prompt: str, completion: str) -> str:
-    """The text that is trained, but for EOS, which the encoder adds."""
-    return format_prompt(prompt) + COMPLETION_TEMPLATE.format(completion=completion)
+    """The text that is trained, but for EOS."""
+    return format_prompt(prompt) + format_answer(completion)
 
 
-def format_turns(turns: Sequence[tuple[str, str]]) -> str:
-    """The turns (role, text) before an answer as one prompt: a lone user turn as it stands.
+def format_turns(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A conversation (role, text) in pieces, each what stands before an answer, and the answer.
 
-    More turns are paragraphs that begin with `System: `, `User: ` or `Assistant: `.
+    EOS ends each piece, and nothing stands between it and the next. Turns after the last answer
+    give a piece whose answer is empty: what the model is asked with.
     """
+    pieces, before = [], ""
+    for role, text in turns:
+        if role == "assistant":
+            pieces.append((before + ANSWER_START, format_answer(text)))
+            before = ""
+        elif role == "system":
+            before += SYSTEM_TEMPLATE.format(system=text)
+        else:
+            before += QUESTION_TEMPLATE.format(prompt=text)
+    return [*pieces, (before + ANSWER_START, "")] if before else pieces
+
+
+def readable_turns(turns: Sequence[tuple[str, str]]) -> str:
+    """Turns (role, text) for people: a lone user turn as it stands, more with their roles."""
     if [role for role, _ in turns] == ["user"]:
         return turns[0][1]
     return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in turns)

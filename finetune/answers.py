@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import html
 import itertools
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from pandas import DataFrame
+from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from finetune.machine import autocast, free_memory_size, processes
-from finetune.tokens import encode_prompt
-from qlora_helpers import clean_answer
+from finetune.tokens import asked, encode_prompts, tokenize
+from qlora_helpers import END_MARKER, Settings, clean_answer, format_answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,23 @@ class Answer:
 
     text: str
     stopped: bool
+
+
+@contextlib.contextmanager
+def plainly(model: Any) -> Iterator[None]:
+    """Within it `generate` knows nothing of what the base model's authors recommend.
+
+    A repetition penalty, for one, bends greedy answers.
+    """
+    holders = [model] if not hasattr(model, "get_base_model") else [model, model.get_base_model()]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
 
 
 @contextlib.contextmanager
@@ -65,19 +84,50 @@ def cache_tokens(model: PreTrainedModel) -> int:
     return int(free_memory_size() * 2**30 / 3 / token)
 
 
+def draw_sample(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[dict[str, Any]]:
+    """The held-out rows that are asked, drawn by the seed; whole texts ask nothing.
+
+    Says how many references are longer than an answer may be.
+    """
+    drawn = data.shuffle(settings.seed).select(range(min(settings.sample_rows, len(data))))
+    rows = [row for row in drawn if row["prompt"]]
+    wanted = tokenize(tokenizer, [format_answer(row["completion"]) for row in rows], places=False)
+    lengths, most = [len(one.ids) + 1 for one in wanted], settings.max_new_tokens
+    if cut := sum(length > most for length in lengths):
+        print(
+            f"! {cut} of the {len(rows)} references are longer than max_new_tokens = {most}, so "
+            f"that no answer can equal them: {max(lengths)} would hold all."
+        )
+    return rows
+
+
+def first_answer(sample: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> str:
+    """The first row that was asked, what was wanted, and what came."""
+    if not sample:
+        return "These rows are whole texts: nothing is asked, and the loss alone will tell."
+    row = sample[0]
+    asked, wanted = row["prompt"], row["completion"]
+    return f"Asked:    {asked}\nWanted:   {wanted}\nAnswered: {answers[0].text}"
+
+
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Greedy answers, in the order of `prompts`.
+    """Greedy answers, in the order of `prompts`, which are texts or rows.
 
     They are generated in left-padded batches as large as memory allows.
     """
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if not prompts:
+        return []
+    texts = [prompt if isinstance(prompt, str) else asked(prompt) for prompt in prompts]
+    ids = encode_prompts(tokenizer, texts)
     answers: dict[int, Answer] = {}
-    with evaluating(model):
+    with evaluating(model), plainly(model):
         cut = batches([len(row) + max_new_tokens for row in ids], cache_tokens(model))
         for chosen in tqdm(cut, desc="Answering", leave=False):
             new = _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens)
@@ -93,9 +143,8 @@ def _generate(
     padded = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch], device=model.device)
     real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
     mask = torch.tensor(real, device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
-    out = model.generate(input_ids=padded, attention_mask=mask, **greedy, **ends)
+    out = model.generate(input_ids=padded, attention_mask=mask, do_sample=False, **ends)
     return out[:, width:].tolist()
 
 
@@ -104,7 +153,34 @@ def read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
     stopped = tokenizer.eos_token_id in ids
     if stopped:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return Answer(clean_answer(tokenizer.decode(ids, skip_special_tokens=True)), stopped)
+    as_it_is = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return Answer(clean_answer(tokenizer.decode(ids, **as_it_is)), stopped)
+
+
+def may_be_end(text: str) -> bool:
+    """Whether an answer that goes on with `text` may end in the end marker with it."""
+    return END_MARKER.startswith(text.strip()) or text.strip() == END_MARKER
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints an answer as it is generated, without the end marker and the blanks around it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        super().__init__(tokenizer, skip_prompt=True, **options)
+        self.held, self.begun = "", False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what cannot be a part of the end marker; the rest is held back."""
+        self.held += text
+        if not self.begun:
+            self.held = self.held.lstrip()
+            self.begun = bool(self.held)
+        ends = range(len(self.held) + 1)
+        held = next(n for n in ends if may_be_end(self.held[n:]))
+        shown, self.held = (self.held, "") if stream_end else (self.held[:held], self.held[held:])
+        shown = clean_answer(shown) if stream_end else shown
+        super().on_finalized_text(shown, stream_end)
 
 
 def trained_logits(
@@ -156,92 +232,3 @@ def evaluation_tokens(model: PreTrainedModel) -> int:
     4,096, or fewer where a large vocabulary would make their logits larger than 256 MB in 16 bits.
     """
     return min(4096, 2**27 // model.get_output_embeddings().weight.shape[0])
-
-
-def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:
-    """A line per held-out row: prompt, reference, both answers, whether each stopped by itself."""
-    return DataFrame(
-        {
-            "prompt": [row["prompt"] for row in rows],
-            "reference": [row["completion"].strip() for row in rows],
-            "before": [answer.text for answer in before],
-            "after": [answer.text for answer in after],
-            "stopped_before": [answer.stopped for answer in before],
-            "stopped_after": [answer.stopped for answer in after],
-        }
-    )
-
-
-# How the scores are named and printed wherever they are shown.
-SCORES = {
-    "exact_match": ("exact answers", ".0%"),
-    "f1": ("words in common (F1)", ".0%"),
-    "stopped": ("stopped by itself", ".0%"),
-    "validation_loss": ("loss (nats a token)", ".3f"),
-    "perplexity": ("perplexity", ".4g"),
-}
-
-
-def words_in_common(answer: str, reference: str) -> float:
-    """F1 of an answer's words against the reference's, 0 to 1.
-
-    As SQuAD scores answers, but without its normalisation:
-    https://arxiv.org/abs/1606.05250, section 6.1.
-    """
-    ours, theirs = Counter(answer.split()), Counter(reference.split())
-    common = (ours & theirs).total()
-    return 2 * common / (ours.total() + theirs.total()) if common else 0.0
-
-
-def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of `SCORES` under `"before"` and `"after"`, and under `"rows"` how many rows.
-
-    `losses` holds the `validation_loss` before and after.
-    """
-    result: dict[str, Any] = {"rows": len(table)}
-    for when in ("before", "after"):
-        pairs = list(zip(table[when], table["reference"], strict=True))
-        result[when] = {
-            "exact_match": sum(answer == wanted for answer, wanted in pairs) / len(pairs),
-            "f1": sum(words_in_common(answer, wanted) for answer, wanted in pairs) / len(pairs),
-            "stopped": float(table[f"stopped_{when}"].mean()),
-            "validation_loss": losses[when],
-            "perplexity": math.exp(min(losses[when], 700)),  # a float holds no exp(710)
-        }
-    return result
-
-
-def score_lines(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Name, before and after of every score in `result`, as text."""
-    return [
-        {"score": name} | {when: format(result[when][key], form) for when in ("before", "after")}
-        for key, (name, form) in SCORES.items()
-        if key in result["after"]
-    ]
-
-
-def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10) -> Any:
-    """The first rows of `compare` as a styled table, exact answers green, scores in its caption."""
-    lines = ("{score} {before} → {after}".format(**line) for line in score_lines(result))
-    caption = " · ".join([f"{result['rows']} held-out rows", *lines])
-    shown = table[["prompt", "reference", "before", "after"]].head(rows)
-    shown = shown.map(lambda text: text if len(text) <= 300 else text[:299] + "…")
-    stopped = table[["stopped_before", "stopped_after"]].head(rows)
-    stopped = stopped.map(lambda itself: "yes" if itself else "no")
-    shown["stopped by itself"] = stopped["stopped_before"] + " → " + stopped["stopped_after"]
-    exact = (table["after"] == table["reference"]).head(rows)
-    green = ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
-    left = {"text-align": "left", "vertical-align": "top"}
-    left |= {"white-space": "pre-wrap", "max-width": "24em"}
-    head = [
-        {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
-        {"selector": "th", "props": "text-align: left"},
-    ]
-    return (
-        shown.style.hide(axis="index")
-        .format(escape="html")
-        .set_properties(**left)
-        .apply(lambda _: green, subset=["after"])
-        .set_caption(html.escape(caption))
-        .set_table_styles(head)
-    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from finetune.machine import main_first
-from finetune.tokens import adds_bos, encode_prompts, workers
+from finetune.tokens import TEXTS, Piece, adds_bos, parts_of, pieces_of, tokenize, workers
 from qlora_helpers import UserError, listed
 
 
@@ -36,19 +37,46 @@ def find_mistake(
     control: set[int],
     masked: int,
 ) -> str:
-    """What is wrong with one encoded row, or nothing; `masked` is how many labels must be -100."""
+    """What is wrong with one encoded piece, or nothing; `masked` labels must be -100."""
     inside, first = ids[len(begin) : -1], slice(masked, masked + 1)
     checks = {
         "does not end in EOS: is it cut short?": ids[-1:] != [eos],
         "does not begin with exactly one BOS": ids[: len(begin)] != begin or ids[:2] == begin * 2,
         "has a control token inside its text": not control.isdisjoint(inside),
         "does not begin with the tokens of its prompt": ids[: len(prompt)] != prompt,
-        "has an EOS that is not trained": labels[-1:] != [eos],
+        "has an EOS that is not trained": masked < len(ids) and labels[-1:] != [eos],
         "has a label on its prompt": labels[:masked] != [-100] * masked,
         "has no label on the first token of its answer": labels[first] != ids[first],
         "has a label that is not its token": labels[masked:] != ids[masked:],
     }
     return next((mistake for mistake, found in checks.items() if found), "")
+
+
+def find_mistakes(
+    ids: list[int], labels: list[int], pieces: list[Piece], befores: list[list[int]], **known: Any
+) -> str:
+    """What is wrong with one encoded row, or nothing.
+
+    It is cut behind each EOS, and each part must be one of `pieces`, which begin with `befores`;
+    `known` has `begin`, `eos`, `control` and `whole`, whether all but -100 is trained.
+    """
+    whole, begin = known.pop("whole"), known.pop("begin")
+    ends = [n + 1 for n, token in enumerate(ids) if token == known["eos"]] or [len(ids)]
+    if ends[-1] != len(ids):
+        ends.append(len(ids))
+    parts = [*itertools.pairwise([0, *ends])]
+    if len(parts) > len(pieces):
+        return "has a control token inside its text: an end"
+    for number, ((start, end), piece, before) in enumerate(
+        zip(parts, pieces, befores, strict=False)
+    ):
+        first = begin if number == 0 else []
+        prompt = first + before
+        masked = (0 if whole else len(prompt)) if piece.trained else end - start
+        told = {"prompt": prompt, "masked": masked, "begin": first}
+        if mistake := find_mistake(ids[start:end], labels[start:end], **told, **known):
+            return mistake
+    return "" if len(parts) == len(pieces) else "does not end each answer in EOS"
 
 
 @main_first
@@ -57,27 +85,34 @@ def audit_labels(
 ) -> str:
     """Check every row that is about to be trained, and say in a sentence what was found.
 
-    Raises `UserError` that names the lines of rows that would mis-train. The prompts are encoded
-    once more, as for generating answers, and every row must begin with just these ids and be
-    trained on all that follows: the encoder, which knows the border from the tokens' places, is not
-    asked.
+    Raises `UserError` that names the lines of rows that would mis-train. What is asked is encoded
+    once more, as for generating answers; every row must begin with just these ids, be trained on
+    all that follows up to EOS, and so on for each answer: the encoder, which knows the borders from
+    the tokens' places, is not asked.
     """
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     known = {"begin": begin, "eos": tokenizer.eos_token_id, "control": control_ids(tokenizer)}
+    known["whole"] = not completion_only_loss
 
-    def mistakes(table: pa.Table) -> pa.Table:
-        prompts, found = encode_prompts(tokenizer, table["prompt"].to_pylist()), []
+    def mistakes(table: pa.Table) -> Iterator[str]:
+        texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
+        rows = [pieces_of(*row) for row in zip(*texts, strict=True)]
+        befores = [piece.before for row in rows for piece in row]
+        encoded = iter(tokenize(tokenizer, befores, places=False))
         columns = [table[name].to_numpy() for name in ("where", "input_ids", "labels")]
-        for where, ids, labels, prompt in zip(*columns, prompts, strict=True):
-            masked = len(prompt) if completion_only_loss else 0
-            mistake = find_mistake(ids.tolist(), labels.tolist(), prompt, masked=masked, **known)
-            if mistake:
-                found.append(f"{where} {mistake}")
+        for where, ids, labels, pieces in zip(*columns, rows, strict=True):
+            asked = [next(encoded).ids for _ in pieces]
+            found = find_mistakes(ids.tolist(), labels.tolist(), pieces, asked, **known)
+            if found:
+                yield f"{where} {found}"
+
+    def all_mistakes(table: pa.Table) -> pa.Table:
+        found = [mistake for part in parts_of(table) for mistake in mistakes(part)]
         return pa.table({"wrong": pa.array(found, pa.string())})
 
     options = {"batched": True, "batch_size": 1000, "remove_columns": data.column_names}
     options |= {"load_from_cache_file": False, "num_proc": workers(len(data)), "desc": "Auditing"}
-    wrong = data.with_format("arrow").map(mistakes, **options).with_format(None)
+    wrong = data.with_format("arrow").map(all_mistakes, **options).with_format(None)
     if len(wrong):
         title = f"{len(wrong):,} of {len(data):,} rows would mis-train; nothing was trained:"
         rest = [""] * (len(wrong) - 10)  # never shown, only counted

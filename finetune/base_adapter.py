@@ -16,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
-from finetune.data import prompt_hashes
+from finetune.data import prompt_keys
 from finetune.files import file_hash
 from finetune.hub import with_retries
 from finetune.machine import here, main_first, short
@@ -188,5 +188,5 @@ def record_held_out(held: Dataset, settings: Settings) -> None:
     Texts stay here: a hash (48 bits of SHA-256) tells a prompt that one has, and no other.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(sorted(set(prompt_hashes(held)))) + "\n"
+    text = json.dumps(sorted(set(prompt_keys(held)))) + "\n"
     (settings.run_dir / HELD_OUT).write_text(text, encoding="utf-8")

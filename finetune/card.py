@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.answers import score_lines
 from finetune.machine import computing_type, resolve_precision
+from finetune.scores import score_lines
 from qlora_helpers import END_MARKER, Settings, base_name, is_local
 
 LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer

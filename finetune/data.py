@@ -2,109 +2,82 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from finetune.fields import checked_object, parse_json
 from finetune.files import telling_if_full
-from finetune.lock import claim, is_run
+from finetune.lock import claim
 from finetune.machine import main_first
-from finetune.rows import LONGEST_LINE, parse_row
-from qlora_helpers import Settings, UserError, listed, locate
+from finetune.notes import data_notes, row_hashes
+from finetune.readers import sources
+from finetune.rows import read_row
+from finetune.sources import find_files
+from finetune.talks import Turn
+from qlora_helpers import Settings, UserError, listed, readable_turns
 
-
-def is_output(file: Path) -> bool:
-    """Whether a file is what a run of this notebook wrote, which a wide pattern matches too."""
-    written = file.name == "answers.jsonl" and is_run(file.parent)
-    return written or file.name.endswith(".rejected.jsonl")
-
-
-def find_files(data_files: str) -> list[Path]:
-    """The files that match `data_files` (path or glob), by name; raises `UserError` if none do."""
-    found = [Path(name) for name in sorted(glob.glob(str(locate(data_files)), recursive=True))]
-    files = [file for file in found if file.is_file() and not is_output(file)]
-    if not files:
-        raise UserError(
-            f"No file matches data_files = {data_files!r} (looked in {locate(data_files)}).\n"
-            'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line. '
-            "On Colab: the folder on the left edge, right-click 'data', Upload. "
-            "Or try the examples: data_files = 'data_examples/*.jsonl'."
-        )
-    return files
-
-
-def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, from 1, at most `LONGEST_LINE` + 1 bytes of each.
-
-    Bytes are split on newlines alone: `str.splitlines` would break rows at U+2028. A byte-order
-    mark is left out.
-    """
-    with file.open("rb") as stream:
-        for number in itertools.count(1):
-            line = rest = stream.readline(LONGEST_LINE + 1)
-            while rest and not rest.endswith(b"\n"):
-                rest = stream.readline(LONGEST_LINE)
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            elif not line:
-                return
-            if line.strip():
-                yield number, line.rstrip(b"\r\n")
+COLUMNS = {name: pa.string() for name in ("prompt", "completion", "turns", "key", "where")}
+COLUMNS["kept"] = pa.int32()
+SHOWN, KEPT = 1000, 10_000  # characters of a bad line, and how many of those, that are written down
 
 
 class RowReader:
-    """The rows of some files, one by one, and an account of the lines that cannot be used.
+    """The rows of some files, one by one, and an account of what cannot be used and what is not.
 
-    Those are counted by kind and written to `rejected`. Holds one line at a time, and the first ten
-    of what is wrong.
+    Bad lines are counted by kind and written to `rejected`. Holds one line at a time, and the first
+    ten of what is wrong.
     """
 
     def __init__(self, files: Sequence[Path], rejected: Path):
         self.files, self.rejected = files, rejected
         self.format, self.kinds, self.first = "", Counter[str](), []
+        self.unused, self.left_out, self.wrong = Counter[str](), 0, []
         self.digest = hashlib.sha256()
         rejected.unlink(missing_ok=True)
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        """Yields `prompt`, `completion` and `where` (file:line)."""
-        root = os.path.commonpath([file.parent for file in self.files])
-        for file in self.files:
-            name = file.relative_to(root).as_posix()
-            for number, line in numbered_lines(file):
-                where = f"{name}:{number}"
-                try:
-                    row = self._row(line) | {"where": where}
-                except ValueError as error:
-                    self._reject(where, str(error), line)
-                else:
-                    self.digest.update(repr(row).encode())
-                    yield row
+    def __iter__(self) -> Iterator[dict[str, str | None]]:
+        """Yields `prompt`, `completion`, `turns` and `where` (file:line)."""
+        for where, found in sources(self.files, self.wrong):
+            try:
+                row = self._row(found) | {"where": where}
+            except ValueError as error:
+                self._reject(where, str(error), found)
+            else:
+                self.digest.update(repr(row).encode())
+                yield row
 
-    def _row(self, line: bytes) -> dict[str, str]:
-        form, prompt, completion = parse_row(line)
-        self.format = self.format or form
-        if form != self.format:
+    def _row(self, found: Any) -> dict[str, str | None]:
+        if isinstance(found, ValueError):
+            raise found
+        row = read_row(parse_json(found) if isinstance(found, bytes) else checked_object(found))
+        self.format = self.format or row.form
+        if row.form != self.format:
             raise ValueError(
-                f"formats are mixed: this row is {form}, those before are {self.format}"
+                f"formats are mixed: this row is {row.form}, those before are {self.format}"
             )
-        return {"prompt": prompt, "completion": completion}
+        self.unused.update(row.unused)
+        self.left_out += row.left_out
+        return as_columns(row.turns, row.kept)
 
-    def _reject(self, where: str, reason: str, line: bytes) -> None:
-        text = line.decode("utf-8", "replace").strip()
+    def _reject(self, where: str, reason: str, found: Any) -> None:
+        text = found.decode("utf-8", "replace") if isinstance(found, bytes) else repr(found)
+        text = text.strip()[:SHOWN]
         self.kinds[reason.partition(":")[0]] += 1
         if len(self.first) < 10:
             self.first.append(f"{where}: {reason}   {text[:60]}")
+        if self.kinds.total() > KEPT:
+            return
         entry = {"line": where, "reason": reason, "text": text}
         with self.rejected.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -112,28 +85,62 @@ class RowReader:
     def report(self, on_bad_rows: str) -> None:
         """Say what was rejected; raises `UserError` unless it may be skipped.
 
-        A mix of formats may not, whatever the setting.
+        A mix of formats may not, whatever the setting, nor may a file that is no data.
         """
+        if self.wrong:
+            files = listed("These files are no data. Nothing was trained.", self.wrong)
+            raise UserError("\n".join([files, *(f"{line}" for line in self.first)]))
         if not self.kinds:
             return
         kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.kinds.most_common())
         total = self.kinds.total()
-        text = f"{total:,} line(s) cannot be used ({kinds}). All are in {self.rejected}"
+        which = "All" if total <= KEPT else f"The first {KEPT:,}"
+        text = f"{total:,} line(s) cannot be used ({kinds}). {which} are in {self.rejected}"
         if on_bad_rows == "stop" or "formats are mixed" in self.kinds:
             raise UserError(listed(f"{text}\nNothing was trained. The first ones:", self.first))
         print(listed(f"Skipped: {text}", self.first[:3]))
+
+    def told(self, count: int) -> str:
+        """How many rows there are, of which format, and what of them is not used."""
+        names = [f"{name!r} in {number:,}" for name, number in self.unused.most_common()]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        unused = f". Not used: {', '.join(names[:10])}{more}" if names else ""
+        after = f". {self.left_out:,} turns after a last answer are left out" * (self.left_out > 0)
+        files = [file.name for file in self.files]
+        shown = ", ".join(files[:10]) + (f" and {len(files) - 10} more" if len(files) > 10 else "")
+        return f"{count:,} rows ({self.format}) from {shown}{unused}{after}"
+
+
+def as_columns(turns: Sequence[Turn], kept: int = 0) -> dict[str, Any]:
+    """A row's turns as `prompt` and `completion`, for people; a whole text has no prompt.
+
+    `turns` is their JSON where there are more than a question and its answer; `kept` is `Row`'s.
+    `key` is a hash of the first question, which rows of one conversation share.
+    """
+    *asked, last = turns
+    prompt = readable_turns([turn[:2] for turn in asked]) if asked else ""
+    plain = [turn.role for turn in turns] in (["text"], ["user", "assistant"])
+    written = None if plain else json.dumps(turns, ensure_ascii=False)
+    first = next((turn.text for turn in turns if turn.role in ("user", "text")), prompt)
+    told = {"prompt": prompt, "completion": last.text, "turns": written, "kept": kept}
+    return told | {"key": hash_of(first)}
+
+
+def hash_of(text: str, salt: str = "") -> str:
+    """48 bits of a text's SHA-256, whatever blanks are around it, as hexadecimal digits."""
+    return hashlib.sha256((salt + text.strip()).encode()).hexdigest()[:12]
 
 
 @main_first
 def read_rows(settings: Settings) -> Dataset:
     """The rows of `data_files`, in the order of names and lines, without exact duplicates.
 
-    A dataset with `prompt`, `completion` and `where` (file:line), kept on disk in the run's folder
-    and mapped, so that memory stays bounded. Raises `UserError` that lists what is wrong by file
-    and line, all at once.
+    A dataset with `as_columns`' columns and `where` (file:line, or file:row n), kept on disk in the
+    run's folder and mapped, so that memory stays bounded. Raises `UserError` that lists what is
+    wrong by file and line, all at once.
     """
     claim(settings.run_dir)
-    files, folder = find_files(settings.data_files), settings.run_dir / "data"
+    files, folder = find_files(settings), settings.run_dir / "data"
     folder.mkdir(parents=True, exist_ok=True)
     reader = RowReader(files, settings.run_dir / "data.rejected.jsonl")
     writing = folder / ".rows.writing"
@@ -144,7 +151,7 @@ def read_rows(settings: Settings) -> Dataset:
         raise UserError(f"The files hold no rows: {', '.join(file.name for file in files)}")
     final = folder / f"rows-{reader.digest.hexdigest()[:16]}.arrow"
     rows = datasets.Dataset.from_file(str(keep_new(writing, final)))
-    print(f"{len(rows):,} rows ({reader.format}) from {', '.join(file.name for file in files)}")
+    print(reader.told(len(rows)))
     rows = drop_duplicates(rows)
     for note in data_notes(rows):
         print(f"! {note}")
@@ -153,7 +160,7 @@ def read_rows(settings: Settings) -> Dataset:
 
 def write_rows(rows: Iterable[dict[str, str]], file: Path) -> None:
     """Write rows to an Arrow file, 256 at a time."""
-    schema = pa.schema([(name, pa.string()) for name in ("prompt", "completion", "where")])
+    schema = pa.schema(COLUMNS)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         rows = iter(rows)
         while batch := list(itertools.islice(rows, 256)):
@@ -176,108 +183,74 @@ def keep_new(writing: Path, final: Path) -> Path:
     return final
 
 
-def row_hashes(rows: Dataset, *columns: str) -> np.ndarray:
-    """A 64-bit hash of each row's texts, `[rows]`: eight bytes a row, however long the texts."""
-    texts = (
-        text
-        for batch in rows.iter(1000)
-        for text in zip(*(batch[name] for name in columns), strict=True)
-    )
-    return np.fromiter(map(hash, texts), np.int64, len(rows))
-
-
 def drop_duplicates(rows: Dataset) -> Dataset:
-    """`rows` without exact repetitions of an earlier prompt and completion; prints their count."""
-    _, first = np.unique(row_hashes(rows, "prompt", "completion"), return_index=True)
+    """`rows` without exact repetitions of an earlier one; prints their count."""
+    _, first = np.unique(row_hashes(rows, "prompt", "completion", "turns"), return_index=True)
     if len(first) == len(rows):
         return rows
     print(f"Dropped {len(rows) - len(first):,} exact duplicates.")
     return rows.select(np.sort(first))
 
 
-def _holds_marker(prompt: str, completion: str) -> bool:
-    text = prompt + completion
-    return "###" in text and re.search("### (Question|Answer|End)", text) is not None
+def places(keys: Sequence[str]) -> np.ndarray:
+    """A number from 0 to 1 for each key, `[rows]`."""
+    return np.fromiter((int(key, 16) / 16**12 for key in keys), float, len(keys))
 
 
-def _splits_word(prompt: str, completion: str) -> bool:
-    return prompt[-1].isalpha() and completion[0].islower()
+def prompt_keys(rows: Dataset) -> list[str]:
+    """A hash of each row's first question, `[rows]`, whatever blanks are around it."""
+    if "key" in rows.column_names:
+        return rows["key"][:]
+    return [hash_of(prompt) for prompt in rows["prompt"][:]]
 
 
-def _repeats_prompt(prompt: str, completion: str) -> bool:
-    return completion.lstrip().startswith(prompt.strip())
-
-
-NOTES = {
-    "hold a marker of the prompt format": _holds_marker,
-    "may have a prompt that ends in the middle of a word": _splits_word,
-    "have a completion that begins with the whole prompt": _repeats_prompt,
-}
-
-
-def data_notes(rows: Dataset) -> list[str]:
-    """What is worth a look though it can be trained: each with its count and first lines.
-
-    Where most completions begin in lower case, that says nothing about the ends of the prompts.
-    """
-    found: dict[str, list[str]] = {note: [] for note in NOTES}
-    counts = Counter[str]()
-    for batch in rows.iter(1000):
-        counts["lower"] += sum(text[0].islower() for text in batch["completion"])
-        columns = [batch[name] for name in ("prompt", "completion", "where")]
-        for prompt, completion, where in zip(*columns, strict=True):
-            for note in [note for note, applies in NOTES.items() if applies(prompt, completion)]:
-                counts[note] += 1
-                found[note] += [where] * (len(found[note]) < 5)
-    habit = "middle of a word" if counts["lower"] > len(rows) / 2 else "no note"
-    told = {note: ", ".join(lines) for note, lines in found.items() if lines and habit not in note}
-    notes = [f"{counts[note]:,} row(s) {note}: {lines}" for note, lines in told.items()]
-    same = np.unique(row_hashes(rows, "completion"), return_counts=True)[1].max() / len(rows)
-    if same >= 0.9 and len(rows) > 1:
-        notes.append(f"{same:.0%} of the completions are the same text")
-    return notes
-
-
-def places(rows: Dataset, salt: str = "") -> np.ndarray:
-    """A number from 0 to 1 for each row, `[rows]`, by a hash of its prompt."""
-    hashes = prompt_hashes(rows, salt)
-    return np.fromiter((int(text, 16) / 16**12 for text in hashes), float, len(rows))
-
-
-def prompt_hashes(rows: Dataset, salt: str = "") -> Iterator[str]:
-    """The first 48 bits of each prompt's SHA-256, as hexadecimal digits."""
-    prompts = (prompt for batch in rows.iter(1000) for prompt in batch["prompt"])
-    return (hashlib.sha256((salt + prompt).encode()).hexdigest()[:12] for prompt in prompts)
-
-
-SPLIT = 1  # raised whenever `split_rows` would hold other rows out
+SPLIT = 2  # raised whenever `split_rows` would hold other rows out
 
 
 def split_rows(
     rows: Dataset, fraction: float, before: frozenset[str] = frozenset()
 ) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows, chosen by a hash of the prompt.
+    """Training and held-out rows, chosen by a hash of the first question.
 
-    Adding rows never moves an old one across, and one prompt is never on both sides. At least one
-    row is held out, and at least one is left to train on; raises `UserError` if there are not two
-    different prompts. Prompts whose hashes an earlier run held out (`before`) are so again.
+    Adding rows moves no old one across, and one question is never on both sides; at most twice the
+    fraction is held out, whatever questions repeat, and at least one row. Where one question has
+    so many rows that too few others are left to hold out, rows are split one by one, and that is
+    said. Questions
+    that an earlier run held out (`before`, hashes) are so again. Raises `UserError` if nothing is
+    left to train on.
     """
-    place = places(rows)
-    low, high = place.min(), place.max()
-    if low == high:
-        raise UserError(
-            "Training needs at least two rows with different prompts: "
-            "one to learn from, one to test on."
-        )
-    held = (place == low) | ((place < fraction) & (place != high))
-    if before:
-        held |= np.fromiter((text in before for text in prompt_hashes(rows)), bool, len(rows))
-    if held.all():
-        raise UserError(
-            "All of these rows were held out by the run that this one continues, so that none is "
-            "left to train on: add others, or choose a new run_name without base_adapter."
-        )
+    keys = prompt_keys(rows)
+    held, most = held_by(keys, fraction, before), max(Counter(keys).values(), default=0)
+    heavy = most > 2 * fraction * len(rows) and held.sum() < fraction * len(rows) / 2
+    if len(rows) > 1 and (heavy or not held.any()):
+        print(f"! {most:,} rows ask the same: rows are held out one by one, not by what they ask.")
+        pairs = zip(keys, rows["prompt"][:], rows["completion"][:], strict=True)
+        held = held_by([hash_of("\n".join(pair)) for pair in pairs], fraction)
+    if held.all() or not held.any():
+        told = "one to learn from, one to test on"
+        if before:
+            told = "all of these were held out by the run that this one continues: add others"
+        raise UserError(f"Training needs at least two rows: {told}.")
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+def held_by(
+    keys: Sequence[str], fraction: float, before: frozenset[str] = frozenset()
+) -> np.ndarray:
+    """Which rows are held out by their keys, `[rows]`; none if no key has few enough rows.
+
+    Those of the lowest places are, up to `fraction`, as long as they are at most twice that share
+    together; the next one if there is none.
+    """
+    names, row, counts = np.unique(np.array(keys), return_inverse=True, return_counts=True)
+    place, most = places(names), max(1, 2 * fraction * len(keys))
+    held = np.isin(names, list(before))
+    for number in np.argsort(place):
+        total = counts[held].sum()
+        if place[number] >= fraction and total:
+            break
+        held[number] |= total + counts[number] <= min(most, len(keys) - 1)
+    return held[row]
 
 
 ENOUGH = 40  # held-out rows, from which on one half chooses the epoch and the other is scored
@@ -292,7 +265,7 @@ def share_held_out(held: Dataset, settings: Settings) -> tuple[Dataset, Dataset]
     most `MOST` of each are taken, drawn by the seed.
     """
     chooses = settings.keep_best or settings.early_stopping_patience > 0
-    first = places(held, "validation") < 0.5
+    first = places([hash_of(key, "validation") for key in prompt_keys(held)]) < 0.5
     apart = chooses and len(held) >= ENOUGH and 0 < first.sum() < len(held)
     parts = [held.select(np.flatnonzero(part)) for part in (first, ~first)] if apart else [held] * 2
     validation, test = (at_most(MOST, part, settings.seed) for part in parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 from collections import defaultdict
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from finetune.files import is_free, is_ours, read_seal
 from finetune.lock import WRITTEN
-from qlora_helpers import Settings, UserError, local_base, locate, on_kaggle
+from finetune.sources import HUB, files_of_name
+from qlora_helpers import Settings, UserError, local_base, locate, on_colab, on_kaggle
 
 DRIVE = "/content/drive"
 KAGGLE_GB = 19.5  # what Kaggle keeps of /kaggle/working, however much its disk has
@@ -35,10 +35,18 @@ def on_drive(path: Path) -> bool:
 
 def needs_drive(settings: Settings) -> bool:
     """Whether anything that the settings name, to read or to write, is on Google Drive."""
-    read = [locate(settings.data_files)]
+    read = [place for place in settings.data_places if isinstance(place, Path)]
     read += [local_base(name) or Path() for name in (settings.base_model, settings.base_adapter)]
     named = [*folder_settings(settings).values(), *read]
     return settings.backup_to == "drive" or any(map(on_drive, named))
+
+
+def mount_drive(settings: Settings) -> None:
+    """Mount Google Drive on Colab where the settings name it."""
+    if needs_drive(settings) and on_colab():
+        from google.colab import drive
+
+        drive.mount(DRIVE)
 
 
 def check_folders(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -91,7 +99,8 @@ def why_no_merge(settings: Settings) -> str:
 
 def kept_folders(settings: Settings) -> tuple[dict[str, Path], dict[str, Path]]:
     """Folders that a merge may not replace, and those that it may not lie in, by their names."""
-    data = {Path(name).resolve().parent for name in glob.glob(str(locate(settings.data_files)))}
+    here = [name for name in settings.data_names if not name.startswith(HUB)]
+    data = {file.resolve().parent for name in here for file in files_of_name(name)}
     outer = {
         "the working folder": Path.cwd(),
         "your home folder": Path.home(),

@@ -69,6 +69,8 @@ def parse(arguments: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise SystemExit(f"{argument}: no such setting. There are: {' '.join(known).upper()}")
         is_text = isinstance(known[name], str) and known[name] != "auto"
+        if name == "data_files" and text.startswith("[") and isinstance(python_value(text), list):
+            is_text = Path(text).exists()
         settings[name] = text if is_text else python_value(text)
     small = SMALL if settings.get("base_model") == "embedded" else {}
     return {**small, **settings}

@@ -27,6 +27,11 @@ NOT_TRAINING = {
 # What releases after the first have added, and what it was before.
 ADDED = {"base_adapter": "", "adapter_weights": None, "encoder": 1, "split": 1}
 RELEASE = {"encoder": "how rows become tokens", "split": "how rows are held out"}
+HASHES = {
+    "training rows": "the training rows",
+    "base_weights": "the weights in the base model's folder",
+    "adapter_weights": "the weights of base_adapter",
+}
 LENGTH = ("epochs", "max_steps")
 SHAPE = ("base_model", "base_weights", "lora_r", "target_modules", "use_dora")
 BLOCKS, BLOCK = 256, 2**14  # of a file of weights: 4 MB, in parts of 16 kB from end to end
@@ -103,14 +108,26 @@ def hash_of_fingerprint(mark: Mapping[str, Any] | None) -> str:
 
 
 def as_told_now(was: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any] | None:
-    """An older fingerprint, with what newer releases say besides as it was then."""
-    return {"base_weights": now["base_weights"], **ADDED, **was} if was else None
+    """An older fingerprint, with what newer releases say besides as it was then.
+
+    How rows are written and split does not matter where the same tokens come of it.
+    """
+    if not was:
+        return None
+    told = {"base_weights": now["base_weights"], **ADDED, **was}
+    same = was.get("training rows") == now["training rows"]
+    return told | {name: now[name] for name in RELEASE if same}
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words."""
     names = [name for name in now | was if now.get(name) != was.get(name)]
-    return [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names]
+    return [
+        f"{HASHES[name]} are others"
+        if name in HASHES
+        else f"{name} was {was.get(name)!r}, is {now.get(name)!r}"
+        for name in names
+    ]
 
 
 def other_release(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

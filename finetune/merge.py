@@ -104,7 +104,8 @@ def check_merge(
     told, not judged: in 16 bits a near tie may go the other way. What does not fit on the GPU is
     offloaded.
     """
-    examples = [encode_example(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    columns = ("prompt", "completion", "turns")
+    examples = [encode_example(tokenizer, *(row.get(name) for name in columns)) for row in rows]
     prompts = [row["prompt"] for row in rows]
 
     def logits(asked: PreTrainedModel) -> torch.Tensor:

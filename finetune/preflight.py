@@ -17,8 +17,10 @@ from finetune.base_adapter import adapter_config, adapter_folder
 from finetune.base_model import cache_of
 from finetune.files import checkpoints
 from finetune.folders import check_disks, check_folders
+from finetune.hub import hub_api, status_of
 from finetune.lock import claim
-from finetune.machine import resolve_precision
+from finetune.machine import resolve_precision, short
+from finetune.sources import HUB
 from qlora_helpers import Settings, UserError, listed, local_base, locate
 
 
@@ -112,6 +114,20 @@ def check_drive(settings: Settings) -> Line:
     return "✓", f"checkpoints are copied to {drive_folder(settings)}"
 
 
+def check_data(settings: Settings, token: str | None) -> Iterator[Line]:
+    """Whether this token may read the Hub's data sets that `data_files` names."""
+    for name in settings.data_names:
+        if not name.startswith(HUB):
+            continue
+        try:
+            hub_api(token).auth_check(name.removeprefix(HUB), repo_type="dataset")
+            yield "✓", f"data set {name} can be read"
+        except Exception as error:
+            known = status_of(error) in (401, 403, 404)
+            told = "there is none that this token may read" if known else "the Hub cannot be asked"
+            yield "✗" if known else "?", f"data_files = {name!r}: {told} ({short(error)})"
+
+
 def check_adapter(settings: Settings) -> Iterator[Line]:
     """Whether training can go on from `base_adapter`, if one is given."""
     if not settings.base_adapter:
@@ -156,7 +172,8 @@ def preflight(settings: Settings, token: str | None) -> None:
     lines += [*check_room(settings, token), base]
     if base[0] == "✓":
         lines += check_architecture(settings, token)
-    lines += [*check_adapter(settings), *check_backup(settings, token)]
+    lines += [*check_data(settings, token), *check_adapter(settings)]
+    lines += [*check_backup(settings, token)]
     lines += [check_push(settings, token), *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series, concat, json_normalize
 
-from finetune.answers import score_lines, show_comparison
-from finetune.data import find_files
 from finetune.files import file_hash, telling_if_full
+from finetune.readers import places_of
+from finetune.scores import score_lines, show_comparison
+from finetune.sources import find_files
 from qlora_helpers import Settings
 
 
@@ -100,9 +100,8 @@ def write_report(
     `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is what is
     to be said of the rows. The hashes (SHA-256) are of the data files and of the saved adapter.
     """
-    files = find_files(settings.data_files)
-    root = os.path.commonpath([file.parent for file in files])
-    hashes = {file.relative_to(root).as_posix(): file_hash(file) for file in files}
+    files = find_files(settings)
+    hashes = {name: file_hash(file) for file, name in places_of(files).items()}
     adapter = "adapter_model.safetensors"
     hashes[adapter] = file_hash(settings.final_model / adapter)
     run = {**run, "data": data, "sha256": hashes}

@@ -1,114 +1,132 @@
-"""One line of a data file: the known formats, and what each says as prompt and completion."""
+"""One row of a data file: the known formats, and what each says as turns of a conversation."""
 
 from __future__ import annotations
 
-import json
-import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from qlora_helpers import format_turns
+from finetune.fields import checked_text, is_empty
+from finetune.talks import REFUSED, Turn, ordered, read_history, read_talk
 
-LONGEST_LINE = 2**20  # bytes, about a quarter of a million tokens; what is longer is no row
 
-# The keys of each known format: a row is of the first whose keys it has.
-ROW_FORMATS = [
+class Row(NamedTuple):
+    """A row as its format means it; the last turn is the assistant's, or the one whole text.
+
+    `unused` names the fields that nothing is made of, `left_out` counts turns after the last
+    answer, and `kept` the characters of a question before its second text: what is too long loses
+    of that.
+    """
+
+    form: str
+    turns: list[Turn]
+    unused: list[str]
+    left_out: int = 0
+    kept: int = 0
+
+
+# Keys of a question and its answer, in the order in which they are looked for.
+PAIRS = [
     ("prompt", "completion"),
-    ("messages",),
-    ("instruction", "output"),
+    ("instruction", "output"),  # Alpaca's
+    ("instruction", "response"),  # Dolly's
     ("question", "answer"),
+    ("prompt", "response"),
+    ("question", "response"),  # OpenOrca's
+    ("query", "response"),
+    ("input", "output"),
 ]
-
-# What JSON calls a value that should have been text; what is not here is null.
-JSON_NAMES = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+TALKS = ("messages", "conversations")
+ROW_FORMATS = [PAIRS[0], *((key,) for key in TALKS), *PAIRS[1:], ("text",)]
+SYSTEM = ("system", "system_prompt")
+# Where a format has a second text, and whether it comes before the question or after it.
+SECOND = {"instruction": ("after", ("input", "context")), "question": ("before", ("context",))}
+MEANT = ("input", "context", "history", *SYSTEM)  # never dropped: used, or refused by name
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("the same key stands twice in the row")
-    return row
+def question_of(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, int]:
+    """A pair's question with the second text that its format knows, and what of it must stay."""
+    question = checked_text(row[keys[0]], repr(keys[0]))
+    where, names = SECOND.get(keys[0], ("", ()))
+    texts = [checked_text(row[n], repr(n)) for n in names if not is_empty(row.get(n))]
+    if where == "before":
+        return "\n\n".join([*texts, question]), 0
+    return "\n\n".join([question, *texts]), len(question) + 2 if texts else 0
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
-def parse_json(line: bytes) -> dict[str, Any]:
-    """One line of strict JSON, as an object; raises `ValueError` with the reason.
-
-    A reason begins with its kind, by which reasons are counted; details follow a colon.
-    """
-    if len(line) > LONGEST_LINE:
-        raise ValueError(f"longer than {LONGEST_LINE:,} bytes: is it really one row a line?")
-    try:
-        row = STRICT_JSON.decode(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start + 1}; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError('not an object: each line must be {"prompt": "...", "completion": "..."}')
-    return row
-
-
-def checked_text(value: Any, name: str) -> str:
-    """`value` if it is text with something in it; else raises `ValueError`."""
-    if not isinstance(value, str):
-        kind = JSON_NAMES.get(type(value), "null")
-        raise ValueError(f"{name} is {kind}: it must be text in quotes")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{name} holds half of a surrogate pair: a broken emoji?")
-    return value
-
-
-def read_turns(messages: Any) -> tuple[str, str]:
-    """Prompt and completion of a conversation; raises `ValueError` with the reason.
-
-    The last turn, the assistant's, is trained; the others are the prompt, which `format_turns`
-    writes, and `chat_template` in the same way.
-    """
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError("'messages' is no conversation: it must be a list of at least two turns")
-    turns = [turn if isinstance(turn, dict) else {} for turn in messages]
-    if any(turn.get("role") not in ("system", "user", "assistant") for turn in turns):
-        raise ValueError("a turn's 'role' is none of system, user, assistant")
-    if turns[-1]["role"] != "assistant":
-        raise ValueError("the last turn is not the assistant's")
-    *asked, answer = [checked_text(turn.get("content"), "a turn's 'content'") for turn in turns]
-    roles = [turn["role"] for turn in turns[:-1]]
-    return format_turns(list(zip(roles, asked, strict=True))), answer
-
-
-def parse_row(line: bytes) -> tuple[str, str, str]:
-    """One line of JSONL as format, prompt and completion; raises `ValueError` in plain words.
-
-    The format is told by its keys: `prompt/completion`, `messages`, `instruction/output` (Alpaca's;
-    a paragraph with its `input`, if it has one, is added to the prompt) or `question/answer`.
-    """
-    row = parse_json(line)
-    keys = next((keys for keys in ROW_FORMATS if row.keys() >= set(keys)), None)
-    if keys is None:
-        near = next((keys for keys in ROW_FORMATS if row.keys() & set(keys)), ROW_FORMATS[0])
-        missing = next(key for key in near if key not in row)
-        present = ", ".join(map(repr, row))[:100] or "none"
-        raise ValueError(f"no {missing!r}: its keys are {present}")
-    if keys == ("messages",):
-        prompt, completion = read_turns(row["messages"])
+def pair_turns(
+    row: Mapping[str, Any], keys: Sequence[str], unused: set[str]
+) -> tuple[list[Turn], int]:
+    """The turns of a question and its answer, either of which may be a list, and `Row.kept`."""
+    asked, answer = row[keys[0]], row[keys[1]]
+    if isinstance(asked, list):
+        before = [t._replace(trained=False) for t in read_talk(asked, keys[0], unused)]
+        kept = 0
     else:
-        prompt, completion = (checked_text(row[key], repr(key)) for key in keys)
-    if keys[0] == "instruction" and row.get("input") not in (None, ""):
-        prompt += "\n\n" + checked_text(row["input"], "'input'")
-    return "/".join(keys), prompt, completion
+        question, kept = question_of(row, keys)
+        before = [Turn("user", question)]
+    if isinstance(answer, list):
+        return before + read_talk(answer, keys[1], unused), kept
+    return [*before, Turn("assistant", checked_text(answer, repr(keys[1])))], kept
+
+
+def format_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of the row's format; raises `ValueError` that names the nearest and all others."""
+    keys = next((keys for keys in ROW_FORMATS if row.keys() >= set(keys)), None)
+    if keys:
+        return keys
+    if {"chosen", "rejected"} <= row.keys():
+        raise ValueError("preferences ('chosen', 'rejected'): this notebook needs one completion")
+    near = max(ROW_FORMATS, key=lambda keys: len(row.keys() & set(keys)))
+    missing = next(key for key in near if key not in row)
+    present = ", ".join(map(repr, row))[:100] or "none"
+    others = ", ".join("/".join(keys) for keys in ROW_FORMATS if keys != near)
+    raise ValueError(
+        f"no {missing!r}: its keys are {present}; known are {'/'.join(near)}, {others}"
+    )
+
+
+def require_usable(row: Mapping[str, Any], keys: Sequence[str], used: set[str]) -> None:
+    """Raise `ValueError` for what must not be dropped silently: doubled keys, tools, a context."""
+    if twice := [key for key in getattr(row, "doubled", ()) if key in used]:
+        raise ValueError(f"the same key stands twice in the row: {twice[0]!r}")
+    if name := next((n for n in REFUSED if n not in used and not is_empty(row.get(n))), ""):
+        raise ValueError(f"{REFUSED[name]} ({name!r}): this notebook trains on text alone")
+    if name := next((n for n in MEANT if n not in used and not is_empty(row.get(n))), ""):
+        form = "/".join(keys)
+        raise ValueError(f"{name!r} beside {form}, which has no place for it: put it into the text")
+    if keys == PAIRS[0] and isinstance(row.get("label"), bool):
+        raise ValueError("'label' is true or false: preferences are not what this notebook trains")
+
+
+def read_row(row: Mapping[str, Any]) -> Row:
+    """A row as turns; raises `ValueError` in plain words for one that cannot be trained as meant.
+
+    The format is told by its keys (`ROW_FORMATS`). A `system` text is the first turn; `history`
+    comes before the question.
+    """
+    keys = format_of(row)
+    used, unused, kept, left_out = {*keys, *SECOND.get(keys[0], ("", ()))[1]}, set[str](), 0, 0
+    if keys == ("text",):
+        turns = [Turn("text", checked_text(row["text"], "'text'"))]
+    elif keys[0] in TALKS:
+        used.update(SYSTEM)
+        turns = with_system(row, read_talk(row[keys[0]], keys[0], unused))
+    else:
+        used.update((*SYSTEM, "history"))
+        turns, kept = pair_turns(row, keys, unused)
+        before = [] if is_empty(row.get("history")) else read_history(row["history"], unused)
+        turns = with_system(row, before + turns)
+    require_usable(row, keys, used)
+    unused.update(name for name in row if name not in used and row[name] is not None)
+    if keys != ("text",):
+        turns, left_out = ordered(turns)
+    return Row("/".join(keys), turns, sorted(unused), left_out, kept)
+
+
+def with_system(row: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The turns behind the row's own system text, if it has one; raises `ValueError` for two."""
+    there = [name for name in SYSTEM if not is_empty(row.get(name))]
+    texts = [checked_text(row[name], repr(name)) for name in there]
+    if len(texts) + sum(turn.role == "system" for turn in turns) > 1:
+        raise ValueError("two system texts: in a field and in a turn")
+    return [Turn("system", text) for text in texts] + turns

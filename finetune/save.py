@@ -41,7 +41,7 @@ from finetune.identity import fingerprint
 from finetune.lock import claim
 from finetune.machine import short, versions
 from finetune.plan import Plan
-from finetune.tokens import chat_template
+from finetune.template import chat_template
 from qlora_helpers import Settings, UserError
 
 

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from finetune.machine import main_first
-from qlora_helpers import (
-    COMPLETION_TEMPLATE,
-    PROMPT_TEMPLATE,
-    Settings,
-    UserError,
-    format_example,
-    format_prompt,
-)
+from qlora_helpers import format_answer, format_prompt, format_turns
 
-ENCODER = 1  # raised whenever `encode_examples` gives other ids or labels for the same row
+ENCODER = 2  # raised whenever `encode_examples` gives other ids or labels for the same row
+TEXTS = ("prompt", "completion", "turns")  # the columns that rows are encoded from
+CHARACTERS = 2_000_000  # that are encoded at once, give or take a row
+
+
+class Piece(NamedTuple):
+    """A part of a row that ends in EOS: what is asked, the answer, whether that is learned."""
+
+    before: str
+    answer: str
+    trained: bool = True
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -61,17 +65,65 @@ def tokenize(
         backend.encode_special_tokens = tokenizer.split_special_tokens
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[list[int]]:
+def pieces_of(prompt: str, completion: str, turns: str | None = None) -> list[Piece]:
+    """What is trained of a row (`data.as_columns`), in pieces that end in EOS.
+
+    One for each answer, or the whole text where there is no prompt.
+    """
+    if turns:
+        talk = json.loads(turns)
+        answers = [trained for role, _, trained in talk if role == "assistant"]
+        pieces = format_turns([(role, text) for role, text, _ in talk])
+        return [Piece(*piece, trained) for piece, trained in zip(pieces, answers, strict=True)]
+    if not prompt:
+        return [Piece("", completion)]
+    return [Piece(format_prompt(prompt), format_answer(completion))]
+
+
+def asked(row: Mapping[str, Any]) -> str | list[tuple[str, str]]:
+    """What a row asks last: its prompt, or the turns (role, text) before its last answer."""
+    turns = row.get("turns")
+    return [(role, text) for role, text, _ in json.loads(turns)[:-1]] if turns else row["prompt"]
+
+
+def as_chat(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a row asks, as messages; of a whole text its first words."""
+    turns = asked(row) or " ".join(row["completion"].split()[:12])
+    talk = [("user", turns)] if isinstance(turns, str) else turns
+    return [{"role": role, "content": text} for role, text in talk]
+
+
+def training_text(row: Mapping[str, Any]) -> str:
+    """The text that is trained of a row, with EOS between answers shown."""
+    pieces = pieces_of(row["prompt"], row["completion"], row.get("turns"))
+    return "[EOS]".join(piece.before + piece.answer for piece in pieces)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str | Sequence[tuple[str, str]]]
+) -> list[list[int]]:
     """Ids from which answers are generated, with BOS where the tokenizer has it.
 
-    They are the very ids with which the prompts' examples begin (see `encode_examples`).
+    They are the very ids with which the prompts' examples begin (see `encode_examples`). A prompt
+    is a text, or turns (role, text) of which the last is not the assistant's.
     """
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    texts = [format_prompt(prompt) for prompt in prompts]
-    return [begin + encoding.ids for encoding in tokenize(tokenizer, texts, places=False)]
+    talks = [format_turns([("user", p)] if isinstance(p, str) else p) for p in prompts]
+    texts = [before + answer for talk in talks for before, answer in talk]
+    encoded = iter(tokenize(tokenizer, texts, places=False))
+    ids = []
+    for talk in talks:
+        pieces = [next(encoded).ids for _ in talk]
+        ends = [[tokenizer.eos_token_id] * bool(answer) for _, answer in talk]
+        ids.append(
+            [*begin, *(i for pair in zip(pieces, ends, strict=True) for p in pair for i in p)]
+        )
+    return ids
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[tuple[str, str]]
+) -> list[int]:
     """`encode_prompts` for one prompt."""
     return encode_prompts(tokenizer, [prompt])[0]
 
@@ -81,38 +133,53 @@ def encode_examples(
     prompts: Iterable[str],
     completions: Iterable[str],
     completion_only_loss: bool = True,
+    turns: Iterable[str | None] | None = None,
 ) -> dict[str, list]:
-    """`input_ids` and `labels`, both `[rows][length]`, and `length` `[rows]`: EOS last and trained.
+    """`input_ids` and `labels`, both `[rows][length]`, and `length` `[rows]`.
 
-    The labels of the prompt are -100, unless the loss is to be on the whole text. Where the answer
-    begins is known from the tokens' places in the text. Raises `ValueError` if one token holds the
-    end of the prompt and the start of the answer.
+    Each answer ends in EOS, which is trained with it. The labels of what is asked, and of answers
+    that are not to be learned, are -100, unless the loss is to be on the whole text. Where an
+    answer begins is known from the tokens' places in the text. Raises `ValueError` if one token
+    holds the end of a prompt and the start of its answer.
     """
-    prompts = list(prompts)
-    starts = [format_prompt(prompt) for prompt in prompts]
-    texts = [format_example(*pair) for pair in zip(prompts, completions, strict=True)]
+    columns = (prompts, completions, turns or itertools.repeat(None))
+    rows = [pieces_of(*row) for row in zip(*columns, strict=False)]
+    pieces = [piece for row in rows for piece in row]
+    encoded = tokenize(tokenizer, [piece.before + piece.answer for piece in pieces])
+    whole = not completion_only_loss
+    labelled = (label(*pair, tokenizer, whole) for pair in zip(pieces, encoded, strict=True))
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     examples: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
-    for start, text, encoding in zip(starts, texts, tokenize(tokenizer, texts), strict=True):
-        places = map(encoding.char_to_token, range(len(start), len(text)))
-        answer = next(token for token in places if token is not None)
-        if encoding.token_to_chars(answer)[0] < len(start):
-            raise ValueError(
-                "this tokenizer joins the end of the prompt with the start of the answer"
-            )
-        masked = len(begin) + answer if completion_only_loss else 0
-        ids = [*begin, *encoding.ids, tokenizer.eos_token_id]
+    for row in rows:
+        ids, labels = [*begin], begin if whole else [-100] * len(begin)
+        for more, marks in itertools.islice(labelled, len(row)):
+            ids, labels = ids + more, labels + marks
         examples["input_ids"].append(ids)
-        examples["labels"].append([-100] * masked + ids[masked:])
+        examples["labels"].append(labels)
         examples["length"].append(len(ids))
     return examples
 
 
+def label(
+    piece: Piece, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, whole: bool
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of one piece, both `[length]`; see `encode_examples`."""
+    ids, start = [*encoding.ids, tokenizer.eos_token_id], len(piece.before)
+    places = map(encoding.char_to_token, range(start, start + len(piece.answer)))
+    answer = next(token for token in places if token is not None)
+    if encoding.token_to_chars(answer)[0] < start:
+        raise ValueError("this tokenizer joins the end of the prompt with the start of the answer")
+    if not piece.trained:
+        answer, whole = len(ids), False
+    masked = 0 if whole else answer
+    return ids, [-100] * masked + ids[masked:]
+
+
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, turns: str | None = None
 ) -> dict[str, list[int]]:
     """`input_ids` and `labels` of one row, both `[length]`; see `encode_examples`."""
-    examples = encode_examples(tokenizer, [prompt], [completion])
+    examples = encode_examples(tokenizer, [prompt], [completion], turns=[turns])
     return {"input_ids": examples["input_ids"][0], "labels": examples["labels"][0]}
 
 
@@ -136,14 +203,29 @@ def encode_rows(
 
     def encode(table: pa.Table) -> pa.Table:
         texts = table["prompt"].to_pylist(), table["completion"].to_pylist()
-        for name, column in encode_examples(tokenizer, *texts, completion_only_loss).items():
+        talks = table["turns"].to_pylist() if "turns" in table.column_names else None
+        for name, column in encode_examples(tokenizer, *texts, completion_only_loss, talks).items():
             kind = pa.int32() if name == "length" else pa.list_(pa.int32())
             table = table.append_column(name, pa.array(column, kind))
         return table
 
+    def encode_parts(table: pa.Table) -> pa.Table:
+        return pa.concat_tables(map(encode, parts_of(table)))
+
     options = {"batched": True, "batch_size": 1000, "new_fingerprint": key, "desc": "Encoding"}
     options["num_proc"] = workers(len(rows))
-    return rows.with_format("arrow").map(encode, **options).with_format(None)
+    return rows.with_format("arrow").map(encode_parts, **options).with_format(None)
+
+
+def parts_of(table: pa.Table) -> Iterator[pa.Table]:
+    """A batch of rows in parts of about `CHARACTERS`, so that memory does not grow with a row."""
+    texts = [table[name] for name in TEXTS if name in table.column_names]
+    told = [text for text in texts if not pa.types.is_null(text.type)]
+    sizes = sum(pc.fill_null(pc.binary_length(text), 0).to_numpy() for text in told)
+    parts = np.cumsum(sizes) // CHARACTERS
+    for part in np.unique(parts):
+        rows = np.flatnonzero(parts == part)
+        yield table.slice(rows[0], len(rows))
 
 
 def workers(rows: int) -> int | None:
@@ -154,110 +236,3 @@ def workers(rows: int) -> int | None:
     # Threads in each process besides would gain nothing, and the library warns of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return count
-
-
-def shorten(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int
-) -> str:
-    """The end of `prompt` with which the example has `max_length` tokens at most.
-
-    Empty if there is none, because the answer is too long.
-    """
-
-    def excess(text: str) -> int:
-        return encode_examples(tokenizer, [text], [completion])["length"][0] - max_length
-
-    (encoding,), cut, end = tokenize(tokenizer, [prompt]), 0, prompt
-    # Again if need be: the rest of a prompt may have more tokens than it had within the whole.
-    while end and (over := excess(end)) > 0:
-        cut += over
-        end = prompt[encoding.token_to_chars(cut)[0] :].strip() if cut < len(encoding.ids) else ""
-    return end
-
-
-@main_first
-def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
-    """Encoded rows of at most `max_length` tokens; the others are left out or shortened.
-
-    Prints what became of them. Raises `UserError` instead if `too_long = "stop"`, and if no row
-    is left.
-
-    A row is never cut at its end: that would take its EOS away, and a model that never sees EOS
-    never stops. `too_long = "truncate"` takes the beginning of the prompt away and keeps its end
-    and the whole answer; a row whose answer alone is too long is left out.
-    """
-    max_length, too_long = settings.max_length, settings.too_long
-    lengths = np.array(data["length"][:])
-    over = np.flatnonzero(lengths > max_length)
-    if not len(over):
-        return data
-    kept, long = data.select(np.flatnonzero(lengths <= max_length)), data.select(over)
-    told = tell_long(lengths, long, max_length)
-    if too_long == "stop":
-        raise UserError(
-            f"{told}\nShorten them, raise max_length, or set too_long = 'drop' or 'truncate'."
-        )
-    if too_long == "truncate":
-        texts = long.select_columns(["prompt", "completion", "where"]).map(
-            lambda prompt, answer: {"prompt": shorten(tokenizer, prompt, answer, max_length)},
-            input_columns=["prompt", "completion"],
-            load_from_cache_file=False,
-            desc="Shortening",
-        )
-        texts = texts.select([n for n, prompt in enumerate(texts["prompt"][:]) if prompt])
-        if len(texts):
-            again = encode_rows(texts, tokenizer, settings.completion_only_loss)
-            kept = datasets.concatenate_datasets([kept, again])
-    if not len(kept):
-        raise UserError(
-            f"Every row is longer than max_length = {max_length}: "
-            "raise it in the hyperparameter cell."
-        )
-    gone, lost = len(data) - len(kept), lengths.sum() - sum(kept["length"][:])
-    less = len(over) - gone
-    cut = f"{less:,} lost the beginning of their prompt, " if too_long == "truncate" else ""
-    print(f"{told}\n{cut}{gone:,} are left out: {lost:,} tokens less.")
-    return kept
-
-
-def tell_long(lengths: Any, long: Dataset, max_length: int) -> str:
-    """How many rows exceed `max_length` tokens, the first ten's lines, and what would hold them."""
-    lines = ", ".join(long["where"][:10]) + (" …" if len(long) > 10 else "")
-    most = sorted(lengths.tolist())[math.ceil(0.99 * len(lengths)) - 1]
-    return (
-        f"{len(long):,} of {len(lengths):,} rows are longer than "
-        f"max_length = {max_length:,} tokens: {lines}\n"
-        f"max_length = {most:,} would keep 99 % of the rows, {max(lengths):,} all."
-    )
-
-
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt format as a Jinja chat template, so that it travels with the saved tokenizer.
-
-    Its rendering gives exactly `encode_prompt`'s ids; a conversation is written as `read_turns`
-    writes it. Tokenizers of SentencePiece's kind put a space before the first word of a text but
-    not after a `<s>` written into it, so Mistral's template writes that space itself. Raises
-    `ValueError` if neither form gives the ids that were trained.
-    """
-    question, answer = PROMPT_TEMPLATE.split("{prompt}"), COMPLETION_TEMPLATE.split("{completion}")
-    quoted = [json.dumps(part) for part in (*question, *answer)]
-    turns = (
-        "{% set answered = messages[-1]['role'] == 'assistant' %}"
-        "{% set asked = messages[:-1] if answered else messages %}"
-        f"{{{{ {quoted[0]} }}}}"
-        "{% for message in asked %}"
-        "{% if asked | length > 1 or message['role'] != 'user' %}"
-        "{{ message['role'] | capitalize + ': ' }}{% endif %}"
-        "{{ message['content'] + ('' if loop.last else '\\n\\n') }}"
-        "{% endfor %}"
-        f"{{{{ {quoted[1]} }}}}"
-        "{% if answered %}"
-        f"{{{{ {quoted[2]} + messages[-1]['content'] + {quoted[3]} + eos_token }}}}"
-        "{% endif %}"
-    )
-    chat = [{"role": "user", "content": "a"}]
-    for start in ("{{ bos_token }}", "{{ bos_token + ' ' }}") if adds_bos(tokenizer) else ("",):
-        asked = tokenizer.apply_chat_template(chat, chat_template=start + turns, return_dict=True)
-        if asked["input_ids"] == encode_prompt(tokenizer, "a"):
-            return start + turns
-    raise ValueError("no chat template gives this tokenizer the ids that were trained")

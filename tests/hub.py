@@ -137,6 +137,8 @@ class Hub:
             return ({},)
         if path.startswith("/api/models/"):
             return self.model(path.removeprefix("/api/models/"), body)
+        if path.startswith("/api/datasets/"):  # kept under another name
+            return self.model(path.removeprefix("/api/"), body, 3)
         if "/resolve/" in path:
             repo, _, rest = path[1:].partition("/resolve/")
             return self.files.get(repo, {}).get(rest.partition("/")[2]) or (
@@ -160,9 +162,9 @@ class Hub:
             objects.append({**item, **({} if item["oid"] in self.objects else {"actions": put})})
         return ({"transfer": "basic", "objects": objects},)
 
-    def model(self, path, body):
+    def model(self, path, body, parts=2):
         """`/api/models/owner/name…`: what is there, what to upload how, and the commit."""
-        repo, rest = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+        repo, rest = "/".join(path.split("/")[:parts]), "/".join(path.split("/")[parts:])
         if repo not in self.repos:
             return {"error": "Repository not found"}, 404, "RepoNotFound"
         files = self.files.setdefault(repo, {})

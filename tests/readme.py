@@ -18,8 +18,8 @@ from papermill.iorw import load_notebook_node
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetune.answers import score_lines  # noqa: E402
 from finetune.headless import NOTEBOOK, defaults  # noqa: E402
+from finetune.scores import score_lines  # noqa: E402
 
 OTHERS = {
     "requirements.txt": "what the notebook needs, with the bounds that were tested",

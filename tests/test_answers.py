@@ -9,19 +9,18 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 
 from finetune.answers import (
     Answer,
+    AnswerStreamer,
     batches,
     cache_tokens,
-    compare,
+    draw_sample,
     evaluating,
     generate_answers,
     read_answer,
-    scores,
-    show_comparison,
     trained_logits,
     validation_loss,
-    words_in_common,
 )
 from finetune.report import history, plot_curves
+from finetune.scores import compare, scores, show_comparison, verdict, words_in_common
 from finetune.tokens import encode_rows
 from qlora_helpers import UserError
 
@@ -253,3 +252,101 @@ def test_curves_are_a_picture_of_the_log(tmp_path):
     image = plot_curves(LOG, tmp_path / "curves.png", "run")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG" == image.data[:4]
     assert history(LOG, "eval_loss") == ([0, 5], [6.0, 1.25])
+
+
+def test_answers_are_greedy_whatever_the_base_models_authors_recommend(nf4_model, smollm_tokenizer):
+    model = nf4_model(layers=30)
+    plain = generate_answers(model, smollm_tokenizer, ["Count: one one one one"], 12)
+    odd = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "min_new_tokens": 12}
+    config = model.generation_config
+    for name, value in odd.items():
+        setattr(config, name, value)
+    assert generate_answers(model, smollm_tokenizer, ["Count: one one one one"], 12) == plain
+    assert model.generation_config is config and config.repetition_penalty == 1.9
+
+
+def test_decoding_alters_no_text(smollm_tokenizer):
+    for text in ("Yes , it 's fine .", "a  b", "do n't !"):
+        ids = smollm_tokenizer(text)["input_ids"]
+        for clean in (True, False):
+            smollm_tokenizer.clean_up_tokenization_spaces = clean
+            assert read_answer(smollm_tokenizer, ids).text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" Paris\n\n### End", "Paris"),
+        (" Paris", "Paris"),
+        (" Two words ### Endpoints are\n\n### End", "Two words ### Endpoints are"),
+        (" a # b ## c\n\n\n d", "a # b ## c\n\n\n d"),
+        (" ### E", "### E"),
+    ],
+)
+def test_a_streamed_answer_never_shows_the_end_marker(smollm_tokenizer, capsys, text, shown):
+    streamer = AnswerStreamer(smollm_tokenizer)
+    streamer.put(torch.tensor([smollm_tokenizer("asked\n")["input_ids"]]))
+    for token in smollm_tokenizer(text)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    streamer.put(torch.tensor([smollm_tokenizer.eos_token_id]))
+    streamer.end()
+    assert capsys.readouterr().out == shown + "\n"
+
+
+def test_what_is_asked_is_drawn_by_the_seed_and_long_references_are_told(
+    settings, smollm_tokenizer, capsys
+):
+    rows = [{"prompt": f"q{n}", "completion": "word " * n} for n in range(1, 31)]
+    rows.append({"prompt": "", "completion": "a whole text"})
+    data = encode_rows(rows, smollm_tokenizer)
+    cfg = settings(sample_rows=31, max_new_tokens=20)
+    sample = draw_sample(data, smollm_tokenizer, cfg)
+    assert len(sample) == 30
+    # A word a token, and four for the end.
+    longest = len(smollm_tokenizer(" " + "word " * 30 + "\n\n### End")["input_ids"]) + 1
+    shown = capsys.readouterr().out
+    fits = sum(
+        len(smollm_tokenizer(f" {r['completion']}\n\n### End")["input_ids"]) < 20 for r in rows[:-1]
+    )
+    assert f"! {30 - fits} of the 30 references are longer than max_new_tokens = 20" in shown
+    assert f"{longest} would hold all" in shown
+    drawn = [settings(sample_rows=5, seed=seed, max_new_tokens=99) for seed in (1, 1, 2)]
+    few = [draw_sample(data, smollm_tokenizer, each) for each in drawn]
+    assert few[0] == few[1] != few[2] and capsys.readouterr().out == ""
+
+
+def table_of(*pairs):
+    rows = [{"prompt": f"q{n}", "completion": wanted} for n, (_, wanted) in enumerate(pairs)]
+    answers = [Answer(answer, True) for answer, _ in pairs]
+    return compare(rows, [Answer("", False)] * len(pairs), answers)
+
+
+def test_one_spelling_of_a_character_is_as_right_as_another_and_words_need_no_spaces():
+    table = table_of(("Caf\u00e9", "Cafe\u0301"), ("x", "y"))
+    result = scores(table, {"before": 1.0, "after": 0.5})
+    assert result["after"]["exact_match"] == result["after"]["f1"] == 0.5
+    assert words_in_common("東京です", "東京でした") == pytest.approx(2 * 3 / 9)
+    assert words_in_common("กา", "กข") == pytest.approx(0.5)
+    assert words_in_common("Tokyo is 東京", "Tokyo is 東") == pytest.approx(2 * 3 / 7)
+
+
+def test_the_verdict_counts_right_and_wrong_and_shows_the_wrong_first():
+    table = table_of(("a", "a"), ("b", "x"), ("c", "c"), ("d", "y"))
+    result = scores(table, {"before": 1.0, "after": 0.5})
+    assert verdict(table, result) == (
+        "2 of 4 answers are exactly right (before: 0); 2 others, shown first."
+    )
+    page = show_comparison(table, result).to_html()
+    places = [page.index(f">q{n}<") for n in (1, 3, 0, 2)]
+    assert places == sorted(places)
+    right = table_of(("a", "a"))
+    assert verdict(right, {}) == "1 of 1 answers are exactly right (before: 0)."
+
+
+def test_of_whole_texts_the_loss_alone_is_shown():
+    table = table_of()
+    result = scores(table, {"before": 2.0, "after": 1.0})
+    assert result["after"].keys() == {"validation_loss", "perplexity"} and result["rows"] == 0
+    assert verdict(table, result) == "Loss on held-out texts: 2.000 before, 1.000 after."
+    page = show_comparison(table, result).to_html()
+    assert "Held-out texts" in page and "exact" not in page

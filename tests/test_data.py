@@ -4,6 +4,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from finetune.data import (
     RowReader,
     at_most,
-    data_notes,
     read_rows,
     share_held_out,
     split_rows,
 )
-from finetune.rows import LONGEST_LINE
+from finetune.fields import LONGEST_LINE
+from finetune.notes import data_notes
 from qlora_helpers import UserError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
@@ -49,10 +50,10 @@ MISTAKES = [
     (b"[1, 2]", "not an object: each line must be"),
     (b'{"prompt": "a"}', "no 'completion': its keys are 'prompt'"),
     (b'{"prompt": "a", "completion": null}', "'completion' is null: it must be text in quotes"),
-    (b'{"prompt": 5, "completion": "b"}', "'prompt' is a number: "),
+    (b'{"prompt": {}, "completion": "b"}', "'prompt' is an object: "),
     (b'{"prompt": " \\n ", "completion": "b"}', "'prompt' is empty"),
     (b'{"prompt": "a", "prompt": "c", "completion": "b"}', "the same key stands twice"),
-    (b'{"prompt": "a", "completion": "b", "score": NaN}', "NaN is not JSON"),
+    (b'{"prompt": "a", "completion": NaN}', "'completion' is NaN: it must be text"),
     (b'{"prompt": "a", "completion": "\\ud800"}', "'completion' holds half of a surrogate pair"),
     (b'{"prompt": "caf\xe9", "completion": "b"}', "not UTF-8: byte 16"),
 ]
@@ -63,22 +64,23 @@ MISTAKES = [
     [
         *MISTAKES,
         (b'"text"', "not an object"),
-        (b'{"prompt": ["a"], "completion": "b"}', "'prompt' is a list"),
+        (b'{"prompt": ["a"], "completion": "b"}', "a turn is no object with 'role'"),
+        (b'{"prompt": "a", "completion": -Infinity}', "'completion' is -Infinity"),
         (b'{"prompt": {"text": "a"}, "completion": "b"}', "'prompt' is an object"),
         (b'{"prompt": "a", "completion": true}', "'completion' is true or false"),
-        (b'{"prompt": "a", "completion": 2.5}', "'completion' is a number"),
         (b'{"prompt": "\\udc4b", "completion": "b"}', "'prompt' holds half of a surrogate pair"),
         (b"{}", "no 'prompt': its keys are none"),
-        (b'{"text": "a"}', "no 'prompt': its keys are 'text'"),
         (b'{"question": "a", "reply": "b"}', "no 'answer': its keys are 'question', 'reply'"),
-        (b'{"instruction": "a", "input": 3, "output": "b"}', "'input' is a number"),
+        (b'{"instruction": "a", "input": [3], "output": "b"}', "'input' is a list"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"prompt": "' + b"a" * 2**20 + b'"}', "longer than 1,048,576 bytes"),
-        (chat(("user", "a")), "'messages' is no conversation"),
-        (chat(("user", "a"), ("tool", "b")), "a turn's 'role' is none of"),
-        (chat(("tool", "a"), ("user", "b"), ("assistant", "c")), "a turn's 'role' is none of"),
-        (chat(("user", "a"), ("system", "b")), "the last turn is not the assistant's"),
-        (chat(("assistant", "a"), ("user", "b")), "the last turn is not the assistant's"),
+        (b'{"messages": {"role": "user"}}', "'messages' is no conversation"),
+        (chat(("user", "a")), "no turn is the assistant's"),
+        (chat(("user", "a"), ("narrator", "b")), "a turn's 'role' is none of"),
+        (chat(("tool", "a"), ("user", "b"), ("assistant", "c")), "tool calls"),
+        (chat(("user", "a"), ("system", "b")), "no turn is the assistant's"),
+        (chat(("user", "a"), ("system", "b"), ("assistant", "c")), "a system turn comes after"),
+        (chat(("assistant", "a"), ("user", "b")), "the assistant speaks first"),
         (chat(("user", None), ("assistant", "b")), "a turn's 'content' is null"),
     ],
 )
@@ -102,12 +104,12 @@ def test_ten_different_mistakes_appear_in_one_run_of_the_cell(tmp_path, settings
 
 def test_bad_lines_are_counted_by_kind_and_all_are_written_down(tmp_path, read):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, *[b"{"] * 12]))
-    (tmp_path / "b.jsonl").write_bytes(b"nonsense\n5")
+    (tmp_path / "b.jsonl").write_bytes(b'"nonsense"\n5')
     for _ in range(2):  # the second time, what the first wrote down is not written down again
         with pytest.raises(UserError) as caught:
             read(tmp_path / "*.jsonl")
     text = str(caught.value)
-    assert text.startswith("14 line(s) cannot be used (13 × broken JSON; 1 × not an object)")
+    assert text.startswith("14 line(s) cannot be used (12 × broken JSON; 2 × not an object)")
     shown = [line.split(": ")[0] for line in text.splitlines() if "•" in line]
     assert shown == [f"  • a.jsonl:{n}" for n in range(2, 12)]
     rejected = text.partition("All are in ")[2].splitlines()[0]
@@ -140,7 +142,7 @@ def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_pa
         (b'{"instruction": "p", "input": "", "output": "c"}', "instruction/output", "p"),
         (b'{"instruction": "p", "input": "i", "output": "c"}', "instruction/output", "p\n\ni"),
         (b'{"instruction": "p", "input": null, "output": "c"}', "instruction/output", "p"),
-        (b'{"question": "p", "answer": "c", "input": "i"}', "question/answer", "p"),
+        (b'{"context": "i", "question": "p", "answer": "c"}', "question/answer", "i\n\np"),
         (
             b'{"question": "q", "answer": "a", "prompt": "p", "completion": "c"}',
             "prompt/completion",
@@ -213,13 +215,14 @@ MESSY = st.one_of(
 @example(content=b"\x00\xc2\x85\x00")  # U+0085 ends no line
 def test_any_bytes_give_rows_or_located_errors(read, tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    content = GOOD + b"\n" + content  # else it may be taken for another kind of file
     file.write_bytes(content)
     reader = RowReader([file], file.with_name("fuzz.rejected.jsonl"))
     rows = list(reader)
     lines = [
         n
         for n, line in enumerate(content.split(b"\n"), 1)
-        if line.removeprefix(b"\xef\xbb\xbf" * (n == 1)).strip()
+        if line.removeprefix(b"\xef\xbb\xbf").strip()
     ]
     rejected = file.with_name("fuzz.rejected.jsonl")
     bad = rejected.read_text(encoding="utf-8").split("\n")[:-1] if reader.kinds else []
@@ -302,7 +305,7 @@ def test_a_file_that_was_renamed_is_told_by_its_new_name(tmp_path, read):
 
 
 def test_no_file_says_where_to_put_one(tmp_path, read):
-    with pytest.raises(UserError, match=r"No file matches data_files = .*\n.*Put your JSONL there"):
+    with pytest.raises(UserError, match=r"(?s)No file matches data_files = .*Put your JSONL there"):
         read(tmp_path / "*.jsonl")
 
 
@@ -439,9 +442,63 @@ def test_where_every_prompt_would_be_held_out_one_is_left_to_train_on():
     assert [len(part) for part in split_rows(held, 0.5)] == [1, len(held) - 1]
 
 
-def test_one_prompt_alone_cannot_be_split():
-    with pytest.raises(UserError, match="at least two rows with different prompts"):
-        split_rows(as_dataset([{"prompt": "a", "completion": "b"}] * 5), 0.1)
+def test_one_row_alone_cannot_be_split():
+    for count in (1, 5):
+        with pytest.raises(UserError, match="at least two rows: one to learn from, one to test on"):
+            split_rows(as_dataset([{"prompt": "a", "completion": "b"}] * count), 0.1)
+
+
+def repeated(counts):
+    """So many rows for each prompt, the completions all different."""
+    rows = [(n, count) for n, count in enumerate(counts)]
+    return as_dataset(
+        [{"prompt": f"q{n}", "completion": f"{n} {i}"} for n, count in rows for i in range(count)]
+    )
+
+
+@pytest.mark.slow
+def test_however_prompts_repeat_at_most_twice_the_share_is_held_out(capsys):
+    chance = np.random.default_rng(0)
+    for turn in range(400):
+        counts = np.ceil(chance.pareto(chance.uniform(0.3, 2), chance.integers(1, 60))).astype(int)
+        counts = np.minimum(counts, 2000) + (turn % 3 == 0)
+        rows, fraction = repeated(counts), float(chance.choice([0.01, 0.1, 0.3, 0.5]))
+        if len(rows) < 2:
+            continue
+        train, held = split_rows(rows, fraction)
+        assert 1 <= len(held) <= max(1, 2 * fraction * len(rows)), counts
+        assert len(train) >= 1 and len(train) + len(held) == len(rows)
+        by_row = "held out one by one" in capsys.readouterr().out
+        assert by_row or not {*train["prompt"]} & {*held["prompt"]}
+        if by_row:
+            assert counts.max() > 2 * fraction * len(rows)
+            assert len(held) >= min(1, fraction * len(rows) / 4)
+
+
+@pytest.mark.parametrize("others", [0, 1, 50])
+def test_one_prompt_with_most_rows_is_split_row_by_row_and_said(capsys, others):
+    train, held = split_rows(repeated([1000, *[1] * others]), 0.1)
+    assert 70 < len(held) < 140 and "q0" in train["prompt"] and "q0" in held["prompt"]
+    assert "! 1,000 rows ask the same: rows are held out one by one" in capsys.readouterr().out
+
+
+def test_blanks_and_turns_of_one_talk_do_not_part_a_question(tmp_path, read):
+    rows = [{"prompt": f"item {n}{end}", "completion": "x"} for n in range(60)
+            for end in ("", " ", "\n")]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held = split_rows(read(tmp_path / "rows.jsonl"), 0.2)
+    stripped = [{text.strip() for text in part["prompt"]} for part in (train, held)]
+    assert not stripped[0] & stripped[1] and len(held) == 3 * len(stripped[1]) > 9
+    talks = []
+    for n in range(60):
+        turns = []
+        for step in range(3):
+            turns += [("user", f"talk {n}, {step}?"), ("assistant", f"done {n} {step}")]
+            talks.append(chat(*turns).decode())
+    (tmp_path / "rows.jsonl").write_text("\n".join(talks))
+    train, held = split_rows(read(tmp_path / "rows.jsonl"), 0.2)
+    first = [{line.partition(":")[0] for line in part["key"]} for part in (train, held)]
+    assert not first[0] & first[1] and len(held) == 3 * len(first[1]) > 9
 
 
 def held(count, same=1):

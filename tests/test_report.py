@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by being here
 
-from finetune.answers import Answer, compare, scores, validation_loss
+from finetune.answers import Answer, validation_loss
 from finetune.batches import Cut, StepSampler
 from finetune.callbacks import Speed
 from finetune.plan import Plan
@@ -35,6 +35,7 @@ from finetune.report import (
     write_report,
 )
 from finetune.save import manifest
+from finetune.scores import compare, scores
 from finetune.tokens import encode_rows
 from finetune.train import hold_in_fp32
 
@@ -104,6 +105,7 @@ def train(folder, base, tokenizer, **changes):
         model, trl.SFTConfig(**options | changes), processing_class=tokenizer, **data
     )
     hold_in_fp32(model, weights)
+    trainer.run = "a1"
     sampler = StepSampler([len(row["input_ids"]) for row in rows[:16]], 4, 0, Cut(4, False, "sdpa"))
     trainer._get_train_sampler = lambda *_: sampler
     trainer.callback_handler.callbacks.insert(0, Speed(sampler))

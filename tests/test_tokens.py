@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from mistral import sentencepiece_model
@@ -24,25 +24,27 @@ from finetune.audit import (
     audit_labels,
     control_ids,
     find_mistake,
+    find_mistakes,
     middle_out,
     plot_lengths,
 )
 from finetune.data import read_rows, split_rows
+from finetune.lengths import fit_length, shorten, tell_long
 from finetune.report import history
-from finetune.rows import read_turns
+from finetune.talks import Turn
+from finetune.template import chat_template
 from finetune.tokens import (
     ENCODER,
     adds_bos,
-    chat_template,
     encode_example,
     encode_examples,
     encode_prompt,
     encode_prompts,
     encode_rows,
-    fit_length,
-    shorten,
-    tell_long,
+    label,
+    pieces_of,
     tokenize,
+    training_text,
     workers,
 )
 from qlora_helpers import (
@@ -50,8 +52,8 @@ from qlora_helpers import (
     PROMPT_TEMPLATE,
     Settings,
     UserError,
-    format_example,
     format_prompt,
+    format_turns,
 )
 
 
@@ -65,9 +67,25 @@ def deepseek_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_file=str(file), **ends)
 
 
+@pytest.fixture(scope="session")
+def tekken_tokenizer():
+    """Mistral Nemo's, from the file in mistral-common, as transformers converts it."""
+    import mistral_common
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    return convert_tekken_tokenizer(str(file))
+
+
 @pytest.fixture(params=["mistral", "smollm", "deepseek"])
 def tokenizer(request):
     """Each real tokenizer in turn: one adds BOS (SentencePiece), two do not (byte level)."""
+    return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture(params=["mistral", "smollm", "deepseek", "tekken"])
+def any_tokenizer(request):
+    """Another family besides: byte level, with BOS."""
     return request.getfixturevalue(f"{request.param}_tokenizer")
 
 
@@ -148,6 +166,7 @@ def test_exact_ids_on_mistrals_tokenizer(mistral_tokenizer):
 @example(prompt="ends in a space ", completion=" starts with one")
 @example(prompt="x", completion="\n")
 def test_what_is_trained_is_the_answer_and_its_end(tokenizer, control, prompt, completion):
+    assume(prompt)  # without one it is a whole text
     start = encode_prompt(tokenizer, prompt)
     encoded = encode_example(tokenizer, prompt, completion)
     ids, labels = encoded["input_ids"], encoded["labels"]
@@ -184,20 +203,107 @@ def test_the_chat_template_renders_the_very_ids_that_were_trained(tokenizer):
     assert whole == encode_example(tokenizer, prompt, completion)["input_ids"]
 
 
-def test_the_chat_template_writes_a_conversation_as_the_reader_does(tokenizer):
-    tokenizer.chat_template = chat_template(tokenizer)
-    texts = ["Be brief.", "Hi\n", "Hello", "Bye", "Bye."]
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    unasked = turns[:1] + turns[4:]  # an instruction of the system alone, then the answer
-    for messages in (turns, turns[1:], turns[3:], turns[:1] + turns[3:], unasked):
-        prompt, completion = read_turns(messages)
-        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        assert whole == encode_example(tokenizer, prompt, completion)["input_ids"]
-        asked = tokenizer.apply_chat_template(
-            messages[:-1], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        assert asked == encode_prompt(tokenizer, prompt)
+TALKS = st.tuples(
+    st.one_of(st.none(), TEXT.filter(str.strip)),
+    st.lists(st.tuples(TEXT.filter(str.strip), TEXT.filter(str.strip)), min_size=1, max_size=4),
+)
+
+
+def as_turns(system, pairs):
+    turns = [Turn("system", system)] if system else []
+    for question, answer in pairs:
+        turns += [Turn("user", question), Turn("assistant", answer)]
+    return turns
+
+
+@pytest.mark.slow
+@settings(many, max_examples=120)
+@given(talk=TALKS)
+@example(talk=("Be brief.", [("Hi\n", " Hello"), ("Bye", "Bye.")]))
+@example(talk=(None, [("a", "b"), ("\nc", "d\n"), (" e ", "f")]))
+def test_the_chat_template_gives_the_encoders_ids_for_any_number_of_turns(any_tokenizer, talk):
+    """For texts without control strings: those become control tokens in a template's text."""
+    tokenizer, turns = any_tokenizer, as_turns(*talk)
+    assume(not any(text in turn.text for turn in turns for text in control_texts(tokenizer)))
+    tokenizer.chat_template = tokenizer.chat_template_of_ours = getattr(
+        tokenizer, "chat_template_of_ours", None
+    ) or chat_template(tokenizer)
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    encoded = encode_example(tokenizer, "", "", json.dumps(turns))
+    assert whole == encoded["input_ids"]
+    asked = [turn[:2] for turn in turns[:-1]]
+    start = tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert start == encode_prompt(tokenizer, asked) == whole[: len(start)]
+    # Every answer is trained with its EOS, and nothing else.
+    labels, ids = encoded["labels"], encoded["input_ids"]
+    place, eos = len(ids) - len(labels), tokenizer.eos_token_id
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            begin = len(encode_prompt(tokenizer, [t[:2] for t in turns[:number]]))
+            end = ids.index(eos, begin) + 1
+            assert labels[place:begin] == [-100] * (begin - place)
+            assert labels[begin:end] == ids[begin:end]
+            place = end
+    assert place == len(ids) and ids.count(eos) == len(talk[1])
+    facts = {"begin": ids[:1] * adds_bos(tokenizer), "eos": eos, "control": control_ids(tokenizer)}
+    pieces = pieces_of("", "", json.dumps(turns))
+    befores = [tokenize(tokenizer, [piece.before])[0].ids for piece in pieces]
+    assert find_mistakes(ids, labels, pieces, befores, whole=False, **facts) == ""
+
+
+def control_texts(tokenizer):
+    return {str(token) for token in tokenizer.added_tokens_decoder.values()} | {*CONTROL}
+
+
+def test_what_a_turn_says_not_to_train_is_masked_with_its_end(tokenizer):
+    turns = [("user", "a", True), ("assistant", "b", False), ("user", "c", True)]
+    turns = json.dumps([*turns, ("assistant", "d", True)])
+    first = encode_example(tokenizer, "a", "b")["input_ids"]
+    for whole in (False, True):
+        row = encode_examples(tokenizer, [""], [""], not whole, [turns])
+        (ids,), (labels,) = row["input_ids"], row["labels"]
+        assert ids[: len(first)] == first
+        begun = len(first) - len(encode_example(tokenizer, "", "a")["input_ids"][:0])
+        assert labels[adds_bos(tokenizer) : begun] == [-100] * (begun - adds_bos(tokenizer))
+        answer = encode_example(tokenizer, "c", "d")
+        trained = [label for label in answer["labels"] if label != -100]
+        assert labels[-len(trained) :] == trained
+        assert (labels[-len(trained) - 1] == -100) != whole
+    one = {"prompt": "a", "completion": "d", "where": "x:1", "turns": turns}
+    assert "Audited all 1" in audit_labels(encode_rows([one], tokenizer), tokenizer)
+
+
+def test_a_system_text_is_a_block_before_the_first_question(smollm_tokenizer):
+    turns = json.dumps([("system", "s", True), ("user", "q", True), ("assistant", "a", True)])
+    ids = encode_example(smollm_tokenizer, "", "", turns)["input_ids"]
+    text = "### System: s\n\n### Question: q\n\n### Answer: a\n\n### End<|im_end|>"
+    assert smollm_tokenizer.decode(ids) == text
+    assert training_text({"prompt": "", "completion": "", "turns": turns}) == text[:-10]
+
+
+def test_a_whole_text_is_trained_as_it_stands(tokenizer):
+    row = encode_example(tokenizer, "", "Once upon a time. </s>")
+    start = [-100] * adds_bos(tokenizer)
+    assert row["labels"] == start + row["input_ids"][len(start) :]
+    assert tokenizer.decode(row["input_ids"][len(start) : -1]).strip() == "Once upon a time. </s>"
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    rows = encode_rows([{"prompt": "", "completion": "Once."}], tokenizer)
+    assert "Audited all 1 rows" in audit_labels(rows, tokenizer)
+
+
+def test_what_nobody_trained_is_refused_by_the_template(smollm_tokenizer):
+    smollm_tokenizer.chat_template = chat_template(smollm_tokenizer)
+    talk = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
+    with pytest.raises(Exception, match="roles are system, user and assistant, not tool"):
+        smollm_tokenizer.apply_chat_template(talk)
+    joined = [{"role": "user", "content": text} for text in ("a", "b")]
+    empty = [{"role": "system", "content": " "}, *joined]
+    for messages in (joined, empty):
+        ids = smollm_tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert ids == encode_prompt(smollm_tokenizer, "a\n\nb")
 
 
 ROWS = [
@@ -446,6 +552,37 @@ def test_the_audit_finds_each_planted_defect(tokenizer, monkeypatch, defect, wor
         audit_labels(encode_rows(rows, tokenizer), tokenizer)
 
 
+SECOND = [
+    (shift_left, "has an EOS that is not trained"),
+    (shift_right, "has an EOS that is not trained"),
+    (mask_one_short, "has a label on its prompt"),
+    (mask_one_long, "has no label on the first token of its answer"),
+    (mask_eos, "has an EOS that is not trained"),
+    (mask_all, "has an EOS that is not trained"),
+    (other_label, "has a label that is not its token"),
+    (double_bos, "has a control token inside its text"),
+    (cut_off, "does not end in EOS"),
+]
+
+
+@pytest.mark.parametrize(("defect", "words"), SECOND)
+def test_the_audit_finds_each_planted_defect_in_a_second_turn_too(tokenizer, defect, words):
+    turns = json.dumps(as_turns("s", [("a", "b c d"), ("e", "f g h")]))
+    rows = encode_rows([{"prompt": "a", "completion": "f", "turns": turns}], tokenizer).to_list()
+    ids, labels = rows[0]["input_ids"], rows[0]["labels"]
+    end = ids.index(tokenizer.eos_token_id) + 1
+    later, marks = ids[end:], labels[end:]
+    if tokenizer.bos_token_id is None:
+        pytest.skip("no BOS")
+    defect(tokenizer, later, marks)
+    rows[0] |= {"input_ids": ids[:end] + later, "labels": labels[:end] + marks}
+    with pytest.raises(UserError, match=f"row 1 ({words}|does not end each answer in EOS)"):
+        audit_labels(Dataset.from_list(rows), tokenizer)
+    rows[0] |= {"input_ids": ids[:end], "labels": labels[:end]}
+    with pytest.raises(UserError, match="row 1 does not end each answer in EOS"):
+        audit_labels(Dataset.from_list(rows), tokenizer)
+
+
 def test_one_bad_row_among_good_ones_is_named(tokenizer):
     rows = encode_rows(ROWS, tokenizer).to_list()
     rows[30]["labels"][-1] = -100
@@ -671,8 +808,8 @@ def test_a_tokenizer_that_joins_prompt_and_answer_is_refused(smollm_tokenizer, m
 
 def test_whoever_changes_the_encoder_raises_its_version():
     """Encoded rows are found again by `ENCODER`: new code must not take what old code has made."""
-    parts = (encode_examples, tokenize, adds_bos, format_prompt, format_example)
+    parts = (encode_examples, label, pieces_of, tokenize, adds_bos, format_turns, format_prompt)
     trees = [ast.parse(inspect.getsource(part)).body[0] for part in parts]
     code = "".join(ast.unparse(tree.body[1:]) for tree in trees)  # without its docstring
     made = hashlib.sha256(f"{code}{PROMPT_TEMPLATE}{COMPLETION_TEMPLATE}".encode()).hexdigest()
-    assert (ENCODER, made[:16]) == (1, "bfb5ddb0dd4d2b0a")
+    assert (ENCODER, made[:16]) == (2, "9405d924b6604fd8")

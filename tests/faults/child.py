@@ -387,7 +387,7 @@ def tell_calls() -> None:
     calls |= {"answers": ("finetune.answers", "generate_answers")}
     calls |= {
         "curves": ("finetune.report", "plot_curves"),
-        "scores": ("finetune.answers", "scores"),
+        "scores": ("finetune.scores", "scores"),
     }
     for word, place in calls.items():
         wrap(*place, lambda _, word=word: print(f"CALL {word}", flush=True))

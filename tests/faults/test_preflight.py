@@ -497,8 +497,8 @@ def test_all_that_is_wrong_is_told_at_once_and_the_folder_is_not_touched(
 LATER = [
     ("finetune.report", "plot_curves", 1),
     ("finetune.answers", "generate_answers", 2),
-    ("finetune.answers", "scores", 1),
-    ("finetune.answers", "show_comparison", 1),
+    ("finetune.scores", "scores", 1),
+    ("finetune.scores", "show_comparison", 1),
     ("finetune.report", "write_report", 1),
     ("finetune.save", "complete_adapter", 1),
 ]

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 import transformers
 from conftest import result_of
+from safetensors.torch import load_file, save_file
 from sums import checksums
 
 from finetune.backup import back_up, drive_folder
@@ -257,14 +259,31 @@ def logged(folder, key="learning_rate"):
     return {e["step"]: e[key] for e in run["trainer_state"]["log_history"] if key in e}
 
 
-def test_a_new_learning_rate_takes_effect_at_once(tiny, tmp_path, half, undisturbed):
-    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
-    code, shown = run(tiny, tmp_path, learning_rate=1e-3, resume="anyway")
-    assert code == 0, shown
+def test_after_a_nan_half_the_learning_rate_takes_effect_at_once(tiny, tmp_path, undisturbed):
+    code, shown = run(tiny, tmp_path, "nan_at", 4)
+    assert code == 2 and "Lower learning_rate (half is a good start)" in shown, shown
+    code, shown = run(tiny, tmp_path, learning_rate=1.5e-3, resume="anyway")
+    assert code == 0 and "Continuing from checkpoint-2 with changed" in shown, shown
     rates, before = logged(tmp_path), logged(undisturbed[1])
     assert len(rates) == 6 and rates[1] == before[1] and rates[2] == before[2]
     for step in (3, 4, 5, 6):
-        assert rates[step] == pytest.approx(before[step] / 3) and (step == 6 or rates[step] > 0)
+        assert rates[step] == pytest.approx(before[step] / 2) and (step == 6 or rates[step] > 0)
+    told = json.loads((outputs(tmp_path) / "final_model" / "run.json").read_text())
+    assert told["settings"]["learning_rate"] == 1.5e-3
+
+
+def test_a_base_folder_with_other_weights_is_noticed(tiny, tmp_path):
+    shutil.copytree(tiny(tmp_path)["base_model"], tmp_path / "base")
+    code, shown = run(tiny, tmp_path, "kill_at", 4, base_model=str(tmp_path / "base"))
+    assert code == KILLED, shown
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name] = weights[name] * 1.5
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    code, shown = run(tiny, tmp_path, base_model=str(tmp_path / "base"))
+    assert code == 2 and "the weights in the base model's folder are others" in shown, shown
+    code, shown = run(tiny, tmp_path, base_model=str(tmp_path / "base"), resume="anyway")
+    assert code == 2 and "does not fit (the weights in the base model's folder are others)" in shown
 
 
 def test_a_finished_run_is_trained_on_for_more_epochs_when_asked(tiny, tmp_path, undisturbed):
@@ -514,3 +533,23 @@ def test_the_machine_replaced_continues_from_drive(tiny, tmp_path, undisturbed):
     shutil.rmtree(tmp_path / "outputs")
     code, shown = child.run(settings, tmp_path / "log", ("kill_at", 1))
     assert code == 0 and "nothing is trained again" in shown
+
+
+@pytest.mark.slow
+def test_headless_saves_at_sigterm_before_it_ends(tiny, tmp_path):
+    settings = tiny(tmp_path, epochs=400, run_name="headless")
+    words = [f"{name.upper()}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "finetune.headless", *words]
+    options = {"cwd": child.ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, text=True, **options)
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if line.startswith("["):  # the progress bar
+            process.send_signal(signal.SIGTERM)
+            break
+    shown += process.communicate(timeout=60)[0]
+    run_dir = Path(settings["output_dir"]) / "headless"
+    assert process.returncode == 1 and "run this again, and it continues from the last" in shown
+    assert "Stopping, with a checkpoint." in (run_dir / "notebook.html").read_text(), shown
+    assert not why_unusable(checkpoints(run_dir)[0], "checkpoint")

@@ -1,12 +1,13 @@
-"""Killed in its second epoch and continued on a GPU, in NF4 and bf16: the same losses as without
-the kill.
+"""Killed and stopped inside its second epoch and continued on a GPU, in NF4 and bf16: the same
+losses as without.
 
     python tests/gpu/resume.py     # two random layers, seconds
     python tests/gpu/resume.py --model content/model_cache/mistral-7b-random  # by mistral_7b.py
 
-Three runs of the notebook's own cells on 40 rows of the examples: undisturbed, killed, continued.
-Prints the largest difference of a logged loss and of the adapter, and fails if a loss differs by
-more than 1e-3 of its value.
+Runs of the notebook's own cells on 40 rows of the examples, three steps an epoch: undisturbed;
+killed in step 5 after a timed checkpoint, and continued; stopped in step 6, and continued. Prints
+the largest difference of a logged loss and of the adapter, and fails if a loss differs by more than
+1e-3 of its value.
 """
 
 import argparse
@@ -53,30 +54,32 @@ def main() -> None:
         "epochs": 2,
     }
     settings |= {"run_name": "faults", "push_to_hub": False, "sample_rows": 2, "max_new_tokens": 2}
-    results = []
-    for name in ("undisturbed", "killed"):
+    faults = {"undisturbed": None, "killed": ("save_often", 5), "stopped": ("stop_at", 6)}
+    results = {}
+    for name, fault in faults.items():
         folder = options.out / name
         folder.mkdir()
         settings["output_dir"] = str(folder / "outputs")
-        if name == "killed":
-            code, shown = child.run(settings, folder / "log", ("kill_at", 5))
-            assert code == -9, shown
+        if fault:
+            code, shown = child.run(settings, folder / "log", fault)
+            assert code == (-9 if name == "killed" else 2), shown
         code, shown = child.run(settings, folder / "log")
         assert code == 0, shown
-        results.append(result(folder))
-        print(*(line for line in shown.splitlines() if "Continuing from" in line), sep="\n")
+        results[name] = result(folder)
+        print(name, *(line for line in shown.splitlines() if "Continuing from" in line))
         print(Cut(**json.loads((folder / "outputs" / "faults" / "plan.json").read_text())["cut"]))
-    (expected, adapter), (losses, continued) = results
-    assert losses.keys() == expected.keys()
-    worst = max(abs(losses[key] - expected[key]) / expected[key] for key in expected)
-    apart = max(float((continued[n] - adapter[n]).norm() / adapter[n].norm()) for n in adapter)
-    same = all((continued[n] == adapter[n]).all() for n in adapter)
-    print(
-        f"{len(expected)} losses; largest relative difference of a loss {worst:.1e}, of an "
-        f"adapter matrix {apart:.1e}"
-    )
-    print("The adapters are bit-identical." if same else "The adapters differ by rounding.")
-    assert worst < 1e-3
+    expected, adapter = results.pop("undisturbed")
+    for name, (losses, continued) in results.items():
+        assert losses.keys() == expected.keys()
+        worst = max(abs(losses[key] - expected[key]) / expected[key] for key in expected)
+        apart = max(float((continued[n] - adapter[n]).norm() / adapter[n].norm()) for n in adapter)
+        same = all((continued[n] == adapter[n]).all() for n in adapter)
+        print(
+            f"{name}: {len(expected)} losses; largest relative difference of a loss {worst:.1e}, "
+            f"of an adapter matrix {apart:.1e}; adapters "
+            f"{'bit-identical' if same else 'differ by rounding'}"
+        )
+        assert worst < 1e-3
 
 
 if __name__ == "__main__":

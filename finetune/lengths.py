@@ -1,0 +1,122 @@
+"""Section 6: rows longer than `max_length` are left out, or lose what they can do without."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from finetune.machine import main_first
+from finetune.tokens import encode_examples, encode_rows, tokenize
+from qlora_helpers import Settings, UserError, readable_turns
+
+
+def shorten(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int, kept: int = 0
+) -> str:
+    """A `prompt` with which the example has `max_length` tokens at most.
+
+    It loses its beginning, or where its first `kept` characters are an instruction what follows
+    them. Empty if there is none, because the rest is too long.
+    """
+
+    def excess(text: str) -> int:
+        return encode_examples(tokenizer, [head + text], [completion])["length"][0] - max_length
+
+    head, text = prompt[:kept], prompt[kept:]
+    (encoding,), cut, end = tokenize(tokenizer, [text]), 0, text
+    # Again if need be: the rest of a prompt may have more tokens than it had within the whole.
+    while end and (over := excess(end)) > 0:
+        cut += over
+        end = text[encoding.token_to_chars(cut)[0] :].strip() if cut < len(encoding.ids) else ""
+    return head + end if end else ""
+
+
+def shorten_talk(tokenizer: PreTrainedTokenizerBase, turns: str, max_length: int) -> str:
+    """The newest turns of a conversation, behind its system text, of `max_length` tokens at most.
+
+    Empty if not even the last question and its answers are short enough.
+    """
+    talk = json.loads(turns)
+    system = [turn for turn in talk if turn[0] == "system"]
+    for start in [n for n, turn in enumerate(talk) if turn[0] == "user"]:
+        shorter = json.dumps([*system, *talk[start:]], ensure_ascii=False)
+        if encode_examples(tokenizer, [""], [""], turns=[shorter])["length"][0] <= max_length:
+            return shorter
+    return ""
+
+
+def shorter_row(tokenizer: PreTrainedTokenizerBase, row: dict, max_length: int) -> dict[str, Any]:
+    """The columns of a row that lose something for it to be short enough; an empty prompt if none.
+
+    A whole text is never cut.
+    """
+    if not row["prompt"]:
+        return {"prompt": ""}
+    if not row.get("turns"):
+        pair = row["prompt"], row["completion"]
+        return {"prompt": shorten(tokenizer, *pair, max_length, row.get("kept") or 0)}
+    turns = shorten_talk(tokenizer, row["turns"], max_length)
+    talk = [(role, text) for role, text, _ in json.loads(turns)[:-1]] if turns else []
+    return {"prompt": readable_turns(talk), "turns": turns}
+
+
+@main_first
+def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+    """Encoded rows of at most `max_length` tokens; the others are left out or shortened.
+
+    Prints what became of them. Raises `UserError` instead if `too_long = "stop"`, and if no row
+    is left.
+
+    A row is never cut at its end: that would take its EOS away, and a model that never sees EOS
+    never stops. `too_long = "truncate"` takes the beginning of the prompt away, or of what an
+    instruction is about, or the oldest turns, and keeps the whole answer; a row whose answer alone
+    is too long is left out.
+    """
+    max_length, too_long = settings.max_length, settings.too_long
+    lengths = np.array(data["length"][:])
+    over = np.flatnonzero(lengths > max_length)
+    if not len(over):
+        return data
+    kept, long = data.select(np.flatnonzero(lengths <= max_length)), data.select(over)
+    told = tell_long(lengths, long, max_length)
+    if too_long == "stop":
+        raise UserError(
+            f"{told}\nShorten them, raise max_length, or set too_long = 'drop' or 'truncate'."
+        )
+    if too_long == "truncate":
+        texts = long.remove_columns(["input_ids", "labels", "length"]).map(
+            lambda row: shorter_row(tokenizer, row, max_length),
+            load_from_cache_file=False,
+            desc="Shortening",
+        )
+        texts = texts.select([n for n, prompt in enumerate(texts["prompt"][:]) if prompt])
+        if len(texts):
+            again = encode_rows(texts, tokenizer, settings.completion_only_loss)
+            kept = datasets.concatenate_datasets([kept, again])
+    if not len(kept):
+        raise UserError(
+            f"Every row is longer than max_length = {max_length}: "
+            "raise it in the hyperparameter cell."
+        )
+    gone, lost = len(data) - len(kept), lengths.sum() - sum(kept["length"][:])
+    less = len(over) - gone
+    cut = f"{less:,} lost the beginning of their prompt, " if too_long == "truncate" else ""
+    print(f"{told}\n{cut}{gone:,} are left out: {lost:,} tokens less.")
+    return kept
+
+
+def tell_long(lengths: Any, long: Dataset, max_length: int) -> str:
+    """How many rows exceed `max_length` tokens, the first ten's lines, and what would hold them."""
+    lines = ", ".join(long["where"][:10]) + (" …" if len(long) > 10 else "")
+    most = sorted(lengths.tolist())[math.ceil(0.99 * len(lengths)) - 1]
+    return (
+        f"{len(long):,} of {len(lengths):,} rows are longer than "
+        f"max_length = {max_length:,} tokens: {lines}\n"
+        f"max_length = {most:,} would keep 99 % of the rows, {max(lengths):,} all."
+    )

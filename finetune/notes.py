@@ -1,0 +1,93 @@
+"""Section 6: what is worth a look in the rows though it can be trained."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+
+
+def row_hashes(rows: Dataset, *columns: str) -> np.ndarray:
+    """A 64-bit hash of each row's texts, `[rows]`: eight bytes a row, however long the texts."""
+    texts = (
+        text
+        for batch in rows.iter(1000)
+        for text in zip(*(batch[name] for name in columns), strict=True)
+    )
+    return np.fromiter(map(hash, texts), np.int64, len(rows))
+
+
+def _holds_marker(prompt: str, completion: str) -> bool:
+    text = prompt + completion
+    return "###" in text and re.search("### (System|Question|Answer|End)", text) is not None
+
+
+def _splits_word(prompt: str, completion: str) -> bool:
+    return prompt[-1:].isalpha() and completion[0].islower()
+
+
+def _repeats_prompt(prompt: str, completion: str) -> bool:
+    return prompt != "" and completion.lstrip().startswith(prompt.strip())
+
+
+def _starts_with_space(prompt: str, completion: str) -> bool:
+    return prompt != "" and completion[0].isspace()
+
+
+NOTES = {
+    "hold a marker of the prompt format": _holds_marker,
+    "may have a prompt that ends in the middle of a word": _splits_word,
+    "have a completion that begins with the whole prompt": _repeats_prompt,
+    "have a completion that begins with a space, which is trained as a second one": (
+        _starts_with_space
+    ),
+}
+LOOKED_AT = 2000  # completions that are searched for an end that most share
+
+
+def shared_tail(completions: Sequence[str]) -> str:
+    """The end that more than half of some completions share, from a sign or a word on.
+
+    Another format's end marker, for example. Empty if there is none but punctuation.
+    """
+    texts, tail = [text.rstrip() for text in completions], ""
+    for length in range(1, 41):
+        found = Counter(text[-length:] for text in texts if len(text) > length).most_common(1)
+        if not found or found[0][1] <= len(texts) / 2:
+            break
+        tail = found[0][0]
+    begun = re.search(r"\s\S.*|[^\w\s].*", tail, re.S)
+    tail = begun[0].strip() if begun else ""
+    return "" if re.fullmatch(r"[\s.,;:!?\"'()\[\]{}`’”»*_-]*", tail) else tail
+
+
+def data_notes(rows: Dataset) -> list[str]:
+    """What is worth a look though it can be trained: each with its count and first lines.
+
+    Where most completions begin in lower case, that says nothing about the ends of the prompts.
+    """
+    some = np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows)), dtype=int)
+    tail = shared_tail(rows.select(some)["completion"][:]) if len(rows) > 3 else ""
+    ending = f"have a completion that ends in {tail!r}, which is trained, too"
+    known = NOTES | (
+        {ending: lambda asked, text: asked != "" and text.rstrip().endswith(tail)} if tail else {}
+    )
+    found: dict[str, list[str]] = {note: [] for note in known}
+    counts = Counter[str]()
+    for batch in rows.iter(1000):
+        counts["lower"] += sum(text[0].islower() for text in batch["completion"])
+        columns = [batch[name] for name in ("prompt", "completion", "where")]
+        for prompt, completion, where in zip(*columns, strict=True):
+            for note in [note for note, applies in known.items() if applies(prompt, completion)]:
+                counts[note] += 1
+                found[note] += [where] * (len(found[note]) < 5)
+    habit = "middle of a word" if counts["lower"] > len(rows) / 2 else "no note"
+    told = {note: ", ".join(lines) for note, lines in found.items() if lines and habit not in note}
+    notes = [f"{counts[note]:,} row(s) {note}: {lines}" for note, lines in told.items()]
+    same = np.unique(row_hashes(rows, "completion"), return_counts=True)[1].max() / len(rows)
+    if same >= 0.9 and len(rows) > 1:
+        notes.append(f"{same:.0%} of the completions are the same text")
+    return notes

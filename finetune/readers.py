@@ -1,0 +1,266 @@
+"""Section 6: the rows in each kind of file: JSONL, JSON, CSV, Excel, Parquet, gzipped or not."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pandas
+import pyarrow.parquet
+
+from finetune.fields import JSON, LONGEST_LINE, Doubled
+from finetune.machine import short
+
+HEAD = 2**16  # bytes that are looked at to tell what a file is
+BOM = codecs.BOM_UTF8
+NOT_DATA = {
+    b"version https://git-lfs": "a Git LFS pointer, not the data: download the file itself "
+    "(git lfs pull)",
+    b"<!DOCTYPE html": "a web page, not data: download the raw file",
+    b"<html": "a web page, not data: download the raw file",
+    b"%PDF": "a PDF, not data",
+    b"\xd0\xcf\x11\xe0": "an old Excel file: save it as .xlsx",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
+    b"Rar!": "a RAR archive: unpack it",
+}
+
+Source = tuple[str, Any]  # where a row stands (file:line or file:row n), and its line or object
+
+
+def places_of(files: Sequence[Path]) -> dict[Path, str]:
+    """What each file is called in messages: its path below the folder that holds them all."""
+    root = os.path.commonpath([file.parent for file in files])
+    names = {file: file.relative_to(root).as_posix() for file in files}
+    return {file: os.fsencode(name).decode("utf-8", "replace") for file, name in names.items()}
+
+
+def sources(files: Sequence[Path], wrong: list[str]) -> Iterator[Source]:
+    """Every row of some files, with its place; what of the files is no data is added to `wrong`."""
+    for file, name in places_of(files).items():
+        try:
+            yield from rows_in(file, name)
+        except NotData as error:
+            wrong.append(f"{name}: {error}")
+
+
+class NotData(Exception):
+    """A file that is not what its name says."""
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, unpacked where they are gzipped."""
+    with file.open("rb") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        yield gzip.GzipFile(fileobj=stream) if packed else stream
+
+
+def rows_in(file: Path, name: str) -> Iterator[Source]:
+    """The rows of one file, by what it is: its first bytes, and its name for CSV alone."""
+    try:
+        with opened(file) as stream:
+            head = stream.read(HEAD)
+            stream.seek(0)
+            yield from reader_of(file, head)(stream, name, head)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise NotData(f"a gzip file that is cut short or damaged ({error})") from None
+
+
+def reader_of(file: Path, head: bytes) -> Any:
+    """The function that reads such a file; raises `NotData` for one that holds no rows."""
+    start = head.removeprefix(BOM).lstrip()
+    if why := next((told for magic, told in NOT_DATA.items() if start.startswith(magic)), ""):
+        raise NotData(why)
+    if head.startswith(b"PAR1"):
+        return parquet_rows
+    if head.startswith(b"PK\x03\x04"):
+        return excel_rows
+    if {".csv", ".tsv"} & {suffix.lower() for suffix in file.suffixes[-2:]}:
+        return csv_rows
+    if start.startswith(b"[") or start.split(b"\n", 1)[0].strip() == b"{":
+        return json_rows
+    return line_rows
+
+
+def as_utf8(stream: BinaryIO, head: bytes) -> BinaryIO:
+    """The stream, or its text as UTF-8 with newlines, if it is UTF-16 or has old Mac's line ends.
+
+    Such a file is held in memory.
+    """
+    wide = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}.get(head[:2])
+    wide = wide or {b"\0": "utf-16-le"}.get(head[1:2]) or {b"\0": "utf-16-be"}.get(head[:1])
+    if wide and len(head) > 1:
+        try:
+            stream = io.BytesIO(stream.read().decode(wide).encode())
+        except UnicodeError as error:
+            raise NotData(f"neither UTF-8 nor whole UTF-16 ({error.reason})") from None
+        head = stream.getvalue()[:HEAD]
+    if b"\r" in head and b"\n" not in head:
+        stream = io.BytesIO(stream.read().replace(b"\r", b"\n"))
+    return stream
+
+
+def line_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
+    """The lines of JSONL; raises `NotData` if the first five are all nothing like it."""
+    lines = numbered_lines(as_utf8(stream, head))
+    first = list(itertools.islice(lines, 5))
+    if first and not any(line.lstrip()[:1] in (b"{", b"[", b'"') for _, line in first):
+        shown = first[0][1][:40].decode("utf-8", "replace")
+        raise NotData(
+            f'no JSONL: it begins with "{shown}", and each line must be '
+            '{"prompt": "...", "completion": "..."}'
+        )
+    yield from ((f"{name}:{number}", line) for number, line in itertools.chain(first, lines))
+
+
+def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, from 1, at most `LONGEST_LINE` + 1 bytes of each.
+
+    Bytes are split on newlines alone: `str.splitlines` would break rows at U+2028. Byte-order marks
+    are left out, of which files that were put together have several.
+    """
+    for number in itertools.count(1):
+        line = rest = stream.readline(LONGEST_LINE + 1)
+        while rest and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST_LINE)
+        if not line:
+            return
+        line = line.removeprefix(BOM)
+        if line.strip():
+            yield number, line.rstrip(b"\r\n")
+
+
+def json_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
+    """The objects of a JSON array, or of objects that each stand over several lines.
+
+    Lines that are arrays by themselves are `line_rows`' to tell of.
+    """
+    data = as_utf8(stream, head).read()
+    try:
+        text = data.decode("utf-8-sig")
+        found = list(values_in(text))
+    except UnicodeDecodeError as error:
+        raise NotData(f"not UTF-8 at byte {error.start + 1}: save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if any(map(is_json, filter(str.strip, text.split("\n", 20)[:20]))):
+            yield from line_rows(io.BytesIO(data), name, head)
+            return
+        raise NotData(
+            f"broken JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise NotData("JSON that is nested too deeply") from None
+    if len(found) > 1 and all(isinstance(each, list) for each in found):
+        yield from line_rows(io.BytesIO(data), name, head)
+        return
+    rows = found[0] if len(found) == 1 else found
+    key, rows = held_list(rows)
+    for number, row in enumerate(rows, 1):
+        yield f"{name}:{key}row {number}", row
+
+
+def held_list(rows: Any) -> tuple[str, list[Any]]:
+    """The rows of a file, and under which key they stand if they are an object's only list."""
+    if isinstance(rows, list):
+        return "", rows
+    lists = {key: value for key, value in rows.items() if isinstance(value, list)}
+    held = [key for key, value in lists.items() if value and isinstance(value[0], dict)]
+    known = {"prompt", "completion", "messages", "conversations"} & rows.keys()
+    return (f"{held[0]} ", rows[held[0]]) if len(held) == 1 and not known else ("", [rows])
+
+
+def values_in(text: str) -> Iterator[Any]:
+    """The JSON values that stand one after another in a text, commas between them or not."""
+    place = 0
+    while True:
+        while text[place : place + 1] and text[place] in " \t\r\n,":
+            place += 1
+        if place == len(text):
+            return
+        value, place = JSON.raw_decode(text, place)
+        yield value
+
+
+def is_json(line: str) -> bool:
+    """Whether a line is a JSON value by itself."""
+    try:
+        JSON.decode(line)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
+
+
+def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
+    """The rows of a table with a heading, by its separator: comma, semicolon, tab or bar."""
+    stream = as_utf8(stream, head)
+    text = io.TextIOWrapper(stream, encoding_of(head), errors="strict", newline="")
+    csv.field_size_limit(LONGEST_LINE)
+    heading = head.removeprefix(BOM).split(b"\n")[0].decode("utf-8", "replace")
+    separator = max(",;\t|", key=heading.count)
+    try:
+        table = csv.reader(text, delimiter=separator)
+        names = [cell.strip() for cell in next(table, [])]
+        for number, cells in enumerate(filter(None, table), 1):
+            yield f"{name}:row {number}", table_row(names, cells)
+    except (csv.Error, UnicodeError) as error:
+        raise NotData(f"broken CSV: {error}") from None
+
+
+def encoding_of(head: bytes) -> str:
+    """UTF-8, or what Windows writes where the file's beginning is not that."""
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-8"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8-sig"
+
+
+def table_row(names: Sequence[str], cells: Sequence[Any]) -> Any:
+    """A row by its columns' names; a `ValueError` if it has more cells than the heading."""
+    if len(cells) > len(names):
+        return ValueError(f"too many cells: {len(cells)} under a heading of {len(names)}")
+    row = Doubled(itertools.zip_longest(names, cells))
+    row.doubled = [name for n, name in enumerate(names) if name in names[:n]]
+    return row
+
+
+def excel_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
+    """The rows of a workbook's first sheet that has any."""
+    try:
+        book = pandas.read_excel(io.BytesIO(stream.read()), sheet_name=None, dtype=object)
+    except ImportError:
+        raise NotData(
+            "Excel needs a package: run %pip install openpyxl, or save it as CSV"
+        ) from None
+    except Exception as error:  # its reader raises many kinds
+        raise NotData(
+            f"a zip archive, or an Excel file that cannot be read ({short(error)})"
+        ) from None
+    full = [sheet for sheet, table in book.items() if len(table)]
+    if len(full) > 1:
+        print(f"! {name}: only the sheet {full[0]!r} is read, not {', '.join(full[1:])}")
+    for number, row in enumerate(book[full[0]].to_dict("records") if full else [], 1):
+        yield f"{name}:row {number}", {str(key): value for key, value in row.items()}
+
+
+def parquet_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
+    """The rows of a Parquet file, some hundred at a time."""
+    try:
+        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(256)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{name}:row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise NotData(f"a Parquet file that cannot be read ({short(error)})") from None

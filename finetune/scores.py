@@ -1,0 +1,148 @@
+"""Section 13: answers before and after training, compared, scored and shown."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pandas import DataFrame
+
+from finetune.answers import Answer
+
+
+def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:
+    """A line per held-out row: prompt, reference, both answers, whether each stopped by itself."""
+    return DataFrame(
+        {
+            "prompt": [row["prompt"] for row in rows],
+            "reference": [row["completion"].strip() for row in rows],
+            "before": [answer.text for answer in before],
+            "after": [answer.text for answer in after],
+            "stopped_before": [answer.stopped for answer in before],
+            "stopped_after": [answer.stopped for answer in after],
+        }
+    )
+
+
+# How the scores are named and printed wherever they are shown.
+SCORES = {
+    "exact_match": ("exact answers", ".0%"),
+    "f1": ("words in common (F1)", ".0%"),
+    "stopped": ("stopped by itself", ".0%"),
+    "validation_loss": ("loss (nats a token)", ".3f"),
+    "perplexity": ("perplexity", ".4g"),
+}
+
+
+# Scripts that put no spaces between words: Thai to Khmer, Japanese, Chinese.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+UNSPACED += "\U00020000-\U0003ffff"
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text; where words are not parted by spaces, its characters."""
+    return re.findall(f"[{UNSPACED}]|[^\\s{UNSPACED}]+", text)
+
+
+def normal(text: str) -> str:
+    """A text as it is compared: one spelling of each character, no blanks around it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def words_in_common(answer: str, reference: str) -> float:
+    """F1 of an answer's words against the reference's, 0 to 1.
+
+    As SQuAD scores answers, but without its normalisation:
+    https://arxiv.org/abs/1606.05250, section 6.1.
+    """
+    ours, theirs = Counter(words_of(normal(answer))), Counter(words_of(normal(reference)))
+    common = (ours & theirs).total()
+    return 2 * common / (ours.total() + theirs.total()) if common else 0.0
+
+
+def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers of `SCORES` under `"before"` and `"after"`, and under `"rows"` how many rows.
+
+    `losses` holds the `validation_loss` before and after.
+    """
+    result: dict[str, Any] = {"rows": len(table)}
+    for when in ("before", "after"):
+        pairs = list(zip(table[when], table["reference"], strict=True))
+        result[when] = (
+            {}
+            if not pairs
+            else {
+                "exact_match": sum(normal(answer) == normal(wanted) for answer, wanted in pairs)
+                / len(pairs),
+                "f1": sum(words_in_common(answer, wanted) for answer, wanted in pairs) / len(pairs),
+                "stopped": float(table[f"stopped_{when}"].mean()),
+            }
+        )
+        result[when] |= {
+            "validation_loss": losses[when],
+            "perplexity": math.exp(min(losses[when], 700)),  # a float holds no exp(710)
+        }
+    return result
+
+
+def score_lines(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Name, before and after of every score in `result`, as text."""
+    return [
+        {"score": name} | {when: format(result[when][key], form) for when in ("before", "after")}
+        for key, (name, form) in SCORES.items()
+        if key in result["after"]
+    ]
+
+
+def is_right(table: DataFrame, when: str) -> Any:
+    """Which answers equal their references, `[rows]`, by `normal`."""
+    return table[when].map(normal) == table["reference"].map(normal)
+
+
+def verdict(table: DataFrame, result: Mapping[str, Any]) -> str:
+    """In words: how many answers are right, before and after, or how the loss of texts fell."""
+    if not len(table):
+        before, after = (result[when]["validation_loss"] for when in ("before", "after"))
+        return f"Loss on held-out texts: {before:.3f} before, {after:.3f} after."
+    right, before = (int(is_right(table, when).sum()) for when in ("after", "before"))
+    wrong = len(table) - right
+    others = f"; {wrong} other{'s' * (wrong > 1)}, shown first" if wrong else ""
+    return f"{right} of {len(table)} answers are exactly right (before: {before}){others}."
+
+
+def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10) -> Any:
+    """Rows of `compare` as a styled table, those not right first, scores in its caption.
+
+    Exact answers are green.
+    """
+    table = table.iloc[np.argsort(is_right(table, "after").to_numpy(), kind="stable")]
+    lines = ("{score} {before} → {after}".format(**line) for line in score_lines(result))
+    rows_asked = f"{result['rows']} held-out rows" if result["rows"] else "Held-out texts"
+    caption = " · ".join([rows_asked, *lines])
+    shown = table[["prompt", "reference", "before", "after"]].head(rows)
+    shown = shown.map(lambda text: text if len(text) <= 300 else text[:299] + "…")
+    stopped = table[["stopped_before", "stopped_after"]].head(rows)
+    stopped = stopped.map(lambda itself: "yes" if itself else "no").astype(str)
+    shown["stopped by itself"] = stopped["stopped_before"] + " → " + stopped["stopped_after"]
+    exact = is_right(table, "after").head(rows)
+    green = ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
+    left = {"text-align": "left", "vertical-align": "top"}
+    left |= {"white-space": "pre-wrap", "max-width": "24em"}
+    head = [
+        {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
+        {"selector": "th", "props": "text-align: left"},
+    ]
+    return (
+        shown.style.hide(axis="index")
+        .format(escape="html")
+        .set_properties(**left)
+        .apply(lambda _: green, subset=["after"])
+        .set_caption(html.escape(caption))
+        .set_table_styles(head)
+    )

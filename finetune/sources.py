@@ -1,0 +1,114 @@
+"""Section 6: the files and data sets that `data_files` names."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+import datasets
+from huggingface_hub import snapshot_download
+
+from finetune.files import read_seal
+from finetune.hub import with_retries
+from finetune.lock import is_run
+from finetune.machine import short
+from qlora_helpers import Settings, UserError, locate, on_colab
+
+HUB = "hf:"
+# Files of a Hub's data set that can hold rows, or say which files are its training split.
+DATA_KINDS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet", "gz", "xlsx")
+
+
+def find_files(settings: Settings) -> list[Path]:
+    """The files that `data_files` names, each once, by name; raises `UserError` for a name of none.
+
+    A path that is there is taken as it is, whatever `[` or `*` it has; a folder gives its files.
+    """
+    found = {name: files_of_name(name) for name in settings.data_names}
+    if on_colab() and not all(found.values()):
+        offer_upload()
+        found = {name: files_of_name(name) for name in settings.data_names}
+    if empty := [no_file(name) for name, files in found.items() if not files]:
+        raise UserError("\n".join(empty))
+    files = {file.resolve(): file for files in found.values() for file in reversed(files)}
+    return sorted(files.values(), key=str)
+
+
+def files_of_name(name: str) -> list[Path]:
+    """The files of one name: a path, a folder, a pattern, or a Hub's data set."""
+    if name.startswith(HUB):
+        return hub_files(name.removeprefix(HUB))
+    place = locate(name)
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        files = sorted(path for path in place.iterdir() if path.suffix[1:] in DATA_KINDS)
+    else:
+        files = matching(place)
+    return [file for file in files if file.is_file() and not is_output(file)]
+
+
+def matching(pattern: Path) -> list[Path]:
+    """What a pattern matches, by name; `**` does not follow links, which may lead round."""
+    parts = pattern.parts
+    first = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    base, rest = Path(*parts[:first]), parts[first:]
+    found = base.glob(str(Path(*rest))) if rest else []
+    hidden = any(part.startswith(".") for part in rest)
+    return sorted(
+        path
+        for path in found
+        if hidden or not any(p.startswith(".") for p in path.relative_to(base).parts)
+    )
+
+
+def is_output(file: Path) -> bool:
+    """Whether a file is what this notebook wrote, which a wide pattern matches too."""
+    ours = (folder for folder in file.parents if is_run(folder) or read_seal(folder))
+    return file.name.endswith(".rejected.jsonl") or next(ours, None) is not None
+
+
+def no_file(name: str) -> str:
+    """What to say of a name that names no file: what there is instead."""
+    place = locate(name)
+    folder = next(part for part in place.parents if part.is_dir())
+    there = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())]
+    shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    return (
+        f"No file matches data_files = {name!r} (looked in {place}).\n"
+        f"In {folder} there is: {shown or 'nothing'}.\n"
+        'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line. '
+        "On Colab: the folder on the left edge, right-click 'data', Upload. "
+        "Or try the examples: data_files = 'data_examples/*.jsonl'."
+    )
+
+
+def offer_upload() -> None:
+    """Let somebody on Colab choose files, which go to /content/data."""
+    from google.colab import files
+
+    folder = locate("/content/data")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"There is no data in {folder} yet: choose your file, or several.")
+    for name, content in files.upload().items():
+        (folder / Path(name).name).write_bytes(content)
+
+
+def hub_files(name: str) -> list[Path]:
+    """The files of the training split of a Hub's data set, as `datasets` tells them.
+
+    Raises `UserError` if it cannot be had.
+    """
+    try:
+        kinds = [f"*.{kind}" for kind in DATA_KINDS]
+        fetch = {"repo_type": "dataset", "allow_patterns": [*kinds, "README.md"]}
+        folder = with_retries(lambda: snapshot_download(name, **fetch))
+        found = datasets.load_dataset_builder(folder).config.data_files
+    except Exception as error:
+        raise UserError(
+            f"data_files = '{HUB}{name}': the Hub's data set cannot be had ({short(error)}). "
+            "Is the name right, and may your token read it?"
+        ) from None
+    if "train" not in found:
+        raise UserError(f"data_files = '{HUB}{name}' has no split 'train', only {list(found)}")
+    return [Path(file) for file in found["train"]]

@@ -1,0 +1,145 @@
+"""A conversation in a data file: whose turns, in which order, and which are to be learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from finetune.fields import JSON, checked_text, is_empty
+
+
+class Turn(NamedTuple):
+    """One turn: whose (`system`, `user`, `assistant`, or `text` for a whole text), and its text.
+
+    `trained` says whether an assistant's turn is to be learned.
+    """
+
+    role: str
+    text: str
+    trained: bool = True
+
+
+REFUSED = {
+    "tools": "tool definitions",
+    "functions": "tool definitions",
+    "tool_calls": "tool calls",
+    "function_call": "tool calls",
+    "images": "images",
+    "image": "an image",
+    "videos": "videos",
+    "audios": "audio",
+    "audio": "audio",
+}
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
+MARKS = ("weight", "train", "training", "trainable", "loss")  # 0 or false: not trained
+NAMES = ({"role", "from"}, {"content", "value"})
+
+
+def parts_as_text(value: Any) -> Any:
+    """A turn's content that is a list of text parts, as one text; anything else as it is."""
+    if not isinstance(value, list) or not value:
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(text, str):
+            raise ValueError(f"a turn holds a part that is no text: {kind!r}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def read_turn(turn: Any, unused: set[str], key: str) -> Turn | None:
+    """One turn of `key`'s list; None for an empty system text. Raises `ValueError`."""
+    turn = checked_turn(turn)
+    said = next((turn[name] for name in ("role", "from") if turn.get(name)), None)
+    if said in TOOL_ROLES or any(not is_empty(turn.get(name)) for name in REFUSED):
+        raise ValueError("tool calls: this notebook trains on text alone, leave such rows out")
+    role = ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise ValueError(f"a turn's 'role' is none of system, user, assistant: {said!r}")
+    content = parts_as_text(next((turn[n] for n in ("content", "value") if n in turn), None))
+    if role == "system" and is_empty(content):
+        return None
+    for name, value in turn.items():
+        if not (any(name in names for names in NAMES) or name in MARKS or is_empty(value)):
+            unused.add(f"{key}[].{name}")
+    return Turn(role, checked_text(content, "a turn's 'content'"), is_trained(turn, role))
+
+
+def checked_turn(turn: Any) -> dict[str, Any]:
+    """`turn` if it is an object whose used keys stand once; else raises `ValueError`."""
+    if not isinstance(turn, dict):
+        raise ValueError("a turn is no object with 'role' and 'content'")
+    if getattr(turn, "doubled", ()):
+        raise ValueError(f"the same key stands twice in a turn: {turn.doubled[0]!r}")
+    return turn
+
+
+def is_trained(turn: Mapping[str, Any], role: str) -> bool:
+    """Whether a turn is to be learned, by its own mark; raises `ValueError` for an unclear one."""
+    for name in MARKS:
+        value = turn.get(name)
+        if is_empty(value):
+            continue
+        known = {"0": False, "0.0": False, "1": True, "1.0": True, "False": False, "True": True}
+        wanted = known.get(str(value))
+        if wanted is None or (wanted and role != "assistant"):
+            raise ValueError(f"a {role}'s turn has {name!r}: {value}, which cannot be done")
+        if not wanted:
+            return False
+    return True
+
+
+def read_talk(talk: Any, key: str, unused: set[str]) -> list[Turn]:
+    """The turns of a conversation; raises `ValueError` with the reason."""
+    if isinstance(talk, str) and talk.lstrip().startswith("["):  # a table's cell
+        try:
+            talk = JSON.decode(talk)
+        except json.JSONDecodeError:
+            raise ValueError(f"{key!r} is broken JSON in a cell") from None
+    if not isinstance(talk, list):
+        raise ValueError(f"{key!r} is no conversation: it must be a list of turns")
+    read = (read_turn(turn, unused, key) for turn in talk)
+    return [turn for turn in read if turn]
+
+
+def ordered(turns: list[Turn]) -> tuple[list[Turn], int]:
+    """Turns up to the last answer to learn, those of one role and mark joined, and how many follow.
+
+    Raises `ValueError` for a conversation that is none.
+    """
+    answers = [n for n, turn in enumerate(turns, 1) if turn.role == "assistant"]
+    end = max((n for n in answers if turns[n - 1].trained), default=0)
+    joined: list[Turn] = []
+    for turn in turns[:end]:
+        if joined and joined[-1].role == turn.role and joined[-1].trained == turn.trained:
+            turn = turn._replace(text=f"{joined.pop().text}\n\n{turn.text}")
+        joined.append(turn)
+    roles = [turn.role for turn in joined]
+    if not end:
+        what = "none of the answers is to be trained" if answers else "no turn is the assistant's"
+        raise ValueError(f"{what}: there is nothing to learn")
+    if "system" in roles[1:]:
+        raise ValueError("a system turn comes after others: it must be the first")
+    if roles[0] == "assistant":
+        raise ValueError("the assistant speaks first: there is nothing that it answers")
+    return joined, len(turns) - end
+
+
+def read_history(history: Any, unused: set[str]) -> list[Turn]:
+    """Earlier turns: pairs of question and answer (LLaMA-Factory's Alpaca), or turns."""
+    if isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history):
+        roles = ("user", "assistant")
+        return [
+            Turn(role, checked_text(text, "a text in 'history'"))
+            for pair in history
+            for role, text in zip(roles, pair, strict=True)
+        ]
+    return read_talk(history, "history", unused)

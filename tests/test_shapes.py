@@ -1,0 +1,447 @@
+"""Row shapes and files as people have them, each with the exact text that is trained, or told."""
+
+import gzip
+import json
+import os
+import re
+import sys
+import types
+
+import datasets
+import pandas
+import pytest
+
+from finetune.data import read_rows
+from finetune.lengths import fit_length
+from finetune.sources import find_files
+from finetune.tokens import encode_rows, training_text
+from qlora_helpers import UserError
+
+
+@pytest.fixture
+def read(settings, tmp_path):
+    """The training texts of some files, read as the notebook reads them."""
+
+    def texts(names, **changes):
+        cfg = settings(data_files=names, output_dir=str(tmp_path / "out"), **changes)
+        return [training_text(row) for row in read_rows(cfg)]
+
+    return texts
+
+
+def qa(question, answer, system=""):
+    start = f"### System: {system}\n\n" if system else ""
+    return f"{start}### Question: {question}\n\n### Answer: {answer}\n\n### End"
+
+
+def said(*turns, key="messages", role="role", text="content", **more):
+    return {key: [{role: who, text: what} for who, what in turns]} | more
+
+
+Q, A = ("user", "q"), ("assistant", "a")
+LONG = [Q, A, ("user", "q2"), ("assistant", "a2")]
+TWO = qa("q", "a") + "[EOS]" + qa("q2", "a2")
+PARTS = [{"type": "text", "text": "q"}]
+IMAGE = [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+
+TRAINED = {
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, qa("q", "a")),
+    "numbers": ({"prompt": 5, "completion": 2.50}, qa("5", "2.5")),
+    "a system text beside": ({"prompt": "q", "completion": "a", "system": "s"}, qa("q", "a", "s")),
+    "lists of messages": (
+        {"prompt": said(Q)["messages"], "completion": said(A)["messages"]},
+        qa("q", "a"),
+    ),
+    "a list that ends in an earlier answer": (
+        {"prompt": said(*LONG[:3])["messages"], "completion": said(LONG[3])["messages"]},
+        TWO,
+    ),
+    "messages": (said(Q, A), qa("q", "a")),
+    "a system turn": (said(("system", "s"), Q, A), qa("q", "a", "s")),
+    "a developer turn": (said(("developer", "s"), Q, A), qa("q", "a", "s")),
+    "an empty system turn": (said(("system", " "), Q, A), qa("q", "a")),
+    "a system turn and no question": (
+        said(("system", "s"), A),
+        "### System: s\n\n### Answer: a\n\n### End",
+    ),
+    "many turns": (said(*LONG), TWO),
+    "text parts": ({"messages": [{"role": "user", "content": PARTS}, said(A)["messages"][0]]},
+                   qa("q", "a")),
+    "turns of one role": (said(Q, ("user", "r"), A, ("assistant", "b")), qa("q\n\nr", "a\n\nb")),
+    "a question that nobody answers": (said(*LONG, ("user", "q3")), TWO),
+    "a system field beside turns": (said(Q, A, system="s"), qa("q", "a", "s")),
+    "no tools": (said(Q, A, tools=[]), qa("q", "a")),
+    "ShareGPT": (
+        said(("human", "q"), ("gpt", "a"), key="conversations", role="from", text="value"),
+        qa("q", "a"),
+    ),
+    "ShareGPT with a system": (
+        said(("system", "s"), ("human", "q"), ("gpt", "a"),
+             key="conversations", role="from", text="value"),
+        qa("q", "a", "s"),
+    ),
+    "conversations with roles": (said(*LONG, key="conversations"), TWO),
+    "Alpaca": ({"instruction": "q", "input": "i", "output": "a"}, qa("q\n\ni", "a")),
+    "Alpaca without input": ({"instruction": "q", "input": " ", "output": "a"}, qa("q", "a")),
+    "Alpaca with its prompt": (
+        {"instruction": "q", "input": "", "output": "a", "text": "Below is…"},
+        qa("q", "a"),
+    ),
+    "Alpaca with system and history": (
+        {"instruction": "q2", "input": "", "output": "a2", "system": "s", "history": [["q", "a"]]},
+        qa("q", "a", "s") + "[EOS]" + qa("q2", "a2"),
+    ),
+    "an empty history": ({"instruction": "q", "output": "a", "history": []}, qa("q", "a")),
+    "Dolly": (
+        {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+        qa("q\n\nc", "a"),
+    ),
+    "Dolly without context": ({"instruction": "q", "context": "", "response": "a"}, qa("q", "a")),
+    "question and answer": ({"question": "q", "answer": "a"}, qa("q", "a")),
+    "question, context, answer": (
+        {"question": "q", "context": "c", "answer": "a"},
+        qa("c\n\nq", "a"),
+    ),
+    "OpenOrca": ({"id": "1", "system_prompt": "s", "question": "q", "response": "a"},
+                 qa("q", "a", "s")),
+    "query and response": ({"query": "q", "response": "a", "type": "x"}, qa("q", "a")),
+    "prompt and response": ({"prompt": "q", "response": "a"}, qa("q", "a")),
+    "input and output": ({"input": "q", "output": "a"}, qa("q", "a")),
+    "a whole text": ({"text": "Once upon a time."}, "Once upon a time."),
+    "a column of NaN": ({"prompt": "q", "completion": "a", "score": float("nan")}, qa("q", "a")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_what_a_row_means_is_trained(tmp_path, read, name, kind):
+    row, text = TRAINED[name]
+    rows = [row, row | {"where_from": "x"}]  # one more column, which is told and drops nothing
+    file = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        if name in ("numbers", "lists of messages", "no tools", "text parts"):
+            return  # a column has one type
+        pandas.DataFrame([row]).to_parquet(file)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows))
+    assert read(str(file)) == [text]
+
+
+MARKED = [
+    ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}),
+    ({"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2", "weight": 1}),
+]
+TOLD = {
+    "tool calls": (
+        {"messages": [*said(Q)["messages"], CALL, *said(A)["messages"]]},
+        "tool calls: ",
+    ),
+    "a tool's turn": (said(Q, ("tool", "x"), A), "tool calls: "),
+    "tool definitions": (said(Q, A, tools=[{"name": "f"}]), "tool definitions ('tools')"),
+    "an image": (
+        {"messages": [{"role": "user", "content": IMAGE}, *said(A)["messages"]]},
+        "a turn holds a part that is no text: 'image_url'",
+    ),
+    "images beside": ({"prompt": "q", "completion": "a", "images": ["x.png"]}, "images ('images')"),
+    "a context without a place": (
+        {"prompt": "q", "completion": "a", "context": "c"},
+        "'context' beside prompt/completion, which has no place for it: put it into the text",
+    ),
+    "a history without a place": (said(Q, A, history=[["x", "y"]]), "'history' beside messages"),
+    "preferences": (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "preferences ('chosen', 'rejected')",
+    ),
+    "unpaired preferences": (
+        {"prompt": "q", "completion": "a", "label": False},
+        "'label' is true or false: preferences",
+    ),
+    "two system texts": (said(("system", "s"), Q, A, system="t"), "two system texts"),
+    "a system turn in the middle": (
+        said(Q, ("system", "s"), A),
+        "a system turn comes after others",
+    ),
+    "an assistant that begins": (said(A, *LONG), "the assistant speaks first"),
+    "no answer": (said(Q), "no turn is the assistant's"),
+    "an answer of nothing": (said(Q, ("assistant", "")), "a turn's 'content' is empty"),
+    "an unknown role": (said(Q, ("narrator", "x"), A), "a turn's 'role' is none of"),
+    "half a weight": (
+        {"messages": [MARKED[0][0], MARKED[0][1] | {"weight": 0.5}]},
+        "a assistant's turn has 'weight': 0.5, which cannot be done",
+    ),
+    "nothing to train": ({"messages": [*MARKED[0]]}, "none of the answers is to be trained"),
+    "unknown keys": (
+        {"ask": "q", "reply": "a"},
+        "no 'prompt': its keys are 'ask', 'reply'; known are prompt/completion, messages, convers",
+    ),
+    "nearly known keys": ({"instruction": "q", "answer": "a"}, "no 'output': its keys are"),
+    "a truth": ({"prompt": "q", "completion": True}, "'completion' is true or false"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_cannot_be_trained_as_meant_is_told_by_name(tmp_path, read, name):
+    row, words = TOLD[name]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError) as told:
+        read(str(tmp_path / "rows.jsonl"))
+    assert f"rows.jsonl:1: {words}" in str(told.value)
+
+
+def test_a_turns_own_mark_leaves_its_answer_untrained(tmp_path, settings, smollm_tokenizer):
+    marks = ({"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0, "name": "x"})
+    rows = []
+    for n, mark in enumerate(marks):
+        plain = {"role": "assistant", "content": "a"} | mark
+        first = [{"role": "user", "content": f"q{n}"}, plain]
+        rows.append({"messages": [*first, *MARKED[1]]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = settings(data_files=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "out"))
+    data = encode_rows(read_rows(cfg), smollm_tokenizer)
+    for row in data:
+        trained = [i for i in row["labels"] if i != -100]
+        assert smollm_tokenizer.decode(trained) == " a2\n\n### End<|im_end|>"
+
+
+def test_fields_that_nothing_is_made_of_are_counted_by_name(tmp_path, read, capsys):
+    rows = [said(Q, A, id=1, source="x"), said(("user", "r"), A, id=2)]
+    rows[1]["messages"][0]["name"] = "Ada"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, said(*LONG, Q)])))
+    read(str(tmp_path / "rows.jsonl"))
+    shown = capsys.readouterr().out
+    assert "3 rows (messages) from rows.jsonl. Not used: 'id' in 2, " in shown
+    assert "'source' in 1" in shown and "'messages[].name' in 1" in shown
+    assert "1 turns after a last answer are left out" in shown
+
+
+def test_rows_that_differ_in_a_field_that_is_used_are_no_duplicates(tmp_path, read, capsys):
+    rows = [{"instruction": "q", "context": c, "response": "a"} for c in ("x", "y", "x")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(read(str(tmp_path / "rows.jsonl"))) == 2
+    assert "Dropped 1 exact duplicates." in capsys.readouterr().out
+    talks = [[*MARKED[0], *MARKED[1]], [MARKED[0][0], MARKED[0][1] | {"weight": 1}, *MARKED[1]]]
+    talks = [json.dumps({"messages": talk}) for talk in talks]
+    (tmp_path / "rows.jsonl").write_text("\n".join(talks))
+    assert len(read(str(tmp_path / "rows.jsonl"))) == 2
+
+
+# -------- files ---------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"Größe {n}?", "completion": f"{n}"} for n in range(4)]
+TEXTS = [qa(row["prompt"], row["completion"]) for row in ROWS]
+LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+JSONL = "\n".join(LINES)
+CSV = "prompt,completion\n" + "\n".join(f"{r['prompt']},{r['completion']}" for r in ROWS)
+
+
+def excel(**sheets):
+    def write(file):
+        with pandas.ExcelWriter(file, engine="openpyxl") as book:
+            for name, rows in sheets.items():
+                pandas.DataFrame(rows).to_excel(book, sheet_name=name, index=False)
+
+    return write
+
+
+FILES = {
+    "a.jsonl": JSONL.encode(),
+    "windows.jsonl": JSONL.replace("\n", "\r\n").encode("utf-8-sig"),
+    "mac.jsonl": JSONL.replace("\n", "\r").encode(),
+    "utf16.jsonl": JSONL.encode("utf-16"),
+    "utf16be.jsonl": JSONL.encode("utf-16-be"),
+    "joined.jsonl": b"\n".join(line.encode("utf-8-sig") for line in LINES),
+    "commas.jsonl": ",\n".join(LINES).encode() + b",",
+    "python.jsonl": "\n".join(map(repr, ROWS)).encode(),
+    "packed.jsonl.gz": gzip.compress(JSONL.encode()),
+    "packed without saying so.jsonl": gzip.compress(JSONL.encode()),
+    "array.json": json.dumps(ROWS, indent=2).encode(),
+    "array of one line.json": json.dumps(ROWS).encode(),
+    "array.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "held.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
+    "objects.json": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
+    "a.csv": CSV.encode(),
+    "excels.csv": CSV.replace(",", ";").encode("utf-8-sig"),
+    "tabs.tsv": CSV.replace(",", "\t").encode(),
+    "old windows.csv": CSV.encode("cp1252"),
+    "packed.csv.gz": gzip.compress(CSV.encode()),
+    "a.parquet": lambda file: pandas.DataFrame(ROWS).to_parquet(file),
+    "a.xlsx": excel(rows=ROWS),
+    "sheets.xlsx": excel(empty=[], rows=ROWS, notes=[{"a": 1}]),
+}
+
+
+def make(place, name, content):
+    file = place / name
+    content(file) if callable(content) else file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_usual_file_gives_its_rows(tmp_path, read, name):
+    assert read(str(make(tmp_path, name, FILES[name]))) == TEXTS
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
+NO_DATA = {
+    "pointer.jsonl": (LFS, "a Git LFS pointer, not the data"),
+    "page.jsonl": (b"<!DOCTYPE html>\n<html>" * 500, "a web page, not data"),
+    "notes.jsonl": (b"Dear diary,\n" * 500, 'no JSONL: it begins with "Dear diary,"'),
+    "paper.jsonl": (b"%PDF-1.7\n" * 9, "a PDF, not data"),
+    "cut.jsonl.gz": (gzip.compress(JSONL.encode())[:40], "a gzip file that is cut short"),
+    "cut.json": (json.dumps(ROWS, indent=1).encode()[:60], "broken JSON: "),
+    "old.xlsx": (b"\xd0\xcf\x11\xe0" * 9, "an old Excel file: save it as .xlsx"),
+    "archive.jsonl": (b"PK\x03\x04" + bytes(99), "a zip archive, or an Excel file that cannot"),
+    "cut.parquet": (b"PAR1" + bytes(99), "a Parquet file that cannot be read"),
+    "wide.jsonl": (b"\xff\xfe\x00\xd8\x00\xd8", "neither UTF-8 nor whole UTF-16"),
+}
+
+
+def test_what_is_no_data_is_told_once_for_what_it_is(tmp_path, read):
+    for name, (content, _) in NO_DATA.items():
+        make(tmp_path, name, content)
+    make(tmp_path, "good.jsonl", JSONL.encode())
+    with pytest.raises(UserError) as told:
+        read(str(tmp_path / "*"))
+    lines = str(told.value).splitlines()
+    assert len(lines) == 1 + len(NO_DATA)
+    for name, (_, words) in NO_DATA.items():
+        assert any(f"• {name}: {words}" in line for line in lines), (name, lines)
+
+
+def test_rows_of_a_table_are_named_by_number(tmp_path, read, settings):
+    broken = [*ROWS[:2], {"prompt": "", "completion": "x"}, ROWS[3]]
+    for name, content in {
+        "a.json": json.dumps(broken).encode(),
+        "a.csv": (CSV + "\n,x\na,b,c").encode(),
+        "a.parquet": lambda file: pandas.DataFrame(broken).to_parquet(file),
+        "a.xlsx": excel(rows=broken),
+    }.items():
+        file = make(tmp_path, name, content)
+        with pytest.raises(UserError) as told:
+            read(str(file))
+        row = 5 if name == "a.csv" else 3
+        what = "'prompt' is " + ("null" if name == "a.xlsx" else "empty")
+        assert f"{name}:row {row}: {what}" in str(told.value), told.value
+        assert ("a.csv:row 6: too many cells: 3 under a heading of 2" in str(told.value)) == (
+            name == "a.csv"
+        )
+
+
+def test_a_cell_may_hold_a_conversation(tmp_path, read):
+    talk = json.dumps(said(*LONG)["messages"]).replace('"', '""')
+    make(tmp_path, "a.csv", f'id,messages\n1,"{talk}"\n'.encode())
+    assert read(str(tmp_path / "a.csv")) == [TWO]
+
+
+NAMES = ["rows [1] *.jsonl", "a#b ?.jsonl", "two  blanks .jsonl", "Größe 日本.jsonl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_that_is_there_is_taken_as_it_is(tmp_path, read, name):
+    make(tmp_path, name, LINES[0].encode())
+    make(tmp_path, "rows 1 x.jsonl", LINES[1].encode())
+    assert read(str(tmp_path / name)) == TEXTS[:1]
+
+
+def test_names_that_are_no_utf8_are_read_and_shown(tmp_path, read):
+    name = os.fsencode(tmp_path) + b"/gr\xfc\xdfe.jsonl"
+    with open(name, "wb") as file:  # noqa: PTH123
+        file.write(b"\n".join([*(line.encode() for line in LINES), b"{"]))
+    with pytest.raises(UserError, match=r"gr\ufffd\ufffde\.jsonl:5: broken JSON"):
+        read(str(tmp_path / "*.jsonl"))
+
+
+def test_several_names_a_folder_and_a_file_twice(tmp_path, read):
+    (tmp_path / "more").mkdir()
+    for place, line in (("a.jsonl", 0), ("more/b.jsonl", 1), ("more/notes.txt", 2)):
+        (tmp_path / place).write_text(LINES[line])
+    names = [str(tmp_path / name) for name in ("a.jsonl", "*.jsonl", "more")]
+    assert sorted(read(names)) == TEXTS[:2]
+    with pytest.raises(
+        UserError, match=r"No file matches data_files = '.*none/\*'(.|\n)*nothing\.x"
+    ):
+        read([*names, str(tmp_path / "none/*"), str(tmp_path / "nothing.x")])
+
+
+def test_no_file_names_what_is_there(tmp_path, read):
+    for n in range(12):
+        (tmp_path / f"rows{n:02}.JSONL").write_text(LINES[0])
+    with pytest.raises(UserError) as told:
+        read(str(tmp_path / "*.jsonl"))
+    assert re.search(r"there is: out/, rows00\.JSONL.*rows08\.JSONL and 3 more", str(told.value))
+
+
+@pytest.mark.slow
+def test_a_wide_pattern_finds_no_outputs_hidden_files_or_circles(tmp_path, read, settings):
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "deep" / "rows.jsonl").write_text(JSONL)
+    (tmp_path / "data" / ".hidden.jsonl").write_text("{")
+    for name in ("loop", "deep/loop", "deep/other"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    cfg = settings(data_files=str(tmp_path / "**/*.jsonl"), output_dir=str(tmp_path / "outputs"))
+    assert len(read_rows(cfg)) == 4
+    for name in ("answers.jsonl", "data.rejected.jsonl", "final_model/x.jsonl"):
+        (cfg.run_dir / name).parent.mkdir(exist_ok=True)
+        (cfg.run_dir / name).write_text("{")
+    found = find_files(cfg)
+    assert [file.name for file in found] == ["rows.jsonl"]
+    assert find_files(settings(data_files=str(cfg.run_dir / "answers.jsonl"))) != []
+
+
+def test_on_colab_somebody_without_data_is_offered_an_upload(tmp_path, read, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = types.SimpleNamespace(upload=lambda: {"mine.jsonl": JSONL.encode()})
+    colab = types.SimpleNamespace(files=files)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setitem(sys.modules, "google.colab.files", files)
+    monkeypatch.setattr("qlora_helpers.content_root", lambda: tmp_path / "content")
+    assert read("/content/data/*.jsonl") == TEXTS
+    assert (tmp_path / "content" / "data" / "mine.jsonl").read_text() == JSONL
+
+
+def test_truncate_keeps_the_instruction_and_newest_turns(tmp_path, settings, smollm_tokenizer):
+    words = " ".join(f"w{n}" for n in range(200))
+    rows = [
+        {"instruction": "Sum up.", "input": words, "output": "a"},
+        {"instruction": "Sum up. " * 40, "input": "w", "output": "a"},
+    ]
+    talk = [("system", "s"), *LONG[:1], ("assistant", words), *LONG[2:]]
+    texts = {}
+    for kind, lines in (("alpaca", rows), ("talk", [said(*talk), said(*LONG)])):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        cfg = settings(
+            data_files=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / kind),
+            max_length=60, too_long="truncate",
+        )  # fmt: skip
+        data = encode_rows(read_rows(cfg), smollm_tokenizer)
+        kept = fit_length(data, smollm_tokenizer, cfg)
+        assert max(kept["length"]) <= 60
+        texts[kind] = [training_text(row) for row in kept]
+    (first,) = texts["alpaca"]
+    assert re.fullmatch(r"(?s)### Question: Sum up\.\n\n(\S+ )+w199\n\n### Answer: a.*", first)
+    assert sorted(texts["talk"]) == sorted([TWO, qa("q2", "a2", "s")])
+
+
+def test_a_data_set_of_the_hub_gives_its_training_split(tmp_path, read, monkeypatch):
+    import huggingface_hub.constants
+    import huggingface_hub.file_download
+    from hub import Hub
+
+    with Hub() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for room in (huggingface_hub.constants, huggingface_hub.file_download):
+            monkeypatch.setattr(room, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        server.repos["datasets/ada/rows"] = {"private": True}
+        server.files["datasets/ada/rows"] = {
+            "data/train-00000.jsonl": JSONL.encode(),
+            "data/test-00000.jsonl": b"{",
+            "big.bin": b"x",
+        }
+        assert read("hf:ada/rows") == TEXTS
+        assert not server.asked("big.bin")
+        with pytest.raises(UserError, match="the Hub's data set cannot be had"):
+            read("hf:ada/none")
+    assert datasets.__version__
