@@ -141,13 +141,13 @@ def test_the_table_shows_the_scores_and_keeps_html_out():
 
 
 def test_the_table_shows_the_first_rows_shortened_and_marks_exact_answers_after_training():
-    rows = [{"prompt": f"p{i}.", "completion": f"c{i}"} for i in range(12)]
+    rows = [{"prompt": f"p{i}.", "completion": f"c{i}"} for i in range(12)]  # 2 and 11 are right
     rows[4]["prompt"], rows[5]["prompt"] = "y" * 300, "z" * 301
     before, after = ([Answer("no", False)] * 12 for _ in range(2))
     before[1], after[2], after[11] = Answer("c1", True), Answer("c2", True), Answer("c11", True)
     table = compare(rows, before, after)
     html = show_comparison(table, scores(table, LOSSES)).to_html()
-    assert "p9." in html and "p10." not in html and "p11." not in html
+    assert "p10." in html and "p2." not in html and "p11." not in html
     assert f">{'y' * 300}<" in html and f">{'z' * 299}…<" in html
     green = next(rule for rule in html.split("}") if "#d7f0dd" in rule)
     assert re.findall(r"_row(\d+)_col(\d+)", green) == [("2", "3")]

@@ -471,7 +471,7 @@ def test_however_prompts_repeat_at_most_twice_the_share_is_held_out(capsys):
         by_row = "held out one by one" in capsys.readouterr().out
         assert by_row or not {*train["prompt"]} & {*held["prompt"]}
         if by_row:
-            assert counts.max() > 2 * fraction * len(rows)
+            assert counts.max() > min(2 * fraction * len(rows), len(rows) - 1)
             assert len(held) >= min(1, fraction * len(rows) / 4)
 
 
