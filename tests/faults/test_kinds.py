@@ -15,8 +15,10 @@ def talk(*texts, **more):
 KINDS = {
     "talks": [talk("Be brief.", f"{n}?", f"{n}!", f"{n}.", f"{n};", id=n) for n in range(30)],
     "texts": [{"text": f"Log line {n}: pump {n % 3} restarted."} for n in range(30)],
-    "long": [{"prompt": f"Say {n}" + " again" * 90 * (n > 3), "completion": f"{n}"} for n in range(30)],
-}  # fmt: skip
+    "long": [
+        {"prompt": f"Say {n}" + " again" * 90 * (n > 3), "completion": f"{n}"} for n in range(30)
+    ],
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,7 +28,8 @@ def test_a_run_over_each_kind_of_rows_ends_in_its_report(tiny, tmp_path, kind):
     code, shown = child.run(settings, tmp_path / "log")
     assert code == 0, shown
     run = tmp_path / "outputs" / "faults"
-    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    lines = (run / "answers.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines if line]
     result = json.loads((run / "final_model" / "run.json").read_text())["results"]
     if kind == "talks":
         assert "Not used: 'id' in 30" in shown and len(answers) == result["rows"] == 2
