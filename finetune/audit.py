@@ -94,7 +94,10 @@ def audit_labels(
     known = {"begin": begin, "eos": tokenizer.eos_token_id, "control": control_ids(tokenizer)}
     known["whole"] = not completion_only_loss
 
-    def mistakes(table: pa.Table) -> Iterator[str]:
+    unknown = tokenizer.unk_token_id
+    known_words = unknown is None or unknown in control_ids(tokenizer)
+
+    def mistakes(table: pa.Table) -> Iterator[tuple[str, str]]:
         texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
         rows = [pieces_of(*row) for row in zip(*texts, strict=True)]
         befores = [piece.before for row in rows for piece in row]
@@ -104,19 +107,32 @@ def audit_labels(
             asked = [next(encoded).ids for _ in pieces]
             found = find_mistakes(ids.tolist(), labels.tolist(), pieces, asked, **known)
             if found:
-                yield f"{where} {found}"
+                yield "wrong", f"{where} {found}"
+            if not known_words and unknown in ids:
+                yield "unknown", where
 
     def all_mistakes(table: pa.Table) -> pa.Table:
         found = [mistake for part in parts_of(table) for mistake in mistakes(part)]
-        return pa.table({"wrong": pa.array(found, pa.string())})
+        kinds, places = zip(*found, strict=True) if found else ((), ())
+        return pa.table(
+            {"kind": pa.array(kinds, pa.string()), "told": pa.array(places, pa.string())}
+        )
 
     options = {"batched": True, "batch_size": 1000, "remove_columns": data.column_names}
     options |= {"load_from_cache_file": False, "num_proc": workers(len(data)), "desc": "Auditing"}
-    wrong = data.with_format("arrow").map(all_mistakes, **options).with_format(None)
+    found = data.with_format("arrow").map(all_mistakes, **options).with_format(None)
+    kinds = np.array(found["kind"][:])
+    wrong, strange = (np.flatnonzero(kinds == kind) for kind in ("wrong", "unknown"))
     if len(wrong):
         title = f"{len(wrong):,} of {len(data):,} rows would mis-train; nothing was trained:"
         rest = [""] * (len(wrong) - 10)  # never shown, only counted
-        raise UserError(listed(title, [*wrong[:10]["wrong"], *rest]))
+        raise UserError(listed(title, [*found.select(wrong[:10])["told"][:], *rest]))
+    if len(strange):
+        lines = ", ".join(found.select(strange[:5])["told"][:])
+        print(
+            f"! {len(strange):,} row(s) hold characters that this tokenizer does not know, and "
+            f"learn {tokenizer.unk_token} in their place: {lines}"
+        )
     loss = "every answer trained from its first token"
     if not completion_only_loss:
         loss = "every token trained"

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -85,6 +86,7 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
             f"{sum(n > ends for n in lengths):,} rows are longer than the base model's positions, "
             f"which end at {ends:,} tokens. Set max_length = {ends} in the hyperparameter cell."
         )
+    require_known(model, data)
     found = None
     if is_spread():
         found = plan_unmeasured(settings, model)
@@ -106,6 +108,18 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
         seconds=seconds * steps / per_epoch,
         **{name: measured[name] for name in ("peak", "why", "table")},
     )
+
+
+def require_known(model: PeftModel, data: Dataset) -> None:
+    """Raise `UserError` if a row holds a token that the base model has no embedding of."""
+    known, table = model.get_input_embeddings().weight.shape[0], data.with_format("arrow")
+    largest = max(pc.max(part["input_ids"].combine_chunks().flatten()).as_py()
+                  for part in table.iter(1000))  # fmt: skip
+    if largest >= known:
+        raise UserError(
+            f"The tokenizer has tokens up to {largest:,}, and the base model embeddings of "
+            f"{known:,}: they are not of the same model. Choose another base_model."
+        )
 
 
 def at_risk(settings: Settings, seconds: float) -> str:

