@@ -22,7 +22,7 @@ from finetune.lock import claim
 from finetune.machine import main_first
 from finetune.notes import data_notes, row_hashes
 from finetune.readers import sources
-from finetune.rows import read_row
+from finetune.rows import ROW_FORMATS, read_row
 from finetune.sources import find_files
 from finetune.talks import Turn
 from qlora_helpers import Settings, UserError, listed, readable_turns
@@ -96,6 +96,8 @@ class RowReader:
         total = self.kinds.total()
         which = "All" if total <= KEPT else f"The first {KEPT:,}"
         text = f"{total:,} line(s) cannot be used ({kinds}). {which} are in {self.rejected}"
+        if any(kind.startswith("no '") for kind in self.kinds):
+            text += f"\nKnown are: {', '.join(map('/'.join, ROW_FORMATS))}."
         if on_bad_rows == "stop" or "formats are mixed" in self.kinds:
             raise UserError(listed(f"{text}\nNothing was trained. The first ones:", self.first))
         print(listed(f"Skipped: {text}", self.first[:3]))

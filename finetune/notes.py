@@ -45,6 +45,7 @@ NOTES = {
         _starts_with_space
     ),
 }
+PUNCTUATION = " \n.,;:!?…\"'()[]{}`’”»*_-。，；：！？、）】」』"
 LOOKED_AT = 2000  # completions that are searched for an end that most share
 
 
@@ -60,8 +61,8 @@ def shared_tail(completions: Sequence[str]) -> str:
             break
         tail = found[0][0]
     begun = re.search(r"\s\S.*|[^\w\s].*", tail, re.S)
-    tail = begun[0].strip() if begun else ""
-    return "" if re.fullmatch(r"[\s.,;:!?\"'()\[\]{}`’”»*_-]*", tail) else tail
+    tail = begun[0].strip().lstrip(".,;:!?。！？ \n") if begun else ""
+    return "" if all(sign in PUNCTUATION for sign in tail) else tail
 
 
 def data_notes(rows: Dataset) -> list[str]:

@@ -70,19 +70,16 @@ def pair_turns(
 
 
 def format_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The keys of the row's format; raises `ValueError` that names the nearest and all others."""
+    """The keys of the row's format; raises `ValueError` that names the nearest if it has none."""
+    if worse := [key for key in row if key.startswith("rejected") and not is_empty(row[key])]:
+        raise ValueError(f"preferences ({worse[0]!r}): this notebook needs one answer to a row")
     keys = next((keys for keys in ROW_FORMATS if row.keys() >= set(keys)), None)
     if keys:
         return keys
-    if {"chosen", "rejected"} <= row.keys():
-        raise ValueError("preferences ('chosen', 'rejected'): this notebook needs one completion")
     near = max(ROW_FORMATS, key=lambda keys: len(row.keys() & set(keys)))
     missing = next(key for key in near if key not in row)
     present = ", ".join(map(repr, row))[:100] or "none"
-    others = ", ".join("/".join(keys) for keys in ROW_FORMATS if keys != near)
-    raise ValueError(
-        f"no {missing!r}: its keys are {present}; known are {'/'.join(near)}, {others}"
-    )
+    raise ValueError(f"no {missing!r}: its keys are {present}; the nearest is {'/'.join(near)}")
 
 
 def require_usable(row: Mapping[str, Any], keys: Sequence[str], used: set[str]) -> None:
@@ -94,8 +91,11 @@ def require_usable(row: Mapping[str, Any], keys: Sequence[str], used: set[str]) 
     if name := next((n for n in MEANT if n not in used and not is_empty(row.get(n))), ""):
         form = "/".join(keys)
         raise ValueError(f"{name!r} beside {form}, which has no place for it: put it into the text")
-    if keys == PAIRS[0] and isinstance(row.get("label"), bool):
-        raise ValueError("'label' is true or false: preferences are not what this notebook trains")
+    if isinstance(row.get("label"), bool):
+        raise ValueError(
+            "'label' is true or false: are these preferences (KTO)? They would be trained as if "
+            "all were right; if it means something else, rename it"
+        )
 
 
 def read_row(row: Mapping[str, Any]) -> Row:

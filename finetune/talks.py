@@ -37,7 +37,14 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
-MARKS = ("weight", "train", "training", "trainable", "loss")  # 0 or false: not trained
+MARKS = (
+    "weight",
+    "loss_weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+)  # 0 or false: not trained
 NAMES = ({"role", "from"}, {"content", "value"})
 
 
@@ -48,7 +55,7 @@ def parts_as_text(value: Any) -> Any:
     texts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get("text") if isinstance(part, dict) else part
+        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
         if kind != "text" or not isinstance(text, str):
             raise ValueError(f"a turn holds a part that is no text: {kind!r}")
         texts.append(text)

@@ -42,6 +42,7 @@ Q, A = ("user", "q"), ("assistant", "a")
 LONG = [Q, A, ("user", "q2"), ("assistant", "a2")]
 TWO = qa("q", "a") + "[EOS]" + qa("q2", "a2")
 PARTS = [{"type": "text", "text": "q"}]
+VALUES = [{"type": "text", "value": "q"}]
 IMAGE = [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
 
@@ -68,6 +69,10 @@ TRAINED = {
     "many turns": (said(*LONG), TWO),
     "text parts": ({"messages": [{"role": "user", "content": PARTS}, said(A)["messages"][0]]},
                    qa("q", "a")),
+    "LLaMA-Factory's parts": (
+        {"messages": [{"role": "user", "content": VALUES}, said(A)["messages"][0]]},
+        qa("q", "a"),
+    ),
     "turns of one role": (said(Q, ("user", "r"), A, ("assistant", "b")), qa("q\n\nr", "a\n\nb")),
     "a question that nobody answers": (said(*LONG, ("user", "q3")), TWO),
     "a system field beside turns": (said(Q, A, system="s"), qa("q", "a", "s")),
@@ -120,7 +125,13 @@ def test_what_a_row_means_is_trained(tmp_path, read, name, kind):
     rows = [row, row | {"where_from": "x"}]  # one more column, which is told and drops nothing
     file = tmp_path / f"rows.{kind}"
     if kind == "parquet":
-        if name in ("numbers", "lists of messages", "no tools", "text parts"):
+        if name in (
+            "numbers",
+            "lists of messages",
+            "no tools",
+            "text parts",
+            "LLaMA-Factory's parts",
+        ):
             return  # a column has one type
         pandas.DataFrame([row]).to_parquet(file)
     else:
@@ -151,12 +162,14 @@ TOLD = {
     "a history without a place": (said(Q, A, history=[["x", "y"]]), "'history' beside messages"),
     "preferences": (
         {"prompt": "q", "chosen": "a", "rejected": "b"},
-        "preferences ('chosen', 'rejected')",
+        "preferences ('rejected'): this notebook needs one answer",
     ),
     "unpaired preferences": (
         {"prompt": "q", "completion": "a", "label": False},
-        "'label' is true or false: preferences",
+        "'label' is true or false: are these preferences (KTO)?",
     ),
+    "unpaired preferences over turns": (said(Q, A, label=True), "'label' is true or false"),
+    "preferences over turns": (said(Q, chosen="a", rejected="b"), "preferences ('rejected')"),
     "two system texts": (said(("system", "s"), Q, A, system="t"), "two system texts"),
     "a system turn in the middle": (
         said(Q, ("system", "s"), A),
@@ -173,7 +186,7 @@ TOLD = {
     "nothing to train": ({"messages": [*MARKED[0]]}, "none of the answers is to be trained"),
     "unknown keys": (
         {"ask": "q", "reply": "a"},
-        "no 'prompt': its keys are 'ask', 'reply'; known are prompt/completion, messages, convers",
+        "no 'prompt': its keys are 'ask', 'reply'; the nearest is prompt/completion",
     ),
     "nearly known keys": ({"instruction": "q", "answer": "a"}, "no 'output': its keys are"),
     "a truth": ({"prompt": "q", "completion": True}, "'completion' is true or false"),
@@ -187,10 +200,12 @@ def test_what_cannot_be_trained_as_meant_is_told_by_name(tmp_path, read, name):
     with pytest.raises(UserError) as told:
         read(str(tmp_path / "rows.jsonl"))
     assert f"rows.jsonl:1: {words}" in str(told.value)
+    known = "Known are: prompt/completion, messages, conversations, instruction/output, "
+    assert (known in str(told.value)) == words.startswith("no '")
 
 
 def test_a_turns_own_mark_leaves_its_answer_untrained(tmp_path, settings, smollm_tokenizer):
-    marks = ({"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0, "name": "x"})
+    marks = ({"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0, "name": "x"})
     rows = []
     for n, mark in enumerate(marks):
         plain = {"role": "assistant", "content": "a"} | mark

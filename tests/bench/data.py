@@ -30,7 +30,8 @@ from mistral import mistral_tokenizer  # noqa: E402
 from finetune.audit import audit_labels  # noqa: E402
 from finetune.data import read_rows, split_rows  # noqa: E402
 from finetune.headless import defaults  # noqa: E402
-from finetune.tokens import encode_rows, fit_length  # noqa: E402
+from finetune.lengths import fit_length  # noqa: E402
+from finetune.tokens import encode_rows  # noqa: E402
 from qlora_helpers import COMPLETION_TEMPLATE, PROMPT_TEMPLATE, Settings  # noqa: E402
 
 SYLLABLES = [
@@ -55,16 +56,16 @@ SYLLABLES = [
 ]
 
 
-def write_rows(file: Path, rows: int) -> None:
-    """Rows of 1 kB on average, from 200 bytes to 4 kB; every one different."""
+def write_rows(file: Path, rows: int, times: int = 1) -> None:
+    """Rows of 1 kB on average, from 200 bytes to 4 kB, or so many `times` that; all different."""
     draw = random.Random(0)
     words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(20_000)]
     weights = [1 / rank for rank in range(1, len(words) + 1)]
     with file.open("w") as stream:
         for number in range(rows):
             size = min(600, max(25, int(draw.lognormvariate(4.85, 0.6))))
-            text = draw.choices(words, weights, k=size)
-            half = size // 2
+            text = draw.choices(words, weights, k=size * times)
+            half = len(text) // 2
             row = {
                 "prompt": f"{number} {' '.join(text[:half])}?",
                 "completion": f"{' '.join(text[half:]).capitalize()}.",
@@ -110,6 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokenizer", help="a folder; without it Mistral v0.3's")
+    parser.add_argument("--times", type=int, default=1, help="as long rows: 120 gives 120 kB")
     parser.add_argument("--folder", help="where file and cache go; without it a temporary folder")
     options = parser.parse_args()
     tokenizer = (
@@ -120,7 +122,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         file = Path(folder) / "rows.jsonl"
-        write_rows(file, options.rows)
+        write_rows(file, options.rows, options.times)
         print(f"{options.rows:,} rows, {file.stat().st_size / options.rows:,.0f} bytes a row")
         measure(file, folder, tokenizer, options.rows)
 
@@ -147,12 +149,10 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
         start = time.perf_counter()
 
     rows = read_rows(cfg)
-    train_rows, held_rows = split_rows(rows, cfg.validation_fraction)
     done("read")
-    data = [encode_rows(part, tokenizer) for part in (train_rows, held_rows)]
-    data = [fit_length(part, tokenizer, cfg) for part in data]
+    data = fit_length(encode_rows(rows, tokenizer), tokenizer, cfg)
     done("encode")
-    for part in data:
+    for part in split_rows(data, cfg.validation_fraction):
         audit_labels(part, tokenizer)
     done("audit")
     ours, theirs = sum(spent) / count, statistics.mean(alone)
