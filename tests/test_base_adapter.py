@@ -182,7 +182,7 @@ def test_what_was_held_out_once_stays_so_whatever_is_added(base, settings, tmp_p
     assert set(held["prompt"]) <= set(later["prompt"])
     assert not set(held["prompt"]) & set(train["prompt"]) and len(train) > 100
     assert not held_out_before(first)  # a run of its own
-    with pytest.raises(UserError, match="All of these rows were held out by the run that this"):
+    with pytest.raises(UserError, match="all of these were held out by the run that this one"):
         split_rows(held, 0.01, held_out_before(second))
 
 

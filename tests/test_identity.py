@@ -73,8 +73,8 @@ def test_what_an_earlier_release_began_or_finished_is_this_releases_too(begun, g
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("encoder", "how rows become tokens (encoder 1, now 9)"),
-        ("split", "how rows are held out (split 1, now 9)"),
+        ("encoder", "how rows become tokens (encoder 2, now 9)"),
+        ("split", "how rows are held out (split 2, now 9)"),
     ],
 )
 @pytest.mark.parametrize("checkpoint", [True, False])

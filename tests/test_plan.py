@@ -181,7 +181,7 @@ def test_every_cut_trains_the_same_adapter(planning, built, tmp_path):
     losses, adapter = results[0]
     assert len(losses) == 20 and losses[-1] < losses[0]
     for other, weights in results[1:]:
-        assert other == pytest.approx(losses, abs=1e-4)
+        assert other == pytest.approx(losses, abs=1.01e-4)  # before 5.0 logged to four decimals
         close(weights, adapter, 1e-4)
 
 

@@ -451,13 +451,13 @@ def test_a_run_in_the_base_models_folder_is_refused(place, settings, base):
 
 
 def test_answers_of_a_run_are_no_data(settings, tmp_path):
-    from finetune.data import find_files
+    from finetune.sources import find_files
 
     (tmp_path / "run").mkdir()
     claim(tmp_path / "run")
     for name in ("run/answers.jsonl", "run/data.rejected.jsonl", "rows.jsonl", "answers.jsonl"):
         (tmp_path / name).write_text("{}")
-    found = find_files(str(tmp_path / "**" / "*.jsonl"))
+    found = find_files(settings(data_files=str(tmp_path / "**" / "*.jsonl")))
     assert [str(path.relative_to(tmp_path)) for path in found] == ["answers.jsonl", "rows.jsonl"]
 
 
