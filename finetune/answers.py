@@ -179,7 +179,8 @@ class AnswerStreamer(TextStreamer):
         ends = range(len(self.held) + 1)
         held = next(n for n in ends if may_be_end(self.held[n:]))
         shown, self.held = (self.held, "") if stream_end else (self.held[:held], self.held[held:])
-        shown = clean_answer(shown) if stream_end else shown
+        if stream_end:
+            shown = shown.rstrip().removesuffix(END_MARKER).rstrip()
         super().on_finalized_text(shown, stream_end)
 
 

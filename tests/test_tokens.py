@@ -766,7 +766,35 @@ def test_losses_equal_trls_own_prompt_completion_path(tmp_path, smollm_tokenizer
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def losses(folder, tokenizer, data, options):
+def test_losses_of_talks_equal_trls_assistant_only_loss(tmp_path, smollm_tokenizer):
+    """20 rows of 6 turns, by a template that marks what is generated."""
+    talks = [
+        [(f"Say {n}, {k}" + " please" * (n % 3), f"It is {n} and {k}. " * (1 + (n + k) % 3))
+         for k in range(3)]
+        for n in range(20)
+    ]  # fmt: skip
+    turns = [as_turns(None, talk) for talk in talks]
+    rows = [{"prompt": "x", "completion": "y", "turns": json.dumps(each)} for each in turns]
+    data = encode_rows(rows, smollm_tokenizer)
+    for labels, talk in zip(data["labels"], talks, strict=True):
+        texts = [f" {answer}\n\n### End<|im_end|>" for _, answer in talk]
+        trained = [label for label in labels if label != -100]
+        assert smollm_tokenizer.decode(trained) == "".join(texts)
+    ours = losses(tmp_path, smollm_tokenizer, data, {"skip_prepare_dataset": True})
+    template = chat_template(smollm_tokenizer)
+    marked = template.replace(
+        '{{ "### Answer: " + text + ', '{{ "### Answer:" }}{% generation %}{{ " " + text + '
+    ).replace("+ eos_token }}", "+ eos_token }}{% endgeneration %}")
+    assert marked.count("generation %}") == 2
+    smollm_tokenizer.chat_template = marked
+    messages = [[{"role": t.role, "content": t.text} for t in each] for each in turns]
+    told = Dataset.from_dict({"messages": messages})
+    theirs = losses(tmp_path, smollm_tokenizer, told, {}, assistant_only_loss=True)
+    assert len(ours) == 10 and max(ours) - min(ours) > 0.1
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def losses(folder, tokenizer, data, options, **more):
     """Losses of ten steps of four rows on a small Llama with random weights."""
     import torch
     import transformers
@@ -796,6 +824,7 @@ def losses(folder, tokenizer, data, options):
         max_length=None,
         dataset_kwargs=options,
         disable_tqdm=True,
+        **more,
     )
     trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
