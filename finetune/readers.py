@@ -238,8 +238,11 @@ def table_row(names: Sequence[str], cells: Sequence[Any]) -> Any:
 
 def excel_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     """The rows of a workbook's first sheet that has any."""
+    as_it_is = {"keep_default_na": False}  # a cell that says NA or None is text
     try:
-        book = pandas.read_excel(io.BytesIO(stream.read()), sheet_name=None, dtype=object)
+        book = pandas.read_excel(
+            io.BytesIO(stream.read()), sheet_name=None, dtype=object, **as_it_is
+        )
     except ImportError:
         raise NotData(
             "Excel needs a package: run %pip install openpyxl, or save it as CSV"

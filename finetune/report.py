@@ -74,6 +74,8 @@ def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> I
     smooth = Series(losses, dtype=float).ewm(alpha=0.3).mean()
     axes["loss"].plot(steps, smooth, color="#4c78a8", label="training, smoothed")
     axes["loss"].plot(*history(log, "eval_loss"), "o-", color="#f58518", label="validation")
+    if (few := history(log, "eval_part_loss"))[0]:
+        axes["loss"].plot(*few, "x", color="#f58518", alpha=0.6, label="validation, a few rows")
     axes["loss"].set(ylabel="loss (nats a token)", xlabel="step")
     axes["loss"].legend()
     for name, label in side.items():

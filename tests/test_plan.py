@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_base, tiny_tuned
 
 from finetune.batches import Collator, Cut, StepSampler, own_lengths, split_batch, with_void_row
-from finetune.plan import make_plan, planned_before, planned_for
+from finetune.plan import at_risk, make_plan, planned_before, planned_for, require_known
 from finetune.report import history
 from finetune.speed import checkpointable, noisy, undo, use_fast_kernels
 from finetune.train import PlannedTrainer
@@ -864,3 +864,31 @@ def test_rows_beyond_the_base_models_positions_are_told_before_training(planning
     over = sum(n > lengths[-3] for n in lengths)
     with pytest.raises(UserError, match=rf"^{over} rows are longer .* max_length = {lengths[-3]} "):
         make_plan(planning(), model, data)
+
+
+@pytest.mark.parametrize("backup_to", ["none", "drive"])
+@pytest.mark.parametrize("place", ["on_colab", "on_kaggle", "elsewhere"])
+def test_a_run_without_copies_is_told_what_it_risks_in_minutes(
+    settings, monkeypatch, backup_to, place
+):
+    for name in ("on_colab", "on_kaggle"):
+        monkeypatch.setattr(f"finetune.plan.{name}", lambda name=name: name == place)
+    told = at_risk(settings(backup_to=backup_to), 5400)
+    assert bool(told) == (place != "elsewhere" and backup_to == "none")
+    if told:
+        assert "up to 90 minutes of training are lost" in told and "it would be 20" in told
+        assert ("Colab" if place == "on_colab" else "Kaggle") in told
+
+
+def test_tokens_that_the_base_model_has_no_embedding_of_are_told(built):
+    model = tiny()
+    known = model.get_input_embeddings().weight.shape[0]
+    for largest in (known - 1, known):
+        data = datasets.Dataset.from_list(
+            [{"input_ids": [1, 2]}] * 1500 + [{"input_ids": [largest, 3]}]
+        )
+        if largest < known:
+            require_known(model, data)
+        else:
+            with pytest.raises(UserError, match=f"tokens up to {known:,}, and the base model"):
+                require_known(model, data)

@@ -10,8 +10,11 @@ import types
 import datasets
 import pandas
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from finetune.data import read_rows
+from finetune.data import RowReader, read_rows
 from finetune.lengths import fit_length
 from finetune.sources import find_files
 from finetune.tokens import encode_rows, training_text
@@ -239,6 +242,92 @@ def test_rows_that_differ_in_a_field_that_is_used_are_no_duplicates(tmp_path, re
     talks = [json.dumps({"messages": talk}) for talk in talks]
     (tmp_path / "rows.jsonl").write_text("\n".join(talks))
     assert len(read(str(tmp_path / "rows.jsonl"))) == 2
+
+
+# -------- properties ----------------------------------------------------------------------
+
+HEADS = {
+    "jsonl": [b"", b'{"prompt": "a", "completion": "b"}\n', b"\xff\xfe", b"\xef\xbb\xbf"],
+    "json": [b"[", b"{\n", b'[{"prompt": "a", "completion": "b"},', b'{\n "data": ['],
+    "csv": [b"prompt,completion\n", b"prompt;completion\r\na;b\r\n", b'"prompt\t', b""],
+    "parquet": [b"PAR1", b""],
+    "xlsx": [b"PK\x03\x04", b""],
+    "jsonl.gz": [b"\x1f\x8b", b""],
+}
+BITS = st.lists(
+    st.one_of(
+        st.binary(max_size=20),
+        st.sampled_from(
+            [b'{"prompt": "p", "completion": "c"}', b"\n", b"},", b'"', b"'", b"]", b"}"]
+        ),
+    ),
+    max_size=8,
+).map(b"".join)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HEADS)
+def test_any_bytes_under_any_name_give_rows_or_are_told(kind, tmp_path):
+    @hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(head=st.sampled_from(HEADS[kind]), rest=BITS, pack=st.booleans())
+    def check(head, rest, pack):
+        file = tmp_path / f"fuzz.{kind}"
+        file.write_bytes(gzip.compress(head + rest) if pack else head + rest)
+        reader = RowReader([file], tmp_path / "rejected.jsonl")
+        rows = list(reader)
+        assert all(row["completion"].strip() for row in rows)
+        assert all(row["where"].startswith(f"fuzz.{kind}:") for row in rows)
+        if reader.kinds or reader.wrong:
+            with pytest.raises(UserError, match=rf"fuzz\.{kind}"):
+                reader.report("stop")
+        else:
+            reader.report("stop")
+
+    check()
+
+
+# What Excel's files, which are XML, can hold.
+PLAIN = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co"], exclude_characters="\ufffe\uffff"),
+    min_size=1, max_size=12,
+).filter(str.strip)  # fmt: skip
+PLAIN = st.one_of(
+    PLAIN, st.sampled_from(["NA", "None", "nan", "007", "1e5", "a,b;c\td", '"q"', "="])
+)
+
+
+def written(file, rows):
+    frame = pandas.DataFrame(rows)
+    text = json.dumps(rows, ensure_ascii=False)
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    {
+        "jsonl": lambda: file.write_text(lines),
+        "jsonl.gz": lambda: file.write_bytes(gzip.compress(lines.encode())),
+        "json": lambda: file.write_text(text),
+        "csv": lambda: frame.to_csv(file, index=False),
+        "csv.gz": lambda: frame.to_csv(file, index=False, compression="gzip"),
+        "tsv": lambda: frame.to_csv(file, index=False, sep="\t"),
+        "parquet": lambda: frame.to_parquet(file),
+        "xlsx": lambda: frame.to_excel(file, index=False),
+        "utf16.jsonl": lambda: file.write_text(lines, encoding="utf-16"),
+    }[file.name.partition(".")[2]]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "jsonl.gz", "json", "csv", "csv.gz", "tsv", "parquet", "xlsx", "utf16.jsonl"]
+)
+def test_what_was_written_in_any_kind_is_read(kind, tmp_path):
+    @hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(pairs=st.lists(st.tuples(PLAIN, PLAIN), min_size=1, max_size=4))
+    def check(pairs):
+        rows = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
+        written(tmp_path / f"rows.{kind}", rows)
+        reader = RowReader([tmp_path / f"rows.{kind}"], tmp_path / "rejected.jsonl")
+        found = [{name: row[name] for name in ("prompt", "completion")} for row in reader]
+        assert found == rows and not reader.kinds and not reader.wrong
+
+    check()
 
 
 # -------- files ---------------------------------------------------------------------------

@@ -76,9 +76,13 @@ def test_a_checkpoint_made_by_time_inside_an_epoch_is_continued_from(
     assert code == KILLED, shown
     found = [path.name for path in checkpoints(outputs(tmp_path))]
     assert found == [f"checkpoint-{n}" for n in range(step - 1, max(0, step - 3), -1)]
+    assert "Step 1: validation loss 10.599 (3 rows)" in shown
     code, shown = run(tiny, tmp_path)
     assert code == 0 and f"Continuing from checkpoint-{step - 1}." in shown, shown
     assert result_of(tmp_path) == undisturbed[0]
+    whole, part = (logged(tmp_path, key) for key in ("eval_loss", "eval_part_loss"))
+    assert [*part] == list(range(1, step, 2)) and part[1] == pytest.approx(whole[0], abs=0.01)
+    assert [*whole] == [0, 2, 4, 6]  # they choose no epoch
 
 
 def continued(tiny, folder, undisturbed) -> None:
