@@ -76,7 +76,7 @@ def test_a_checkpoint_made_by_time_inside_an_epoch_is_continued_from(
     assert code == KILLED, shown
     found = [path.name for path in checkpoints(outputs(tmp_path))]
     assert found == [f"checkpoint-{n}" for n in range(step - 1, max(0, step - 3), -1)]
-    assert "Step 1: validation loss 10.599 (3 rows)" in shown
+    assert "Step 1: validation loss 10.599 (5 rows)" in shown
     code, shown = run(tiny, tmp_path)
     assert code == 0 and f"Continuing from checkpoint-{step - 1}." in shown, shown
     assert result_of(tmp_path) == undisturbed[0]
