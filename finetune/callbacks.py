@@ -80,7 +80,8 @@ class KeepSafe(TrainerCallback):
                 raise KeyboardInterrupt
             return
         self.asked, self.since = number, time.monotonic()
-        print("Stopping, with a checkpoint. Press again to stop at once, without.", flush=True)
+        with contextlib.suppress(RuntimeError):  # it may come in the middle of another print
+            print("Stopping, with a checkpoint. Press again to stop at once, without.", flush=True)
         self.drop_if_asked()
 
     def drop_if_asked(self) -> None:
