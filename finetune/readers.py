@@ -22,6 +22,7 @@ from finetune.machine import short
 
 HEAD = 2**16  # bytes that are looked at to tell what a file is
 BOM = codecs.BOM_UTF8
+TABLES = (b"PAR1", b"PK\x03\x04")  # what Parquet and Excel files begin with
 NOT_DATA = {
     b"version https://git-lfs": "a Git LFS pointer, not the data: download the file itself "
     "(git lfs pull)",
@@ -71,6 +72,10 @@ def rows_in(file: Path, name: str) -> Iterator[Source]:
         with opened(file) as stream:
             head = stream.read(HEAD)
             stream.seek(0)
+            if not head.startswith(TABLES):
+                stream = as_utf8(stream, head)
+                head = stream.read(HEAD)
+                stream.seek(0)
             yield from reader_of(file, head)(stream, name, head)
     except (gzip.BadGzipFile, EOFError) as error:
         raise NotData(f"a gzip file that is cut short or damaged ({error})") from None
@@ -81,9 +86,9 @@ def reader_of(file: Path, head: bytes) -> Any:
     start = head.removeprefix(BOM).lstrip()
     if why := next((told for magic, told in NOT_DATA.items() if start.startswith(magic)), ""):
         raise NotData(why)
-    if head.startswith(b"PAR1"):
+    if head.startswith(TABLES[0]):
         return parquet_rows
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(TABLES[1]):
         return excel_rows
     if {".csv", ".tsv"} & {suffix.lower() for suffix in file.suffixes[-2:]}:
         return csv_rows
@@ -112,7 +117,7 @@ def as_utf8(stream: BinaryIO, head: bytes) -> BinaryIO:
 
 def line_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     """The lines of JSONL; raises `NotData` if the first five are all nothing like it."""
-    lines = numbered_lines(as_utf8(stream, head))
+    lines = numbered_lines(stream)
     first = list(itertools.islice(lines, 5))
     if first and not any(line.lstrip()[:1] in (b"{", b"[", b'"') for _, line in first):
         shown = first[0][1][:40].decode("utf-8", "replace")
@@ -145,7 +150,7 @@ def json_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
 
     Lines that are arrays by themselves are `line_rows`' to tell of.
     """
-    data = as_utf8(stream, head).read()
+    data = stream.read()
     try:
         text = data.decode("utf-8-sig")
         found = list(values_in(text))
@@ -202,7 +207,6 @@ def is_json(line: str) -> bool:
 
 def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     """The rows of a table with a heading, by its separator: comma, semicolon, tab or bar."""
-    stream = as_utf8(stream, head)
     text = io.TextIOWrapper(stream, encoding_of(head), errors="strict", newline="")
     csv.field_size_limit(LONGEST_LINE)
     heading = head.removeprefix(BOM).split(b"\n")[0].decode("utf-8", "replace")
@@ -218,8 +222,6 @@ def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
 
 def encoding_of(head: bytes) -> str:
     """UTF-8, or what Windows writes where the file's beginning is not that."""
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-8"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
