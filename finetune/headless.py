@@ -10,6 +10,7 @@ it in HTML.
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
 import re
 import sys
@@ -32,6 +33,8 @@ NOTEBOOK = Path(__file__).parents[1] / "finetune_mistral.ipynb"
 # What the embedded model wants otherwise: a 135M model learns at a higher rate than a 7B one, and
 # two cores want fewer epochs.
 SMALL = {"learning_rate": 6e-4, "epochs": 3, "max_new_tokens": 32}
+# What nbclient raises when a signal has ended its kernel; it asserts that there is one.
+ENDED = (DeadKernelError, AssertionError, asyncio.CancelledError)
 MAKES_OWN = {"STACK", "PYTHON", "PY", "VENV"}  # variables of the Makefile, which are no settings
 
 
@@ -148,7 +151,7 @@ def main() -> None:
         raise SystemExit(words) from None
     except UserError as error:
         raise SystemExit(str(error)) from None
-    except (DeadKernelError, AssertionError):  # nbclient asserts that its kernel is there
+    except ENDED:
         raise SystemExit(
             "\nThe notebook's process was ended. Nothing that was saved is lost: run this again, "
             "and it continues from the last whole checkpoint."

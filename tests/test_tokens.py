@@ -222,7 +222,7 @@ def as_turns(system, pairs):
 
 
 @pytest.mark.slow
-@settings(many, max_examples=120)
+@settings(many, max_examples=70)
 @given(talk=TALKS)
 @example(talk=("Be brief.", [("Hi\n", " Hello"), ("Bye", "Bye.")]))
 @example(talk=(None, [("a", "b"), ("\nc", "d\n"), (" e ", "f")]))
@@ -911,7 +911,7 @@ def test_a_tokenizer_without_eos_or_a_template_is_told_in_section_6(
 @given(prompt=TEXT.filter(str.strip), completion=TEXT.filter(str.strip))
 @example(prompt="Cafe\u0301", completion="e\u0301te\u0301  x")
 def test_normalised_texts_and_trimmed_places_are_masked_at_the_same_border(
-    smollm_tokenizer, control, prompt, completion
+    smollm_tokenizer, prompt, completion
 ):
     """As Qwen's (NFC) and as those whose tokens' places leave the space before a word out."""
     backend = smollm_tokenizer.backend_tokenizer

@@ -398,6 +398,7 @@ def test_a_step_of_a_minute_is_dropped_at_sigterm_and_the_state_before_it_saved_
     assert result_of(tmp_path) == undisturbed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 2, 3], ids=["before the first step", "second", "last"])
 def test_an_evaluation_is_dropped_at_sigterm_and_made_up_for(tiny, tmp_path, undisturbed, number):
     code, shown = run(tiny, tmp_path, "signal_in_evaluation", number)
