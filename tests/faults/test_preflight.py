@@ -571,3 +571,27 @@ def test_a_limit_of_gpu_memory_is_refused_without_a_gpu(settings, monkeypatch, l
     cfg = settings(base_model="embedded", memory_limit_gb=limit)
     failed = [text for mark, text in preflight.check_machine(cfg) if mark == "✗"]
     assert len(failed) == (limit > 0) and all("memory_limit_gb" in text for text in failed)
+
+
+@pytest.mark.parametrize(
+    ("answer", "mark", "words"),
+    [
+        (None, "✓", "data set hf:ada/rows can be read"),
+        ((404, "RepoNotFound"), "✗", "there is none that this token may read"),
+        ((403,), "✗", "there is none that this token may read"),
+        ((500,), "?", "the Hub cannot be asked"),
+    ],
+)
+def test_a_data_set_of_the_hub_is_asked_for(settings, hub, answer, mark, words):
+    hub.refuse = {"/auth-check": answer} if answer else {}
+    (line,) = preflight.check_data(settings(data_files=["x.jsonl", "hf:ada/rows"]), TOKEN)
+    assert line[0] == mark and words in line[1]
+    assert any("/api/datasets/ada/rows/auth-check" in path for _, path, *_ in hub.requests)
+    assert not [*preflight.check_data(settings(data_files="x.jsonl"), TOKEN)]
+
+
+@pytest.mark.parametrize("name", ["./none", "ada/none"])
+def test_a_base_adapter_that_cannot_be_had_stops_before_the_model(settings, hub, name):
+    (line,) = preflight.check_adapter(settings(base_adapter=name))
+    assert line[0] == "✗" and f"base_adapter = {name!r}" in line[1]
+    assert not [*preflight.check_adapter(settings())]
