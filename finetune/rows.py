@@ -105,6 +105,9 @@ def read_row(row: Mapping[str, Any]) -> Row:
     comes before the question.
     """
     keys = format_of(row)
+    if len(row) == 2 and keys in PAIRS and type(row) is dict and is_plain(row, keys):
+        texts = (checked_text(row[name], repr(name)) for name in keys)
+        return Row("/".join(keys), [*map(Turn, ("user", "assistant"), texts)], [])
     used, unused, kept, left_out = {*keys, *SECOND.get(keys[0], ("", ()))[1]}, set[str](), 0, 0
     if keys == ("text",):
         turns = [Turn("text", checked_text(row["text"], "'text'"))]
@@ -121,6 +124,11 @@ def read_row(row: Mapping[str, Any]) -> Row:
     if keys != ("text",):
         turns, left_out = ordered(turns)
     return Row("/".join(keys), turns, sorted(unused), left_out, kept)
+
+
+def is_plain(row: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Whether a pair's fields are texts: most rows are, and then nothing else has to be asked."""
+    return type(row[keys[0]]) is str and type(row[keys[1]]) is str
 
 
 def with_system(row: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
