@@ -1,5 +1,6 @@
 """Sections 9 and 13: answers, and how they are scored."""
 
+import copy
 import re
 
 import pytest
@@ -267,6 +268,7 @@ def test_answers_are_greedy_whatever_the_base_models_authors_recommend(nf4_model
 
 
 def test_decoding_alters_no_text(smollm_tokenizer):
+    smollm_tokenizer = copy.deepcopy(smollm_tokenizer)
     for text in ("Yes , it 's fine .", "a  b", "do n't !"):
         ids = smollm_tokenizer(text)["input_ids"]
         for clean in (True, False):

@@ -897,6 +897,7 @@ def test_a_tokenizer_that_tells_no_places_is_refused_before_anything_is_encoded(
 def test_a_tokenizer_without_eos_or_a_template_is_told_in_section_6(
     smollm_tokenizer, tmp_path, monkeypatch
 ):
+    smollm_tokenizer = copy.deepcopy(smollm_tokenizer)  # others have the same
     assert usable(smollm_tokenizer, "x", tmp_path) is smollm_tokenizer
     monkeypatch.setattr("finetune.template.template_of_turns", lambda gap: "nothing like it")
     with pytest.raises(UserError, match="cannot be used: no chat template gives this tokenizer"):
@@ -914,18 +915,14 @@ def test_normalised_texts_and_trimmed_places_are_masked_at_the_same_border(
     smollm_tokenizer, prompt, completion
 ):
     """As Qwen's (NFC) and as those whose tokens' places leave the space before a word out."""
-    backend = smollm_tokenizer.backend_tokenizer
-    before = backend.normalizer, backend.post_processor
-    try:
-        backend.normalizer = tokenizers.normalizers.NFC()
-        backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-        row = encode_rows([{"prompt": prompt, "completion": completion}], smollm_tokenizer)[0]
-        start = encode_prompt(smollm_tokenizer, prompt)
-        assert row["input_ids"][: len(start)] == start
-        assert row["labels"] == [-100] * len(start) + row["input_ids"][len(start) :]
-    finally:
-        backend.normalizer = before[0] or tokenizers.normalizers.Sequence([])
-        backend.post_processor = before[1] or tokenizers.processors.ByteLevel(trim_offsets=False)
+    tokenizer = copy.deepcopy(smollm_tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    row = encode_example(tokenizer, prompt, completion)
+    start = encode_prompt(tokenizer, prompt)
+    assert row["input_ids"][: len(start)] == start
+    assert row["labels"] == [-100] * len(start) + row["input_ids"][len(start) :]
 
 
 def test_answers_in_unknown_characters_are_told_with_their_lines(mistral_tokenizer, capsys):
