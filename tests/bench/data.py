@@ -132,7 +132,8 @@ def measure(file: Path, folder: str, tokenizer, count: int) -> None:
     after.
     """
     values = defaults()
-    cfg = Settings.from_cell(values | {"data_files": str(file), "output_dir": folder})
+    changes = {"data_files": str(file), "output_dir": folder, "max_length": 2**20}
+    cfg = Settings.from_cell(values | changes)
     alone, spent = [tokenizer_alone(file, tokenizer)], []
     memory, start = Memory(), time.perf_counter()
     time.sleep(0.2)
