@@ -22,7 +22,7 @@ from qlora_helpers import format_answer, format_prompt, format_turns
 
 ENCODER = 2  # raised whenever `encode_examples` gives other ids or labels for the same row
 TEXTS = ("prompt", "completion", "turns")  # the columns that rows are encoded from
-CHARACTERS = 2_000_000  # that are encoded at once, give or take a row
+CHARACTERS = 500_000  # that are encoded at once, give or take a row
 
 
 class Piece(NamedTuple):
