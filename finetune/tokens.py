@@ -215,7 +215,10 @@ def encode_rows(
     def encode_parts(table: pa.Table) -> pa.Table:
         return pa.concat_tables(map(encode, parts_of(table)))
 
-    options = {"batched": True, "batch_size": 1000, "new_fingerprint": key, "desc": "Encoding"}
+    size = rows.data.nbytes / max(1, rows.data.num_rows)  # bytes a row, on average
+    at_once = int(min(1000, max(1, 16 * CHARACTERS // max(1, size))))
+    options = {"batched": True, "batch_size": at_once, "writer_batch_size": at_once}
+    options |= {"new_fingerprint": key, "desc": "Encoding"}
     options["num_proc"] = workers(len(rows))
     return rows.with_format("arrow").map(encode_parts, **options).with_format(None)
 
