@@ -868,6 +868,7 @@ def folder_with(place, tokenizer=None, **files):
     return str(place)
 
 
+@pytest.mark.skipif(OLD, reason="4.57 cannot make the tokenizer that this compares with")
 def test_of_mistrals_newer_models_the_tokenizer_json_is_taken(tmp_path, tekken_tokenizer):
     import mistral_common
 
