@@ -87,7 +87,7 @@ def as_in_base_adapter(settings: Settings) -> Settings:
     found = {name: getattr(config, theirs) for name, theirs in BROUGHT.items()}
     if not isinstance(found["target_modules"], str):
         found["target_modules"] = sorted(found["target_modules"])
-    changed = {n: v for n, v in found.items() if v != as_set(getattr(settings, n))}
+    changed = {n: v for n, v in found.items() if v != in_order(getattr(settings, n))}
     told = ", ".join(f"{name} = {value!r}" for name, value in changed.items())
     print(f"Training goes on from {settings.base_adapter}" + f", with its {told}" * bool(changed))
     theirs = Path(config.base_model_name_or_path or "?").name
@@ -96,8 +96,8 @@ def as_in_base_adapter(settings: Settings) -> Settings:
     return settings.model_copy(update=found)
 
 
-def as_set(value: Any) -> Any:
-    """A list of names in the order in which they are compared."""
+def in_order(value: Any) -> Any:
+    """A list of names in the order in which lists are compared; anything else as it is."""
     return sorted(value) if isinstance(value, list) else value
 
 

@@ -63,9 +63,7 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
 
 def remembered(folder: Path, purpose: str) -> dict[str, Any]:
     """`run.json` of a whole checkpoint or adapter; empty if the folder is not whole."""
-    if why_unusable(folder, purpose):
-        return {}
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return {} if why_unusable(folder, purpose) else told_in(folder)
 
 
 @main_first
@@ -106,7 +104,7 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
         raise UserError(how_to_go_on(settings, last, changed, was == finished_as))
     require_same_shape(was, now, last)
     trainer.run = run_of(told_in(last))
-    state = TrainerState(**json.loads((last / "trainer_state.json").read_text(encoding="utf-8")))
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     trainer.args.eval_on_start = lacks_evaluation(state)  # else its result is in the log already
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
     return str(last)
@@ -220,7 +218,7 @@ def require_same_state(trainer: Any, checkpoint: Path) -> None:
     What is compared is kept in the run's folder, as `resumed.json`. A state that the other machine
     or number of processes did not have is left out.
     """
-    was = json.loads((checkpoint / "run.json").read_text(encoding="utf-8")).get("state", {})
+    was = told_in(checkpoint).get("state", {})
     now = {name: found for name, found in state_hashes(trainer).items() if name in was}
     if now.pop("processes", "") != was.get("processes", ""):
         now = {name: found for name, found in now.items() if not name.startswith("random")}

@@ -89,7 +89,7 @@ class RowReader:
         """
         if self.wrong:
             files = listed("These files are no data. Nothing was trained.", self.wrong)
-            raise UserError("\n".join([files, *(f"{line}" for line in self.first)]))
+            raise UserError("\n".join([files, *self.first]))
         if not self.kinds:
             return
         kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.kinds.most_common())
@@ -217,9 +217,8 @@ def split_rows(
     Adding rows moves no old one across, and one question is never on both sides; at most twice the
     fraction is held out, whatever questions repeat, and at least one row. Where one question has
     so many rows that too few others are left to hold out, rows are split one by one, and that is
-    said. Questions
-    that an earlier run held out (`before`, hashes) are so again. Raises `UserError` if nothing is
-    left to train on.
+    said. Questions that an earlier run held out (`before`, hashes) are so again. Raises `UserError`
+    if nothing is left to train on.
     """
     keys = prompt_keys(rows)
     held, most = held_by(keys, fraction, before), max(Counter(keys).values(), default=0)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune.files import is_free, is_ours, read_seal
-from finetune.lock import WRITTEN
+from finetune.lock import is_written
 from finetune.sources import HUB, files_of_name
 from qlora_helpers import Settings, UserError, local_base, locate, on_colab, on_kaggle
 
@@ -87,7 +87,7 @@ def why_no_merge(settings: Settings) -> str:
             return f"{told} is inside {name}: choose a folder of its own"
     run = settings.run_dir.resolve()
     part = folder.relative_to(run).parts[0] if run in folder.parents else ""
-    if part in WRITTEN or part.startswith(("checkpoint", "final_model")):
+    if is_written(part):
         return f"{told} is where the run itself writes: choose a folder of its own"
     found = read_seal(folder)
     if found.get("purpose") == "merged" and found["run"] not in ("", settings.run_name):

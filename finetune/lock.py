@@ -39,6 +39,11 @@ WRITTEN = {
 }
 
 
+def is_written(part: str) -> bool:
+    """Whether a run writes something of this name directly into its folder."""
+    return part in WRITTEN or part.startswith(("checkpoint", "final_model"))
+
+
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run's: it was claimed once, or something sealed is in it."""
     parts = [*checkpoints(folder), folder / "final_model"]

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from finetune.files import read_seal
 from finetune.hub import with_retries
-from finetune.lock import is_run
+from finetune.lock import is_run, is_written
 from finetune.machine import short
 from qlora_helpers import Settings, UserError, locate, on_colab
 
@@ -64,8 +64,10 @@ def matching(pattern: Path) -> list[Path]:
 
 def is_output(file: Path) -> bool:
     """Whether a file is what this notebook wrote, which a wide pattern matches too."""
-    ours = (folder for folder in file.parents if is_run(folder) or read_seal(folder))
-    return file.name.endswith(".rejected.jsonl") or next(ours, None) is not None
+    return file.name.endswith(".rejected.jsonl") or any(
+        read_seal(folder) or (is_written(file.relative_to(folder).parts[0]) and is_run(folder))
+        for folder in file.parents
+    )
 
 
 def no_file(name: str) -> str:

@@ -37,15 +37,9 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
-MARKS = (
-    "weight",
-    "loss_weight",
-    "train",
-    "training",
-    "trainable",
-    "loss",
-)  # 0 or false: not trained
-NAMES = ({"role", "from"}, {"content", "value"})
+# Fields by which a turn says whether it is to be trained: 0 or false is no.
+MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
+USED = {"role", "from", "content", "value", *MARKS}
 
 
 def parts_as_text(value: Any) -> Any:
@@ -75,7 +69,7 @@ def read_turn(turn: Any, unused: set[str], key: str) -> Turn | None:
     if role == "system" and is_empty(content):
         return None
     for name, value in turn.items():
-        if not (any(name in names for names in NAMES) or name in MARKS or is_empty(value)):
+        if name not in USED and not is_empty(value):
             unused.add(f"{key}[].{name}")
     return Turn(role, checked_text(content, "a turn's 'content'"), is_trained(turn, role))
 
@@ -98,7 +92,7 @@ def is_trained(turn: Mapping[str, Any], role: str) -> bool:
         known = {"0": False, "0.0": False, "1": True, "1.0": True, "False": False, "True": True}
         wanted = known.get(str(value))
         if wanted is None or (wanted and role != "assistant"):
-            raise ValueError(f"a {role}'s turn has {name!r}: {value}, which cannot be done")
+            raise ValueError(f"a turn of the {role} has {name!r}: {value}, which cannot be done")
         if not wanted:
             return False
     return True

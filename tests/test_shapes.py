@@ -184,7 +184,7 @@ TOLD = {
     "an unknown role": (said(Q, ("narrator", "x"), A), "a turn's 'role' is none of"),
     "half a weight": (
         {"messages": [MARKED[0][0], MARKED[0][1] | {"weight": 0.5}]},
-        "a assistant's turn has 'weight': 0.5, which cannot be done",
+        "a turn of the assistant has 'weight': 0.5, which cannot be done",
     ),
     "nothing to train": ({"messages": [*MARKED[0]]}, "none of the answers is to be trained"),
     "unknown keys": (
