@@ -79,6 +79,26 @@ def find_mistakes(
     return "" if len(parts) == len(pieces) else "does not end each answer in EOS"
 
 
+def mistakes_in(
+    table: pa.Table, tokenizer: PreTrainedTokenizerBase, whole: bool
+) -> Iterator[tuple[str, str]]:
+    """What is `"wrong"` in encoded rows, and the lines that hold an `"unknown"` token."""
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    known = {"begin": begin, "eos": tokenizer.eos_token_id, "control": control_ids(tokenizer)}
+    unknown = {tokenizer.unk_token_id} - {None, *known["control"]}
+    texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
+    rows = [pieces_of(*row) for row in zip(*texts, strict=True)]
+    befores = [piece.before for row in rows for piece in row]
+    encoded = iter(tokenize(tokenizer, befores, places=False))
+    columns = [table[name].to_numpy() for name in ("where", "input_ids", "labels")]
+    for where, ids, labels, pieces in zip(*columns, rows, strict=True):
+        ids, asked = ids.tolist(), [next(encoded).ids for _ in pieces]
+        if found := find_mistakes(ids, labels.tolist(), pieces, asked, whole=whole, **known):
+            yield "wrong", f"{where} {found}"
+        if not unknown.isdisjoint(ids):
+            yield "unknown", where
+
+
 @main_first
 def audit_labels(
     data: Dataset, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool = True
@@ -90,37 +110,16 @@ def audit_labels(
     all that follows up to EOS, and so on for each answer: the encoder, which knows the borders from
     the tokens' places, is not asked.
     """
-    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    known = {"begin": begin, "eos": tokenizer.eos_token_id, "control": control_ids(tokenizer)}
-    known["whole"] = not completion_only_loss
 
-    unknown = tokenizer.unk_token_id
-    known_words = unknown is None or unknown in control_ids(tokenizer)
-
-    def mistakes(table: pa.Table) -> Iterator[tuple[str, str]]:
-        texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
-        rows = [pieces_of(*row) for row in zip(*texts, strict=True)]
-        befores = [piece.before for row in rows for piece in row]
-        encoded = iter(tokenize(tokenizer, befores, places=False))
-        columns = [table[name].to_numpy() for name in ("where", "input_ids", "labels")]
-        for where, ids, labels, pieces in zip(*columns, rows, strict=True):
-            asked = [next(encoded).ids for _ in pieces]
-            found = find_mistakes(ids.tolist(), labels.tolist(), pieces, asked, **known)
-            if found:
-                yield "wrong", f"{where} {found}"
-            if not known_words and unknown in ids:
-                yield "unknown", where
-
-    def all_mistakes(table: pa.Table) -> pa.Table:
-        found = [mistake for part in parts_of(table) for mistake in mistakes(part)]
-        kinds, places = zip(*found, strict=True) if found else ((), ())
-        return pa.table(
-            {"kind": pa.array(kinds, pa.string()), "told": pa.array(places, pa.string())}
-        )
+    def mistakes(table: pa.Table) -> pa.Table:
+        whole = not completion_only_loss
+        found = [each for part in parts_of(table) for each in mistakes_in(part, tokenizer, whole)]
+        kinds, told = zip(*found, strict=True) if found else ((), ())
+        return pa.table({"kind": pa.array(kinds, pa.string()), "told": pa.array(told, pa.string())})
 
     options = {"batched": True, "batch_size": 1000, "remove_columns": data.column_names}
     options |= {"load_from_cache_file": False, "num_proc": workers(len(data)), "desc": "Auditing"}
-    found = data.with_format("arrow").map(all_mistakes, **options).with_format(None)
+    found = data.with_format("arrow").map(mistakes, **options).with_format(None)
     kinds = np.array(found["kind"][:])
     wrong, strange = (np.flatnonzero(kinds == kind) for kind in ("wrong", "unknown"))
     if len(wrong):
@@ -137,7 +136,7 @@ def audit_labels(
     if not completion_only_loss:
         loss = "every token trained"
     return (
-        f"Audited all {len(data):,} rows: {'one' if begin else 'no'} BOS, {loss}, "
+        f"Audited all {len(data):,} rows: {'one' if adds_bos(tokenizer) else 'no'} BOS, {loss}, "
         "EOS last and trained, no control token from the text."
     )
 

@@ -246,16 +246,12 @@ def begin_copies(settings: Settings) -> None:
 
 def what_is_there(settings: Settings, token: str | None) -> str:
     """What is copied already under this run's name, and its settings if they were others."""
-    try:
-        copies = copies_of(settings, token)
-        names = copies.names()
-        was = copies.told(names[0]).get("fingerprint", {}) if names else {}
-    except Exception as error:
-        return f"could not be looked at ({short(error)})"
+    copies = copies_of(settings, token)
+    names = copies.names()
     if not names:
         return ""
-    now = settings.model_dump()
+    was, now = copies.told(names[0]).get("fingerprint", {}), settings.model_dump()
     known = [name for name in now if name in was and not name.startswith("base_")]
     other = [f"{name} was {was[name]!r}" for name in known if was[name] != now[name]]
     differs = f", with other settings ({'; '.join(other[:5])})" * bool(other)
-    return f"stand {', '.join(names)} of a run of this name{differs}"
+    return f"{', '.join(names)} of a run of this name{differs}"

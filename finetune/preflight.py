@@ -100,9 +100,14 @@ def check_backup(settings: Settings, token: str | None) -> Iterator[Line]:
         return
     line = check_copies(settings, token) if settings.backup_to == "hub" else check_drive(settings)
     yield line
-    if line[0] == "✓" and (found := what_is_there(settings, token)):
-        told = "if rows and settings are the same, section 11 goes on from the furthest"
-        yield "!", f"there {found}: {told}; another run's are kept apart, never replaced"
+    if line[0] != "✓":
+        return
+    try:
+        if found := what_is_there(settings, token):
+            told = "if rows and settings are the same, section 11 goes on from the furthest"
+            yield "!", f"there stand {found}: {told}; another run's are kept apart, never replaced"
+    except Exception as error:
+        yield "?", f"what is copied already could not be looked at ({short(error)})"
 
 
 def check_drive(settings: Settings) -> Line:

@@ -16,8 +16,19 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+import huggingface_hub.file_download
+
 LFS = (".safetensors", ".pt", ".pth", ".zip")
 SHA = "1" * 40
+
+
+def take_for_the_hub(server, monkeypatch):
+    """Let huggingface_hub, in this process, talk to a stand-in."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for room in (huggingface_hub.constants, huggingface_hub.file_download):  # in it before 1.0
+        monkeypatch.setattr(room, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -188,16 +188,12 @@ def test_what_was_held_out_once_stays_so_whatever_is_added(base, settings, tmp_p
 
 def test_an_adapter_comes_from_the_hub_by_its_id(base, settings, tmp_path, monkeypatch):
     import huggingface_hub.constants
-    import huggingface_hub.file_download
-    from hub import Hub
+    from hub import Hub, take_for_the_hub
 
     saved(base, tmp_path / "adapter")
     (tmp_path / "adapter" / "held_out.json").write_text('["abc"]')
     with Hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for room in (huggingface_hub.constants, huggingface_hub.file_download):
-            monkeypatch.setattr(room, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
+        take_for_the_hub(server, monkeypatch)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         server.repos["ada/adapter"] = {"private": True}
         server.files["ada/adapter"] = {

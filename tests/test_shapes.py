@@ -531,14 +531,10 @@ def test_truncate_keeps_the_instruction_and_newest_turns(tmp_path, settings, smo
 
 def test_a_data_set_of_the_hub_gives_its_training_split(tmp_path, read, monkeypatch):
     import huggingface_hub.constants
-    import huggingface_hub.file_download
-    from hub import Hub
+    from hub import Hub, take_for_the_hub
 
     with Hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for room in (huggingface_hub.constants, huggingface_hub.file_download):
-            monkeypatch.setattr(room, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
+        take_for_the_hub(server, monkeypatch)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         server.repos["datasets/ada/rows"] = {"private": True}
         server.files["datasets/ada/rows"] = {

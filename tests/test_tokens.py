@@ -524,31 +524,31 @@ def control_injected():
     }
 
 
-@pytest.mark.parametrize(
-    ("defect", "words"),
-    [
-        (shift_left, "has an EOS that is not trained"),
-        (shift_right, "has an EOS that is not trained"),
-        (mask_one_short, "has a label on its prompt"),
-        (mask_one_long, "has no label on the first token of its answer"),
-        (mask_eos, "has an EOS that is not trained"),
-        (mask_all, "has an EOS that is not trained"),
-        (other_label, "has a label that is not its token"),
-        (double_bos, "(does not begin with exactly one BOS|has a control token inside its text)"),
-        (cut_off, "does not end in EOS"),
-        (boundary_merged, "does not begin with the tokens of its prompt"),
-        (control_injected, "has a control token inside its text"),
-    ],
-)
+DEFECTS = {
+    shift_left: "has an EOS that is not trained",
+    shift_right: "has an EOS that is not trained",
+    mask_one_short: "has a label on its prompt",
+    mask_one_long: "has no label on the first token of its answer",
+    mask_eos: "has an EOS that is not trained",
+    mask_all: "has an EOS that is not trained",
+    other_label: "has a label that is not its token",
+    double_bos: "(does not begin with exactly one BOS|has a control token inside its text)",
+    cut_off: "does not end in EOS",
+}
+OF_THE_WHOLE = {
+    boundary_merged: "does not begin with the tokens of its prompt",
+    control_injected: "has a control token inside its text",
+}
+
+
+@pytest.mark.parametrize(("defect", "words"), (DEFECTS | OF_THE_WHOLE).items())
 def test_the_audit_finds_each_planted_defect(tokenizer, monkeypatch, defect, words):
     rows = [
         {"prompt": "a", "completion": "b"},
         {"prompt": f"{tokenizer.eos_token}", "completion": "b"},
     ]
     audit_labels(encode_rows(rows, tokenizer), tokenizer)
-    for name, broken in (
-        defect() if defect in (boundary_merged, control_injected) else edited(defect)
-    ).items():
+    for name, broken in (defect() if defect in OF_THE_WHOLE else edited(defect)).items():
         monkeypatch.setattr(name, broken)
     with pytest.raises(
         UserError,
@@ -557,20 +557,10 @@ def test_the_audit_finds_each_planted_defect(tokenizer, monkeypatch, defect, wor
         audit_labels(encode_rows(rows, tokenizer), tokenizer)
 
 
-SECOND = [
-    (shift_left, "has an EOS that is not trained"),
-    (shift_right, "has an EOS that is not trained"),
-    (mask_one_short, "has a label on its prompt"),
-    (mask_one_long, "has no label on the first token of its answer"),
-    (mask_eos, "has an EOS that is not trained"),
-    (mask_all, "has an EOS that is not trained"),
-    (other_label, "has a label that is not its token"),
-    (double_bos, "has a control token inside its text"),
-    (cut_off, "does not end in EOS"),
-]
+SECOND = DEFECTS | {double_bos: "has a control token inside its text"}
 
 
-@pytest.mark.parametrize(("defect", "words"), SECOND)
+@pytest.mark.parametrize(("defect", "words"), SECOND.items())
 def test_the_audit_finds_each_planted_defect_in_a_second_turn_too(tokenizer, defect, words):
     turns = json.dumps(as_turns("s", [("a", "b c d"), ("e", "f g h")]))
     rows = encode_rows([{"prompt": "a", "completion": "f", "turns": turns}], tokenizer).to_list()

@@ -4,11 +4,9 @@ import json
 import shutil
 
 import child
-import huggingface_hub.constants
-import huggingface_hub.file_download
 import pytest
 from conftest import result_of
-from hub import Hub
+from hub import Hub, take_for_the_hub
 from sums import checksums
 from test_checkpoints import trainer_of, whole
 
@@ -69,10 +67,7 @@ def copied(request, settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = settings(output_dir=str(tmp_path / "out"), run_name="faults", backup_to=request.param)
     with Hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for room in (huggingface_hub.constants, huggingface_hub.file_download):
-            monkeypatch.setattr(room, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
+        take_for_the_hub(server, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
         (tmp_path / "content" / "drive" / "MyDrive").mkdir(parents=True)
         yield cfg, Drive(cfg) if request.param == "drive" else HubCopies(server)

@@ -8,9 +8,8 @@ import time
 import types
 
 import huggingface_hub.constants
-import huggingface_hub.file_download
 import pytest
-from hub import Hub
+from hub import Hub, take_for_the_hub
 from huggingface_hub.errors import HfHubHTTPError
 from sums import checksums
 
@@ -35,10 +34,7 @@ CALLS = [
 def hub(monkeypatch):
     """The stand-in, and a huggingface_hub that talks to it, with waits made short."""
     with Hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for room in (huggingface_hub.constants, huggingface_hub.file_download):  # in it before 1.0
-            monkeypatch.setattr(room, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
+        take_for_the_hub(server, monkeypatch)
         monkeypatch.setattr("finetune.hub.RETRY_WAITS", (0, 0))
         monkeypatch.setattr("finetune.hub.REQUEST_SECONDS", 0.3)
         hasty = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
