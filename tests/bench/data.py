@@ -10,6 +10,7 @@ which the system can take back, are told apart.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -60,11 +61,11 @@ def write_rows(file: Path, rows: int, times: int = 1) -> None:
     """Rows of 1 kB on average, from 200 bytes to 4 kB, or so many `times` that; all different."""
     draw = random.Random(0)
     words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(20_000)]
-    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    weights = [*itertools.accumulate(1 / rank for rank in range(1, len(words) + 1))]
     with file.open("w") as stream:
         for number in range(rows):
             size = min(600, max(25, int(draw.lognormvariate(4.85, 0.6))))
-            text = draw.choices(words, weights, k=size * times)
+            text = draw.choices(words, cum_weights=weights, k=size * times)
             half = len(text) // 2
             row = {
                 "prompt": f"{number} {' '.join(text[:half])}?",
