@@ -83,6 +83,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     base_adapter: str
     run_name: str = Field(pattern=f"^{NAME}$", max_length=96)
     data_files: PathName | Annotated[list[PathName], Field(min_length=1)]
+    prompt_format: Literal["question-answer", "chat"]
     validation_fraction: float = Field(gt=0, le=0.5)
     max_length: int = Field(ge=16)
     on_bad_rows: Literal["stop", "skip"]
@@ -280,6 +281,6 @@ def readable_turns(turns: Sequence[tuple[str, str]]) -> str:
     return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
 
 
-def clean_answer(text: str) -> str:
+def clean_answer(text: str, end: str = END_MARKER) -> str:
     """A generated text without the end marker and the space around it."""
-    return text.strip().removesuffix(END_MARKER).rstrip()
+    return text.strip().removesuffix(end).rstrip()

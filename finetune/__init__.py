@@ -2,8 +2,8 @@
 
 Each room imports only from those that stand before it here, and from `qlora_helpers`:
 
-machine, files, lock, setup, hub, fields, talks, rows, sources, readers, notes, data, tokens,
-lengths, template, audit, batches, answers, scores, base_model, base_adapter, identity, backup,
-report, arithmetic, compare, speed, access, architecture, folders, preflight, checkpoints, trials,
-plan, callbacks, train, card, save, merge, headless, launch
+machine, files, lock, setup, hub, fields, talks, rows, sources, readers, notes, data, chat,
+tokens, lengths, template, audit, batches, answers, scores, base_model, base_adapter, identity,
+backup, report, arithmetic, compare, speed, access, architecture, folders, preflight, checkpoints,
+trials, plan, callbacks, train, card, save, merge, headless, launch
 """

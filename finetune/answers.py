@@ -20,6 +20,7 @@ from transformers import (
     TextStreamer,
 )
 
+from finetune.chat import is_chat
 from finetune.machine import autocast, free_memory_size, processes
 from finetune.tokens import asked, encode_prompts, tokenize
 from qlora_helpers import END_MARKER, Settings, clean_answer, format_answer
@@ -93,7 +94,8 @@ def draw_sample(
     """
     drawn = data.shuffle(settings.seed).select(range(min(settings.sample_rows, len(data))))
     rows = [row for row in drawn if row["prompt"]]
-    wanted = tokenize(tokenizer, [format_answer(row["completion"]) for row in rows], places=False)
+    end = str if is_chat(tokenizer) else format_answer
+    wanted = tokenize(tokenizer, [end(row["completion"]) for row in rows], places=False)
     lengths, most = [len(one.ids) + 1 for one in wanted], settings.max_new_tokens
     if cut := sum(length > most for length in lengths):
         print(
@@ -154,12 +156,17 @@ def read_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
     if stopped:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     as_it_is = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return Answer(clean_answer(tokenizer.decode(ids, **as_it_is)), stopped)
+    return Answer(clean_answer(tokenizer.decode(ids, **as_it_is), end_of(tokenizer)), stopped)
 
 
-def may_be_end(text: str) -> bool:
-    """Whether an answer that goes on with `text` may end in the end marker with it."""
-    return END_MARKER.startswith(text.strip()) or text.strip() == END_MARKER
+def end_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What answers end in before EOS; a base model's own chat template has nothing there."""
+    return "" if is_chat(tokenizer) else END_MARKER
+
+
+def may_be_end(text: str, end: str) -> bool:
+    """Whether an answer that goes on with `text` may end in `end` with it."""
+    return end.startswith(text.strip())
 
 
 class AnswerStreamer(TextStreamer):
@@ -168,7 +175,7 @@ class AnswerStreamer(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         super().__init__(tokenizer, skip_prompt=True, **options)
-        self.held, self.begun = "", False
+        self.held, self.begun, self.end = "", False, end_of(tokenizer)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what cannot be a part of the end marker; the rest is held back."""
@@ -177,10 +184,10 @@ class AnswerStreamer(TextStreamer):
             self.held = self.held.lstrip()
             self.begun = bool(self.held)
         ends = range(len(self.held) + 1)
-        held = next(n for n in ends if may_be_end(self.held[n:]))
+        held = next(n for n in ends if may_be_end(self.held[n:], self.end))
         shown, self.held = (self.held, "") if stream_end else (self.held[:held], self.held[held:])
         if stream_end:
-            shown = shown.rstrip().removesuffix(END_MARKER).rstrip()
+            shown = shown.rstrip().removesuffix(self.end).rstrip()
         super().on_finalized_text(shown, stream_end)
 
 

@@ -15,17 +15,19 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
+from finetune.chat import Controls, Turns, borders, control_ids, is_chat
 from finetune.machine import main_first
-from finetune.tokens import TEXTS, Piece, adds_bos, parts_of, pieces_of, tokenize, workers
+from finetune.tokens import (
+    TEXTS,
+    Piece,
+    adds_bos,
+    parts_of,
+    pieces_of,
+    talk_of,
+    tokenize,
+    workers,
+)
 from qlora_helpers import UserError, listed
-
-
-def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that stand for no text: BOS, EOS, `[INST]` and their like."""
-    added = tokenizer.added_tokens_decoder.items()
-    special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
-    # unk stands for text that the tokenizer does not know; it counts only where it is BOS or EOS.
-    return special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 
 
 def find_mistake(
@@ -79,6 +81,29 @@ def find_mistakes(
     return "" if len(parts) == len(pieces) else "does not end each answer in EOS"
 
 
+def find_mistakes_in_talk(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], talk: Turns, whole: bool
+) -> str:
+    """What is wrong with one row that the base model's chat template wrote, or nothing."""
+    expected = [*ids] if whole else [-100] * len(ids)
+    if ids[-1] != tokenizer.eos_token_id:
+        return "does not end in EOS: is it cut short?"
+    for asked, told, trained in borders(tokenizer, talk):
+        if ids[: len(asked)] != asked:
+            return "does not begin with the tokens of its prompt"
+        if ids[: len(told)] != told:
+            return "has other tokens than its answer's"
+        answer = slice(len(asked), len(told))
+        expected[answer] = ids[answer] if trained else [-100] * len(ids[answer])
+    try:
+        Controls(tokenizer).require(talk, ids)
+    except ValueError:
+        return "has a control token inside its text"
+    if len(told) != len(ids):
+        return "goes on behind its last answer"
+    return "" if labels == expected else "has labels that are not those of its answers"
+
+
 def mistakes_in(
     table: pa.Table, tokenizer: PreTrainedTokenizerBase, whole: bool
 ) -> Iterator[tuple[str, str]]:
@@ -87,13 +112,19 @@ def mistakes_in(
     known = {"begin": begin, "eos": tokenizer.eos_token_id, "control": control_ids(tokenizer)}
     unknown = {tokenizer.unk_token_id} - {None, *known["control"]}
     texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
-    rows = [pieces_of(*row) for row in zip(*texts, strict=True)]
+    talks = [talk_of(*row) for row in zip(*texts, strict=True)]
+    chat = is_chat(tokenizer) and any(talks)
+    rows = [[] if chat else pieces_of(*row) for row in zip(*texts, strict=True)]
     befores = [piece.before for row in rows for piece in row]
     encoded = iter(tokenize(tokenizer, befores, places=False))
     columns = [table[name].to_numpy() for name in ("where", "input_ids", "labels")]
-    for where, ids, labels, pieces in zip(*columns, rows, strict=True):
-        ids, asked = ids.tolist(), [next(encoded).ids for _ in pieces]
-        if found := find_mistakes(ids, labels.tolist(), pieces, asked, whole=whole, **known):
+    for where, ids, labels, pieces, talk in zip(*columns, rows, talks, strict=True):
+        ids, labels, asked = ids.tolist(), labels.tolist(), [next(encoded).ids for _ in pieces]
+        if chat:
+            found = find_mistakes_in_talk(tokenizer, ids, labels, talk, whole)
+        else:
+            found = find_mistakes(ids, labels, pieces, asked, whole=whole, **known)
+        if found:
             yield "wrong", f"{where} {found}"
         if not unknown.isdisjoint(ids):
             yield "unknown", where

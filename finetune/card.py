@@ -37,14 +37,15 @@ output = model.generate(
     **inputs.to(model.device), max_new_tokens={max_new_tokens}, do_sample=False
 )
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-print(answer.strip().removesuffix("{end}").rstrip())"""
+print(answer.strip(){end})"""
 
 
 def how_to_ask(settings: Settings, merged: bool) -> str:
     """Python that loads the folder which it stands in and asks it."""
     dtype = str(computing_type(resolve_precision(settings.bf16)[0])).removeprefix("torch.")
     load = LOAD_MERGED if merged else LOAD_ADAPTER.format(dtype=dtype)
-    return f"{load}\n{ASK.format(max_new_tokens=settings.max_new_tokens, end=END_MARKER)}"
+    end = "" if settings.prompt_format == "chat" else f'.removesuffix("{END_MARKER}").rstrip()'
+    return f"{load}\n{ASK.format(max_new_tokens=settings.max_new_tokens, end=end)}"
 
 
 def score_table(result: Mapping[str, Any]) -> str:

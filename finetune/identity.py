@@ -25,7 +25,13 @@ NOT_TRAINING = {
     *("resume", "backup_to", "merge", "model_cache", "output_dir", "merged_dir"),
 }
 # What releases after the first have added, and what it was before.
-ADDED = {"base_adapter": "", "adapter_weights": None, "encoder": 1, "split": 1}
+ADDED = {
+    "base_adapter": "",
+    "adapter_weights": None,
+    "encoder": 1,
+    "split": 1,
+    "prompt_format": "question-answer",
+}
 RELEASE = {"encoder": "how rows become tokens", "split": "how rows are held out"}
 HASHES = {
     "training rows": "the training rows",

@@ -106,13 +106,12 @@ def check_merge(
     """
     columns = ("prompt", "completion", "turns")
     examples = [encode_example(tokenizer, *(row.get(name) for name in columns)) for row in rows]
-    prompts = [row["prompt"] for row in rows]
 
     def logits(asked: PreTrainedModel) -> torch.Tensor:
         found = torch.cat([each.cpu() for each, _ in trained_logits(asked, examples)])
         return found - found.mean(dim=-1, keepdim=True)
 
-    tuned, texts = logits(model), generate_answers(model, tokenizer, prompts, max_new_tokens)
+    tuned, texts = logits(model), generate_answers(model, tokenizer, rows, max_new_tokens)
     with model.disable_adapter():
         effect = (tuned - logits(model)).square().mean().sqrt().item()
     free_cache()
@@ -120,7 +119,7 @@ def check_merge(
         whole = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map="auto", offload_folder=offload
         )
-        merged, answers = logits(whole), generate_answers(whole, tokenizer, prompts, max_new_tokens)
+        merged, answers = logits(whole), generate_answers(whole, tokenizer, rows, max_new_tokens)
     difference = (merged - tuned).square().mean().sqrt().item()
     print(
         f"Merged against adapter: logits differ by {difference:.4f}; "

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from finetune.chat import is_chat, require_chat
 from finetune.machine import short
 from finetune.tokens import adds_bos, encode_prompt
 from qlora_helpers import (
@@ -23,13 +24,17 @@ from qlora_helpers import (
 
 
 def usable(
-    tokenizer: PreTrainedTokenizerBase, base: str, cache: Path | str
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    cache: Path | str,
+    prompt_format: str = "question-answer",
 ) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, or the one of its `tokenizer.json` where that has no back end.
+    """The base model's tokenizer, ready to write and encode rows in `prompt_format`.
 
-    Where mistral-common is installed, transformers gives Mistral's newer models (`tekken.json`) a
-    tokenizer that tells no places in a text. Raises `UserError` that names what is wrong with one
-    that cannot be trained with, before anything is encoded.
+    It is that of the base model's `tokenizer.json` where transformers gives one that tells no
+    places in a text: to Mistral's newer models (`tekken.json`), where mistral-common is installed.
+    Raises `UserError` that names what is wrong with one that cannot be trained with, before
+    anything is encoded.
     """
     if not hasattr(tokenizer, "backend_tokenizer"):
         try:
@@ -47,6 +52,8 @@ def usable(
             "This base model's tokenizer has no EOS token, by which an answer ends. Choose another "
             "base_model, or add eos_token to its tokenizer_config.json."
         )
+    if prompt_format == "chat":
+        return require_chat(tokenizer)
     try:
         chat_template(tokenizer)
     except ValueError as error:
@@ -57,11 +64,13 @@ def usable(
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt format as a Jinja chat template, so that it travels with the saved tokenizer.
 
-    Its rendering gives exactly the encoder's ids, for any number of turns. Tokenizers of
-    SentencePiece's kind put a space before the first word of a text but not after a `<s>` or `</s>`
-    written into it, so Mistral's template writes that space itself. Raises `ValueError` if no form
-    gives the ids that were trained.
+    With `prompt_format = "chat"` that is the base model's own. Else its rendering gives exactly the
+    encoder's ids, for any number of turns. Tokenizers of SentencePiece's kind put a space before
+    the first word of a text but not after a `<s>` or `</s>` written into it, so Mistral's template
+    writes that space itself. Raises `ValueError` if no form gives the ids that were trained.
     """
+    if is_chat(tokenizer):
+        return tokenizer.chat_template
     known = [encode_prompt(tokenizer, turns) for turns in (SOME_TURNS[1:2], SOME_TURNS)]
     starts = ("{{ bos_token }}", "{{ bos_token + ' ' }}") if adds_bos(tokenizer) else ("",)
     for start, gap in itertools.product(starts, ("", " ")):

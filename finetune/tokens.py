@@ -17,8 +17,9 @@ from datasets import Dataset
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from finetune.chat import encode_asked, encode_talks, find_refused, is_chat, write
 from finetune.machine import main_first
-from qlora_helpers import format_answer, format_prompt, format_turns
+from qlora_helpers import UserError, format_answer, format_prompt, format_turns, listed
 
 ENCODER = 2  # raised whenever `encode_examples` gives other ids or labels for the same row
 TEXTS = ("prompt", "completion", "turns")  # the columns that rows are encoded from
@@ -93,8 +94,21 @@ def as_chat(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in talk]
 
 
-def training_text(row: Mapping[str, Any]) -> str:
-    """The text that is trained of a row, with EOS between answers shown."""
+def talk_of(prompt: str, completion: str, turns: str | None = None) -> list[Sequence[Any]]:
+    """A row's turns: role, text, and whether it is trained; none of a whole text."""
+    if turns:
+        return json.loads(turns)
+    return [("user", prompt, True), ("assistant", completion, True)] if prompt else []
+
+
+def training_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """The text that is trained of a row, with EOS between answers shown.
+
+    With a `tokenizer` that writes by the base model's chat template, what that writes.
+    """
+    talk = talk_of(row["prompt"], row["completion"], row.get("turns"))
+    if tokenizer is not None and is_chat(tokenizer) and talk:
+        return write(tokenizer, talk).text
     pieces = pieces_of(row["prompt"], row["completion"], row.get("turns"))
     return "[EOS]".join(piece.before + piece.answer for piece in pieces)
 
@@ -107,8 +121,11 @@ def encode_prompts(
     They are the very ids with which the prompts' examples begin (see `encode_examples`). A prompt
     is a text, or turns (role, text) of which the last is not the assistant's.
     """
+    asked = [[("user", p)] if isinstance(p, str) else p for p in prompts]
+    if is_chat(tokenizer):
+        return encode_asked(tokenizer, asked)
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    talks = [format_turns([("user", p)] if isinstance(p, str) else p) for p in prompts]
+    talks = [format_turns(talk) for talk in asked]
     texts = [before + answer for talk in talks for before, answer in talk]
     encoded = iter(tokenize(tokenizer, texts, places=False))
     ids = []
@@ -142,22 +159,28 @@ def encode_examples(
     answer begins is known from the tokens' places in the text. Raises `ValueError` if one token
     holds the end of a prompt and the start of its answer.
     """
-    columns = (prompts, completions, turns or itertools.repeat(None))
-    rows = [pieces_of(*row) for row in zip(*columns, strict=False)]
+    columns = [*zip(prompts, completions, turns or itertools.repeat(None), strict=False)]
+    whole = not completion_only_loss
+    if is_chat(tokenizer) and any(talks := [talk_of(*row) for row in columns]):
+        return as_examples(encode_talks(tokenizer, talks, whole))
+    rows = [pieces_of(*row) for row in columns]
     pieces = [piece for row in rows for piece in row]
     encoded = tokenize(tokenizer, [piece.before + piece.answer for piece in pieces])
-    whole = not completion_only_loss
     labelled = (label(*pair, tokenizer, whole) for pair in zip(pieces, encoded, strict=True))
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    examples: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+    examples = []
     for row in rows:
         ids, labels = [*begin], begin if whole else [-100] * len(begin)
         for more, marks in itertools.islice(labelled, len(row)):
             ids, labels = ids + more, labels + marks
-        examples["input_ids"].append(ids)
-        examples["labels"].append(labels)
-        examples["length"].append(len(ids))
-    return examples
+        examples.append((ids, labels))
+    return as_examples(examples)
+
+
+def as_examples(pairs: Iterable[tuple[list[int], list[int]]]) -> dict[str, list]:
+    """Ids and labels of rows in columns, with their `length`."""
+    ids, labels = map(list, zip(*pairs, strict=True))
+    return {"input_ids": ids, "labels": labels, "length": [*map(len, ids)]}
 
 
 def label(
@@ -201,6 +224,9 @@ def encode_rows(
         placed = [{"where": f"row {n}"} | row for n, row in enumerate(rows, 1)]
         rows = datasets.Dataset.from_list(placed)
     made_by = [ENCODER, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
+    if is_chat(tokenizer):
+        require_written(rows, tokenizer)
+        made_by.append(tokenizer.chat_template)
     made_of = [rows._fingerprint, *made_by, completion_only_loss]
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
 
@@ -221,6 +247,27 @@ def encode_rows(
     options |= {"new_fingerprint": key, "desc": "Encoding"}
     options["num_proc"] = workers(len(rows))
     return rows.with_format("arrow").map(encode_parts, **options).with_format(None)
+
+
+def require_written(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` that lists the rows which cannot be written by the chat template."""
+
+    def refused(table: pa.Table) -> pa.Table:
+        texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
+        talks = [talk_of(*row) for row in zip(*texts, strict=True)]
+        pairs = [pair for pair in zip(talks, table["where"].to_pylist(), strict=True) if pair[0]]
+        found = [*find_refused(tokenizer, *zip(*pairs, strict=True))] if pairs else []
+        return pa.table({"told": pa.array(found, pa.string())})
+
+    options = {"batched": True, "remove_columns": rows.column_names, "desc": "Checking"}
+    options |= {"load_from_cache_file": False, "num_proc": workers(len(rows))}
+    told = rows.with_format("arrow").map(refused, **options).with_format(None)["told"]
+    if len(told):
+        title = (
+            f"{len(told):,} of {len(rows):,} rows cannot be written by the base model's chat "
+            "template; nothing was trained. Set prompt_format = 'question-answer', or mend them:"
+        )
+        raise UserError(listed(title, [*told[:10], *[""] * (len(told) - 10)]))
 
 
 def parts_of(table: pa.Table) -> Iterator[pa.Table]:

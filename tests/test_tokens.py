@@ -25,12 +25,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from finetune.audit import (
     TokenView,
     audit_labels,
-    control_ids,
     find_mistake,
     find_mistakes,
     middle_out,
     plot_lengths,
 )
+from finetune.chat import control_ids
 from finetune.data import read_rows, split_rows
 from finetune.lengths import fit_length, shorten, tell_long
 from finetune.report import history
