@@ -69,6 +69,8 @@ def in_words(name: str, error: Mapping[str, Any]) -> str:
     """What pydantic found wrong with a setting; a name's pattern in words."""
     if error["type"] not in ("string_pattern_mismatch", "string_too_long", "value_error"):
         return error["msg"].lower()
+    if name == "export":
+        return "each of them is 'base', 'gguf', or 'gguf:' with f16, bf16, f32 or q8_0"
     owner = "owner/name or a name alone: " if name == "hub_repo" else ""
     return f"it names a folder and a repository, so it may have {owner}{NAME_IN_WORDS}"
 
@@ -116,7 +118,8 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     hub_private: bool
     resume: Literal["auto", "anyway", "never"]
     backup_to: Literal["none", "drive", "hub"]
-    merge: bool
+    merge: bool | Literal["push"]
+    export: list[Annotated[str, Field(pattern=r"^(base|gguf(:(f16|bf16|f32|q8_0))?)$")]]
     model_cache: str = Field(min_length=1)
     output_dir: str = Field(min_length=1)
     merged_dir: str = Field(min_length=1)
@@ -162,8 +165,20 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
         """Whether anything is read from or written to the Hub."""
         read = [self.base_model, self.base_adapter or "embedded"]
         data = any(name.startswith("hf:") for name in self.data_names)
-        written = self.push_to_hub or self.backup_to == "hub"
+        written = self.push_to_hub or self.backup_to == "hub" or self.merge == "push"
         return written or data or not all(map(is_local, read))
+
+    @property
+    def gguf(self) -> str:
+        """The numbers' format of the GGUF files that are wanted; empty if none is."""
+        found = [name for name in self.export if name.startswith("gguf")]
+        return found[-1].partition(":")[2] or "f16" if found else ""
+
+    @property
+    def merges(self) -> bool:
+        """Whether a merged model is made: it is asked for, or what the GGUF is to be made of."""
+        alone = "base" in self.export and not self.use_rslora and not self.use_dora
+        return bool(self.merge) or (bool(self.gguf) and not alone)
 
     @property
     def data_names(self) -> list[str]:
@@ -223,6 +238,9 @@ def local_base(base_model: str) -> Path | None:
 def is_local(base_model: str) -> bool:
     """Whether a base model needs no Hub: the embedded one, or a folder."""
     return base_model == "embedded" or local_base(base_model) is not None
+
+
+EMBEDDED = "SmolLM2-135M-Instruct"  # the embedded model, as a folder
 
 
 def base_name(base_model: str) -> str:

@@ -3,7 +3,7 @@
 Each room imports only from those that stand before it here, and from `qlora_helpers`:
 
 machine, files, lock, setup, hub, fields, talks, rows, sources, readers, notes, data, chat,
-tokens, lengths, template, audit, batches, answers, scores, base_model, base_adapter, identity,
-backup, report, arithmetic, compare, speed, access, architecture, folders, preflight, checkpoints,
-trials, plan, callbacks, train, card, save, merge, headless, launch
+tokens, lengths, template, audit, batches, answers, scores, base_model, sixteen_bits, base_adapter,
+identity, backup, report, arithmetic, compare, speed, access, architecture, folders, preflight,
+checkpoints, trials, plan, callbacks, train, modelfile, card, save, merge, export, headless, launch
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -13,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from finetune.base_model import cached_gb, cached_where
 from finetune.hub import PUSHED_FILES, hub_api, hub_repo_id, status_of
-from qlora_helpers import NAME, Settings, local_base
+from qlora_helpers import EMBEDDED, NAME, Settings, is_local, local_base
 
 TOKENS = "https://huggingface.co/settings/tokens"
 Line = tuple[str, str]  # ✓, ✗, ! or ?, and what is said
@@ -168,7 +169,7 @@ def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, 
         files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
         return sum(path.stat().st_size for path in files) / 2**30, 0.0, "on disk"
     if name == "embedded":
-        made = (settings.cache_dir / "SmolLM2-135M-Instruct" / "config.json").exists()
+        made = (settings.cache_dir / EMBEDDED / "config.json").exists()
         return 0.3, 0.0 if made else 0.3, "from a package"
     if cached_where(settings):
         return cached_gb(settings), 0.0, "in the cache"
@@ -184,3 +185,15 @@ def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, 
     except Exception:
         told = "taking it for a 7B model, because the Hub cannot be asked"
         return 14.5, max(0.0, 14.5 - cached_gb(settings)), told
+
+
+@functools.lru_cache(4)
+def base_license(base_model: str) -> str | None:
+    """The licence that the Hub names for a base model; None where it is not known."""
+    if is_local(base_model):
+        return "apache-2.0" if base_model == "embedded" else None
+    try:
+        card = hub_api().model_info(base_model).card_data
+        return card.license if card and isinstance(card.license, str) else None
+    except Exception:
+        return None

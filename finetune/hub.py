@@ -218,24 +218,30 @@ def commit_folder(
     }
     usual, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
-        with without_paths(folder, keep) as copy:
+        with without_paths(folder, keep, repo) as copy:
             with_retries(lambda: api.upload_folder(repo_id=repo, folder_path=copy, **options))
     finally:
         constants.HF_HUB_DISABLE_XET = usual
 
 
+# What a card says of where it stands; a push writes the repository's id in its place.
+HERE = 'name = "."  # this folder'
+FETCH = "In this folder:"
+
+
 @contextlib.contextmanager
-def without_paths(folder: Path, keep: list[str]) -> Iterator[Path]:
+def without_paths(folder: Path, keep: list[str], repo: str) -> Iterator[Path]:
     """The files of `folder` that match `keep`, as links; those that may name paths rewritten.
 
-    Of an absolute path the last part stays. The seals then have the digests of what is uploaded.
+    Of an absolute path the last part stays, and a card says `repo` for its folder. The seals then
+    have the digests of what is uploaded.
     """
     with tempfile.TemporaryDirectory() as made:
         copy = Path(made)
         for name in files_of(folder):
             if any(fnmatch(name, part) for part in keep) and Path(name).name != SEAL:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                write_copy(folder / name, copy / name)
+                write_copy(folder / name, copy / name, repo)
         for path in [folder / SEAL, *folder.glob(f"*/{SEAL}")]:
             name = path.relative_to(folder)
             if path.is_file() and any(fnmatch(name.as_posix(), part) for part in keep):
@@ -243,8 +249,15 @@ def without_paths(folder: Path, keep: list[str]) -> Iterator[Path]:
         yield copy
 
 
-def write_copy(source: Path, copy: Path) -> None:
+def write_copy(source: Path, copy: Path, repo: str) -> None:
     """Link to `source`, or write it without the paths of this machine."""
+    if source.name == "README.md":
+        name = repo.partition("/")[2]
+        fetch = f"In a copy of this repository (`hf download {repo} --local-dir {name}`):"
+        text = source.read_text(encoding="utf-8")
+        text = text.replace(HERE, f'name = "{repo}"').replace(FETCH, fetch)
+        copy.write_text(text, encoding="utf-8")
+        return
     if source.name not in ("run.json", "adapter_config.json", "trainer_state.json"):
         copy.symlink_to(source.resolve())
         return

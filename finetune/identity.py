@@ -22,7 +22,7 @@ NOT_TRAINING = {
     *("run_name", "data_files", "validation_fraction", "max_length", "on_bad_rows", "too_long"),
     *("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "bf16"),
     *("sample_rows", "max_new_tokens", "report_to", "push_to_hub", "hub_repo", "hub_private"),
-    *("resume", "backup_to", "merge", "model_cache", "output_dir", "merged_dir"),
+    *("resume", "backup_to", "merge", "export", "model_cache", "output_dir", "merged_dir"),
 }
 # What releases after the first have added, and what it was before.
 ADDED = {

@@ -32,6 +32,7 @@ WRITTEN = {
         "resumed.json",
         "held_out.json",
         "report.html",
+        "gguf",
         "notebook.ipynb",
         "notebook.html",
         "runs",

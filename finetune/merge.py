@@ -24,13 +24,15 @@ from finetune.tokens import encode_example
 from qlora_helpers import Settings, UserError, locate
 
 
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(
+    model: PreTrainedModel, adapter: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Each weight of base and adapter in one, under the base model's names, one at a time.
 
-    They are on the model's device. 4-bit weights are dequantised: the adapter was trained against
-    these, not against the weights that they were made from. On the embedded model, validation loss
-    was 0.053 with the adapter, 0.053 merged so, and 0.243 merged into the 16-bit weights
-    (`tests/bench/merge.py`). Tied weights come once.
+    Without `adapter` those of the base alone. They are on the model's device. 4-bit weights are
+    dequantised: the adapter was trained against these, not against the weights that they were made
+    from. On the embedded model, validation loss was 0.053 with the adapter, 0.053 merged so, and
+    0.243 merged into the 16-bit weights (`tests/bench/merge.py`). Tied weights come once.
     """
     base = model.get_base_model()
     for name, parameter in base.named_parameters():
@@ -39,7 +41,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         weight = parameter.detach()
         if hasattr(parameter, "quant_state"):
             weight = bitsandbytes.functional.dequantize_4bit(weight, parameter.quant_state)
-        if name.endswith(".base_layer.weight"):
+        if adapter and name.endswith(".base_layer.weight"):
             weight = with_delta(
                 base.get_submodule(name.removesuffix(".base_layer.weight")), weight.float()
             )

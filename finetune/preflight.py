@@ -79,16 +79,22 @@ def check_room(settings: Settings, token: str | None) -> Iterator[Line]:
     needs = {"checkpoints and adapter": (settings.run_dir, saved)}
     if download:
         needs[f"download of the base model, {source},"] = cache_of(settings), download
-    if settings.merge:
+    if settings.merges:
         needs["merged model"] = locate(settings.merged_dir).resolve(), base
+    exported = {"f32": 2, "q8_0": 0.53}.get(settings.gguf, 1) * base * bool(settings.gguf)
+    if settings.export:
+        told = "dequantised base model" if "base" in settings.export else "converters"
+        needs[told] = settings.cache_dir, (base + exported) * ("base" in settings.export) + 0.1
+    if settings.gguf and settings.merges:
+        needs["GGUF"] = settings.run_dir, exported
     yield from check_disks(needs)
-    if settings.merge:
+    if settings.merges:
         # Written shard by shard; the check loads it whole, onto the GPU where there is one, what
         # does not fit to disk.
         held = 4 + (0 if torch.cuda.is_available() else 1.3 * base)
         memory = psutil.virtual_memory().total / 2**30
         text = f"{memory:.1f} GB of main memory, and the merge holds about {held:.1f} GB"
-        less = "set merge = False, or take a machine with more"
+        less = "set merge = False and export = [], or take a machine with more"
         yield ("✓", text) if memory > held else ("✗", f"{text}: {less}")
 
 

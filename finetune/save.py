@@ -9,18 +9,23 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.access import base_license
 from finetune.base_adapter import HELD_OUT
+from finetune.base_model import called
 from finetune.checkpoints import require_finite
 from finetune.files import (
     SEAL,
     edit_json,
     file_hash,
+    files_of,
     link_or_copy,
     new_folder,
     read_seal,
@@ -42,7 +47,8 @@ from finetune.lock import claim
 from finetune.machine import short, versions
 from finetune.plan import Plan
 from finetune.template import chat_template
-from qlora_helpers import Settings, UserError
+from finetune.tokens import as_chat
+from qlora_helpers import Settings, UserError, locate
 
 
 def manifest(
@@ -57,8 +63,10 @@ def manifest(
         "run": trainer.run,
         "base_model": settings.base_model,
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "base_license": base_license(settings.base_model),
         "base_adapter": settings.base_adapter,
         "fingerprint": fingerprint(settings, trainer),
+        "roles": roles_of(trainer.train_dataset),
         "settings": settings.model_dump(),
         "plan": dataclasses.asdict(plan),
         "results": result,
@@ -68,21 +76,47 @@ def manifest(
     }
 
 
+def roles_of(data: Any) -> list[str]:
+    """Whose turns the first training row has, but for its last answer; none of a whole text."""
+    if "prompt" not in data.column_names or not data[0]["prompt"]:
+        return []
+    return [turn["role"] for turn in as_chat(data[0])]
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer so that transformers 4.57 and 5 load it, with its SentencePiece file.
+
+    transformers 5 names a tokenizer class that 4.57 lacks; both know PreTrainedTokenizerFast, which
+    in 4.57 makes `token_type_ids`, too, that no causal model takes, unless its inputs are named.
+    And it writes `extra_special_tokens` as a list, which 4.57 takes under an older name alone.
+    """
+    tokenizer.save_pretrained(folder)
+    saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    changed: dict[str, Any] = {}
+    if saved["tokenizer_class"] in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+        changed["model_input_names"] = ["input_ids", "attention_mask"]
+    if isinstance(extra := saved.get("extra_special_tokens"), list):
+        changed |= {"additional_special_tokens": extra, "extra_special_tokens": {}}
+    edit_json(folder / "tokenizer_config.json", **changed)
+    own = getattr(tokenizer, "sentencepiece_file", None)
+    if own and Path(own).is_file():
+        shutil.copyfile(own, folder / "tokenizer.model")
+
+
 def write_for_others(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write what others need beside the weights: tokenizer, chat template, generation config.
 
     No stop strings in the generation config: `generate` refuses them without a tokenizer, and EOS
-    is trained. transformers 5 names a tokenizer class that 4.57 lacks; both know
-    PreTrainedTokenizerFast, which in 4.57 makes `token_type_ids`, too, that no causal model takes,
-    unless its inputs are named.
+    is trained.
     """
     tokenizer.chat_template = chat_template(tokenizer)
-    tokenizer.save_pretrained(folder)
-    plain = ("TokenizersBackend", "PreTrainedTokenizerFast")
-    saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if saved["tokenizer_class"] in plain:
-        inputs = {"model_input_names": ["input_ids", "attention_mask"]}
-        edit_json(folder / "tokenizer_config.json", tokenizer_class=plain[1], **inputs)
+    save_tokenizer(folder, tokenizer)
+    write_generation_config(folder, tokenizer)
+
+
+def write_generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write that answers are greedy, whatever else the base model's authors recommend."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     GenerationConfig(
         bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, do_sample=False
@@ -113,6 +147,9 @@ def save_adapter(
         new_folder(folder, "adapter", aside=True) as work,
     ):
         model.save_pretrained(work)
+        base = called(run["base_model"]) if "base_model" in run else None
+        where = {"base_model_name_or_path": base, "revision": run.get("base_revision")}
+        edit_json(work / "adapter_config.json", **where)
         write_for_others(work, tokenizer)
         write_texts(work, card, run)
         if (folder.parent / HELD_OUT).is_file():
@@ -196,3 +233,29 @@ def later(repo: str, folder: Path, files: Sequence[str]) -> str:
     parts = " ".join(f"--include {shlex.quote(part)}" for part in files)
     line = f"hf upload {shlex.quote(repo)} {shlex.quote(str(folder))} . {parts}"
     return f"later, run this cell again; or in a terminal:\n  {line}"
+
+
+def push_merged(settings: Settings, token: str | None) -> str | None:
+    """Upload the merged model to a repository of its own, `…-merged`; say where it is.
+
+    Private unless set otherwise. A commit a file: the Hub asks for no content that it has already,
+    so that a broken upload goes on when this is run again. A failure is told, and costs nothing.
+    """
+    folder = locate(settings.merged_dir)
+    if not token:
+        print(f"Not pushed, because there is no token. The merged model is in {folder}")
+        return None
+    try:
+        api = hub_api(token)
+        repo = f"{hub_repo_id(settings, with_retries(api.whoami)['name'])}-merged"
+        ensure_repo(api, repo, settings.hub_private)
+        files = [name for name in files_of(folder) if fnmatch(name, "model*.safetensors")]
+        for name in tqdm(files, desc="Uploading", unit="file"):
+            commit_folder(api, repo, folder, [name])
+        commit_folder(api, repo, folder, [*PUSHED_FILES, "config.json", "model.safetensors.index*"])
+    except Exception as error:
+        told = f"Not pushed: {short(error)}\nNothing is lost: the merged model is in {folder}."
+        print(f"{told} Run this cell again: what is on the Hub already is not sent again.")
+        return None
+    print(f"Merged, on the Hub: {api.endpoint}/{repo}")
+    return f"{api.endpoint}/{repo}"

@@ -52,6 +52,7 @@ def usable(
             "This base model's tokenizer has no EOS token, by which an answer ends. Choose another "
             "base_model, or add eos_token to its tokenizer_config.json."
         )
+    tokenizer.sentencepiece_file = sentencepiece_file(base, cache)
     if prompt_format == "chat":
         return require_chat(tokenizer)
     try:
@@ -59,6 +60,16 @@ def usable(
     except ValueError as error:
         raise UserError(f"This base model's tokenizer cannot be used: {error}.") from None
     return tokenizer
+
+
+def sentencepiece_file(base: str, cache: Path | str) -> str | None:
+    """The base model's `tokenizer.model`, where it has one.
+
+    It goes along with what is saved, because converters to GGUF want it.
+    """
+    quietly = {"_raise_exceptions_for_missing_entries": False, "cache_dir": cache}
+    quietly["_raise_exceptions_for_connection_errors"] = False
+    return cached_file(base, "tokenizer.model", **quietly)
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -71,10 +82,25 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if is_chat(tokenizer):
         return tokenizer.chat_template
+    start, gap = spaces(tokenizer)
+    return bos_text(tokenizer, start) + template_of_turns(gap)
+
+
+def bos_text(tokenizer: PreTrainedTokenizerBase, start: str) -> str:
+    """How a template begins: with BOS where the tokenizer adds one, and the space behind it."""
+    if not adds_bos(tokenizer):
+        return ""
+    return "{{ bos_token + ' ' }}" if start else "{{ bos_token }}"
+
+
+def spaces(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What a template writes behind BOS and between an EOS and the next turn: a space, or nothing.
+
+    Raises `ValueError` if no such template gives the ids that were trained.
+    """
     known = [encode_prompt(tokenizer, turns) for turns in (SOME_TURNS[1:2], SOME_TURNS)]
-    starts = ("{{ bos_token }}", "{{ bos_token + ' ' }}") if adds_bos(tokenizer) else ("",)
-    for start, gap in itertools.product(starts, ("", " ")):
-        template = start + template_of_turns(gap)
+    for start, gap in itertools.product(("", " ") if adds_bos(tokenizer) else ("",), ("", " ")):
+        template = bos_text(tokenizer, start) + template_of_turns(gap)
         talks = [
             [{"role": role, "content": text} for role, text in turns]
             for turns in (SOME_TURNS[1:2], SOME_TURNS)
@@ -82,7 +108,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         options = {"chat_template": template, "return_dict": True}
         found = [tokenizer.apply_chat_template(talk, **options)["input_ids"] for talk in talks]
         if found == known:
-            return template
+            return start, gap
     raise ValueError("no chat template gives this tokenizer the ids that were trained")
 
 

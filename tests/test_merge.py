@@ -11,15 +11,15 @@ import transformers
 from architectures import random_model
 from computing import in_nf4, with_lora
 from safetensors import safe_open
-from tiny import one_thread, pythons, tiny_base, tiny_tuned  # noqa: F401  `one_thread` works by being here
+from tiny import one_thread, pythons, tiny_base, tiny_nf4, tiny_tuned  # noqa: F401  `one_thread` works by being here
 
 from finetune.answers import trained_logits
-from finetune.base_model import write_config
+from finetune.base_model import renamed, require_exportable, write_config
 from finetune.files import read_seal, seal
 from finetune.merge import merge_adapter, merged_weights, write_shards
 from finetune.save import write_for_others
 from finetune.tokens import encode_prompt, encode_rows
-from qlora_helpers import UserError
+from qlora_helpers import Settings, UserError
 
 ROWS = [
     {"prompt": f"Say the number {i}", "completion": f"It is {i}, " * (1 + i % 4)} for i in range(4)
@@ -140,7 +140,7 @@ def test_a_merge_of_the_wrong_thing_is_rejected_and_deleted(
     source = WRONG[wrong](base, other, mistral_tokenizer)
     torch.manual_seed(0)
     tuned = tiny_tuned(base)
-    monkeypatch.setattr("finetune.merge.merged_weights", lambda _: merged_weights(source))
+    monkeypatch.setattr("finetune.merge.merged_weights", lambda *_: merged_weights(source))
     earlier = tmp_path / "merged" / "config.json"
     earlier.parent.mkdir()
     for path in (earlier, earlier.with_name("model.safetensors")):
@@ -162,7 +162,7 @@ def test_a_merge_may_be_a_fifth_off_and_no_more(
     source = halved(tiny_tuned(base), factor)
     torch.manual_seed(0)
     tuned = tiny_tuned(base)
-    monkeypatch.setattr("finetune.merge.merged_weights", lambda _: merged_weights(source))
+    monkeypatch.setattr("finetune.merge.merged_weights", lambda *_: merged_weights(source))
     if good:
         assert merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card").exists()
         return
@@ -257,3 +257,62 @@ def test_both_transformers_majors_load_it_alike(base, tmp_path, mistral_tokenize
         assert done.returncode == 0, done.stderr[-2000:]
         found = torch.tensor([json.loads(line) for line in done.stdout.splitlines()])
         assert found.allclose(torch.stack(expected), atol=1e-3), python
+
+
+def in_4_bits(plain, folder):
+    """The folder of a base model, and the model as section 7 loads it."""
+    plain.save_pretrained(folder)
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return str(folder), load(folder, quantization_config=nf4, device_map={"": "cpu"})
+
+
+@pytest.mark.parametrize("wanted", [{"merge": True}, {"export": ["base"]}])
+def test_a_merge_that_would_have_other_names_than_its_base_is_refused_by_name(
+    settings, tmp_path, wanted
+):
+    """transformers 5 fuses a Mixtral's experts on loading; elsewhere they would be random."""
+    base, model = in_4_bits(random_model("Mixtral"), tmp_path / "mixtral")
+    if not renamed(settings(base_model=base), model):
+        pytest.skip("this transformers holds experts as the files do")
+    with pytest.raises(UserError, match=r"model\.layers\.0\.\S+ under another name than the base"):
+        require_exportable(settings(base_model=base, **wanted), model)
+    require_exportable(settings(base_model=base), model)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Qwen2"])
+def test_other_models_have_the_names_of_their_files(settings, tmp_path, architecture):
+    base, model = in_4_bits(random_model(architecture), tmp_path / "base")
+    assert renamed(settings(base_model=base), model) == []
+    require_exportable(settings(base_model=base, merge=True), model)
+
+
+def test_a_head_that_is_one_matrix_with_the_embeddings_is_not_merged(settings, tmp_path):
+    targets = {"target_modules": ["q_proj", "lm_head"], "merge": True}
+    for tied in (True, False):
+        plain = random_model("Llama", tie_word_embeddings=tied)
+        base, model = in_4_bits(plain, tmp_path / str(tied))
+        cfg = settings(base_model=base, **targets)
+        if tied:
+            with pytest.raises(UserError, match="lm_head, in target_modules, is one matrix"):
+                require_exportable(cfg, model)
+        else:
+            require_exportable(cfg, model)
+
+
+def test_a_base_that_came_in_4_bits_merges_under_the_plain_names(
+    cfg, base, tmp_path, mistral_tokenizer
+):
+    four = tmp_path / "four"
+    tiny_nf4(base).save_pretrained(four)
+    mistral_tokenizer.save_pretrained(four)
+    tuned, own = tiny_tuned(str(four)), {"base_model": str(four), "merge": True}
+    require_exportable(Settings(**cfg.model_dump() | own), tiny_nf4(str(four)))
+    folder = merge_adapter(cfg, tuned, mistral_tokenizer, ROWS, "card")
+    told = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in told
+    with (
+        safe_open(next(folder.glob("*.safetensors")), "pt") as ours,
+        safe_open(f"{base}/model.safetensors", "pt") as theirs,
+    ):
+        assert set(ours.keys()) == set(theirs.keys())

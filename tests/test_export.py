@@ -1,0 +1,356 @@
+"""Section 15: what servers take answers as the notebook does, asked of real llama.cpp."""
+
+import contextlib
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from mistral import mistral_tokenizer as build_mistral
+from safetensors import safe_open
+from serve.serving import ask, blocks, gap, llama
+from tiny import tiny_base, tiny_nf4, tiny_tuned
+
+from finetune.answers import generate_answers
+from finetune.base_model import mend_cpu_gradients
+from finetune.card import model_card
+from finetune.data import read_rows
+from finetune.export import (
+    convert,
+    export_base,
+    export_gguf,
+    require_convertible,
+    take_with_you,
+)
+from finetune.merge import merge_adapter
+from finetune.save import save_adapter
+from finetune.scores import compare
+from finetune.sixteen_bits import on_16_bits
+from finetune.template import usable
+from finetune.tokens import encode_prompt
+from qlora_helpers import Settings, UserError
+
+ROOT = Path(__file__).parents[1]
+RUN = {
+    "results": {},
+    "base_revision": None,
+    "device": "a CPU",
+    "versions": {"torch": torch.__version__},
+    "fingerprint": {"training rows": "f00d"},
+    "roles": ["user"],
+}
+
+
+def cell(cfg, **changes):
+    return Settings(**cfg.model_dump() | changes)
+
+
+def saved(cfg, model, tokenizer):
+    """The adapter in its folder, as section 11 leaves it."""
+    run = RUN | {"base_model": cfg.base_model, "settings": cfg.model_dump()}
+    save_adapter(model, tokenizer, cfg.final_model, model_card(cfg, run), run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory, defaults, smollm_path):
+    """The embedded model in NF4 with an adapter that changes what it says: settings and model."""
+    root = tmp_path_factory.mktemp("export")
+    cfg = Settings.from_cell(
+        defaults
+        | {
+            "base_model": smollm_path,
+            "data_files": str(ROOT / "data_examples" / "*.jsonl"),
+            "output_dir": str(root / "outputs"),
+            "merged_dir": str(root / "merged"),
+            "model_cache": str(root / "cache"),
+            "run_name": "shown",
+            "max_new_tokens": 24,
+            "merge": True,
+            "export": ["base", "gguf"],
+        }
+    )
+    lora = {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    model = peft.get_peft_model(
+        tiny_nf4(smollm_path), peft.LoraConfig(task_type="CAUSAL_LM", **lora)
+    )
+    mend_cpu_gradients(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    return cfg, model.eval()
+
+
+@pytest.fixture(scope="module")
+def table(smollm, smollm_tokenizer):
+    """Twenty rows, answered by the model without and with its adapter."""
+    cfg, model = smollm
+    rows = list(read_rows(cfg).select(range(20)))
+    after = generate_answers(model, smollm_tokenizer, rows, cfg.max_new_tokens)
+    with model.disable_adapter():
+        before = generate_answers(model, smollm_tokenizer, rows, cfg.max_new_tokens)
+    return rows, compare(rows, before, after)
+
+
+@pytest.fixture(scope="module")
+def exported(smollm, smollm_tokenizer, table):
+    cfg, model = smollm
+    saved(cfg, model, smollm_tokenizer)
+    merged = merge_adapter(cfg, model, smollm_tokenizer, table[0][:4], "card")
+    base = export_base(cfg, model)
+    return export_gguf(cfg, smollm_tokenizer, base, merged), base, merged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1], ids=["merged", "adapter on the dequantised base"])
+def test_llama_cpp_answers_as_the_table_says(exported, smollm, table, number):
+    """By the Python in the folder's own page, over HTTP."""
+    pytest.importorskip("xllamacpp")
+    (folder, *_), (cfg, model), (rows, answers) = exported, smollm, table
+    tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.final_model)
+    with llama(folder / "README.md", number, 8431 + number) as url:
+        for row, wanted in zip(rows, answers["after"], strict=True):
+            chat = [{"role": "user", "content": row["prompt"]}]
+            got = ask(url, chat, max_tokens=cfg.max_new_tokens)
+            if got != wanted:
+                assert gap(model, tokenizer, row["prompt"], wanted, got) < 0.05, (wanted, got)
+    changed = (answers["after"] != answers["before"]).sum()
+    assert changed >= 10, "an adapter that changes little tells little"
+
+
+@pytest.mark.slow
+def test_the_dequantised_base_is_what_was_trained_against_and_the_16_bit_one_is_not(
+    exported, smollm, smollm_path, smollm_tokenizer
+):
+    _, model = smollm
+    ids = torch.tensor([encode_prompt(smollm_tokenizer, "What is the capital of France?")])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with torch.no_grad(), model.disable_adapter():
+        wanted = model(ids).logits
+    with torch.no_grad():
+        dequantised, plain = (
+            load(folder, dtype=torch.float32)(ids).logits for folder in (exported[1], smollm_path)
+        )
+    assert torch.allclose(dequantised, wanted, atol=1e-3)
+    assert (plain - wanted).abs().max() > 0.5
+
+
+@pytest.mark.slow
+def test_the_cards_lines_make_the_same_base(exported, smollm, tmp_path, monkeypatch):
+    cfg, _ = smollm
+    code = blocks(model_card(cfg, RUN), "python")[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / Path(cfg.base_model).name).symlink_to(cfg.base_model)
+    exec(code.replace("bfloat16", "float32"), {})
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (
+            stack.enter_context(safe_open(next(folder.glob("*.safetensors")), "pt"))
+            for folder in (exported[1], tmp_path / "dequantised")
+        )
+        assert set(theirs.keys()) >= set(ours.keys())
+        for name in ours.keys():  # noqa: SIM118
+            assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name)), name
+
+
+@pytest.mark.slow
+def test_what_the_16_bit_base_costs_is_measured_and_told(
+    exported, smollm, smollm_tokenizer, table, capsys
+):
+    cfg, model = smollm
+    rows, answers = table
+    answers = answers.assign(reference=answers["after"])  # as if all were right
+    found = on_16_bits(cfg, model, smollm_tokenizer, rows, answers)
+    assert (found["rows"], found["ours"]) == (20, 20) and found["right"] == found["same"] < 15
+    told = f"as a server would hold them, {found['right']} of 20 are right (on the 4-bit ones 20)"
+    assert told in capsys.readouterr().out
+    card = model_card(cfg, RUN | {"results": {"sixteen_bits": found}})
+    told = f"{found['right']} of 20 held-out answers were exactly right in place of 20"
+    assert told in " ".join(card.split())
+    assert "may answer otherwise" in model_card(cfg, RUN)
+
+
+def test_it_is_told_why_the_16_bit_base_was_not_asked(
+    cfg_of, mistral_tokenizer, tmp_path, monkeypatch
+):
+    base = tiny_base(tmp_path / "base", mistral_tokenizer)
+    cfg, model = cfg_of(base_model=base), tiny_tuned(base)
+    monkeypatch.setattr("finetune.sixteen_bits.free_memory_size", lambda: 0.2)
+    assert "0.2 GB are free" in on_16_bits(cfg, model, mistral_tokenizer, [{}], None)["why"]
+    assert on_16_bits(cfg, model, mistral_tokenizer, [], None) == {"why": "nothing is asked"}
+    monkeypatch.undo()
+    tiny_nf4(base).save_pretrained(tmp_path / "four")
+    cfg = cfg_of(base_model=str(tmp_path / "four"))
+    why = on_16_bits(cfg, model, mistral_tokenizer, [{}], None)["why"]
+    assert why == "the base model has no 16-bit weights"
+    card = model_card(cfg, RUN | {"results": {"sixteen_bits": {"why": why}}})
+    assert f"may answer otherwise (not measured here: {why})" in " ".join(card.split())
+
+
+@pytest.fixture
+def cfg_of(defaults, tmp_path):
+    folders = {"output_dir": "outputs", "merged_dir": "merged", "model_cache": "cache"}
+    here = {name: str(tmp_path / folder) for name, folder in folders.items()}
+    return lambda **changes: Settings.from_cell(defaults | here | changes)
+
+
+@pytest.fixture
+def tiny_mistral(tmp_path, mistral_tokenizer):
+    """A tiny Mistral with the real v0.3 vocabulary and its SentencePiece file."""
+    from importlib.util import find_spec
+
+    base = tiny_base(tmp_path / "tiny-mistral", mistral_tokenizer)
+    data = Path(find_spec("mistral_common").submodule_search_locations[0]) / "data"
+    shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", f"{base}/tokenizer.model")
+    return base
+
+
+def test_a_base_is_written_once_for_all_its_adapters(cfg_of, tiny_mistral, capsys):
+    one, other = (cfg_of(base_model=tiny_mistral, run_name=name) for name in ("one", "other"))
+    folder = export_base(one, tiny_tuned(tiny_mistral))
+    weights = next(folder.glob("*.safetensors"))
+    before = weights.stat().st_mtime_ns
+    assert export_base(other, tiny_tuned(tiny_mistral, seed=5)) == folder
+    assert weights.stat().st_mtime_ns == before
+    assert (weights.stat().st_mode & 0o777) == 0o644
+    # The folder has other weights now: what was made of the old ones is of no use.
+    changed = tiny_base(Path(tiny_mistral).parent / "again", build_mistral(), seed=9)
+    shutil.copy(f"{changed}/model.safetensors", tiny_mistral)
+    assert export_base(one, tiny_tuned(tiny_mistral)) == folder
+    assert next(folder.glob("*.safetensors")).stat().st_mtime_ns > before
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    ids = torch.tensor([[1, 5000, 600]])
+    with torch.no_grad():
+        found = load(folder)(ids).logits
+        with (tuned := tiny_tuned(tiny_mistral)).disable_adapter():
+            wanted = tuned(ids).logits
+    assert torch.allclose(found, wanted, atol=1e-3)
+
+
+def test_a_base_with_recommendations_of_its_own_is_greedy_all_the_same(cfg_of, tiny_mistral):
+    (Path(tiny_mistral) / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
+    cfg = cfg_of(base_model=tiny_mistral)
+    told = json.loads(
+        (export_base(cfg, tiny_tuned(tiny_mistral)) / "generation_config.json").read_text()
+    )
+    assert "repetition_penalty" not in told and told["do_sample"] is False
+
+
+ONE = [("user", "What is the capital of France?")]
+THREE = [
+    ("system", "Be  brief."),
+    *ONE,
+    ("assistant", "Paris."),
+    ("user", " And\nof Spain? </thing>"),
+    ("assistant", "Madrid"),
+    ("user", "### End ünïcode 日本"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_llama_cpp_sends_the_ids_that_were_trained_on_mistrals_vocabulary(
+    cfg_of, tiny_mistral, kind
+):
+    pytest.importorskip("xllamacpp")
+    export = ["gguf"] if kind == "merged" else ["base", "gguf"]
+    cfg = cfg_of(base_model=tiny_mistral, export=export)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_mistral)
+    tokenizer = usable(tokenizer, tiny_mistral, cfg.cache_dir)
+    model = tiny_tuned(tiny_mistral)
+    saved(cfg, model, tokenizer)
+    assert (cfg.final_model / "tokenizer.model").is_file()
+    rows = [{"prompt": "a", "completion": "b"}]
+    whole = export_base(cfg, model) if "base" in export else None
+    merged = merge_adapter(cfg, model, tokenizer, rows, "card") if cfg.merges else None
+    assert (whole is None) == (kind == "merged") == (merged is not None)
+    folder = export_gguf(cfg, tokenizer, whole, merged)
+    with llama(folder / "README.md", 0, 8441) as url:
+        for turns in (ONE, THREE):
+            chat = [{"role": role, "content": text} for role, text in turns]
+            text = post(url, "/apply-template", messages=chat)["prompt"]
+            ids = post(url, "/tokenize", content=text, add_special=True, parse_special=True)
+            assert ids["tokens"] == encode_prompt(tokenizer, turns)
+
+
+def post(url, path, **body):
+    import urllib.request
+
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_gguf_without_the_sentencepiece_file_is_refused_by_name(cfg_of, tiny_mistral, tmp_path):
+    (Path(tiny_mistral) / "tokenizer.model").unlink()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_mistral)
+    tokenizer = usable(tokenizer, tiny_mistral, tmp_path)
+    with pytest.raises(UserError, match=r"needs the file tokenizer\.model"):
+        require_convertible(tokenizer)
+
+
+def test_a_byte_level_vocabulary_needs_no_file_of_sentencepieces(smollm_tokenizer):
+    require_convertible(smollm_tokenizer)
+
+
+def test_a_converter_that_fails_says_its_last_words(cfg_of, tmp_path, monkeypatch):
+    cfg = cfg_of()
+    (tmp_path / "convert.py").write_text("raise SystemExit('no such architecture')")
+    monkeypatch.setattr("finetune.export.converters", lambda _: tmp_path)
+    with pytest.raises(UserError, match="no such architecture\nThe adapter is safe: "):
+        convert(cfg, "convert.py")
+
+
+@pytest.mark.parametrize(
+    ("changes", "merges", "gguf"),
+    [
+        ({}, False, ""),
+        ({"merge": True}, True, ""),
+        ({"merge": "push"}, True, ""),
+        ({"export": ["base"]}, False, ""),
+        ({"export": ["gguf"]}, True, "f16"),
+        ({"export": ["gguf:q8_0"]}, True, "q8_0"),
+        ({"export": ["base", "gguf:bf16"]}, False, "bf16"),
+        ({"export": ["base", "gguf"], "merge": True}, True, "f16"),
+        ({"export": ["base", "gguf"], "use_rslora": True}, True, "f16"),
+        ({"export": ["base", "gguf"], "use_dora": True}, True, "f16"),
+    ],
+)
+def test_what_is_made_follows_from_merge_and_export(cfg_of, changes, merges, gguf):
+    assert (cfg_of(**changes).merges, cfg_of(**changes).gguf) == (merges, gguf)
+
+
+def test_an_export_that_there_is_not_is_told_with_those_that_there_are(defaults):
+    with pytest.raises(UserError, match=r"export = \['gguf:q4_k_m'\]: each of them is 'base'"):
+        Settings.from_cell(defaults | {"export": ["gguf:q4_k_m"]})
+
+
+def test_the_last_section_says_where_everything_is_and_colab_downloads_it(
+    cfg_of, capsys, monkeypatch
+):
+    cfg = cfg_of(run_name="mine", export=["gguf"])
+    cfg.run_dir.mkdir(parents=True)
+    for name in ("mine-20260101-000000.zip", "mine-20260301-000000.zip", "report.html"):
+        (cfg.run_dir / name).touch()
+    take_with_you(cfg, "https://hub/ada/mine")
+    out = capsys.readouterr().out
+    assert "mine-20260301-000000.zip" in out and "20260101" not in out
+    assert (
+        f"Merged model  {cfg.merged_dir}" in out and f"GGUF          {cfg.run_dir / 'gguf'}" in out
+    )
+    assert "On the Hub    https://hub/ada/mine" in out and f"Adapter       {cfg.final_model}" in out
+    given = []
+    colab = types.ModuleType("google.colab")
+    colab.files = types.SimpleNamespace(download=given.append)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    take_with_you(cfg_of(run_name="mine", output_dir=cfg.output_dir), None)
+    assert [Path(path).name for path in given] == ["mine-20260301-000000.zip", "report.html"]
+    assert "Hub" not in capsys.readouterr().out.split("report.html")[-1]
