@@ -35,7 +35,7 @@ $(VENV)/ready: requirements.txt tests/requirements.txt tests/stacks/$(STACK).txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 	  -r requirements.txt -r tests/requirements.txt -c tests/stacks/$(STACK).txt \
-	  $(if $(filter newest,$(STACK)),jupyterlab playwright)
+	  $(if $(filter newest,$(STACK)),jupyterlab playwright xllamacpp)
 	touch $@
 
 readme: $(VENV)/ready

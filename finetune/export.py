@@ -62,7 +62,10 @@ def export_base(settings: Settings, model: PreTrainedModel) -> Path:
         "dtype": str(model.dtype),
     }
     told = folder / "made_from.json"
-    if not why_unusable(folder, "base") and json.loads(told.read_text("utf-8")) == made_from:
+    if (
+        not why_unusable(folder, "base")
+        and json.loads(told.read_text(encoding="utf-8")) == made_from
+    ):
         return folder
     base, cache = base_model_path(settings), cache_of(settings)
     own = transformers.AutoTokenizer.from_pretrained(base, cache_dir=cache)
@@ -215,7 +218,7 @@ def base_gguf(settings: Settings, base: Path) -> Path:
     folder = base.with_name(f"{base.name}-gguf-{settings.gguf}")
     file = folder / f"{base.name}-{settings.gguf}.gguf"
     of = read_seal(base)["files"]["made_from.json"]
-    if why_unusable(folder, "gguf") or (folder / "made_from").read_text("utf-8") != of:
+    if why_unusable(folder, "gguf") or (folder / "made_from").read_text(encoding="utf-8") != of:
         with new_folder(folder, "gguf") as work:
             to_gguf(settings, base, work / file.name)
             (work / "made_from").write_text(of, encoding="utf-8")

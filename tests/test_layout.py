@@ -68,7 +68,7 @@ def in_the_locales_encoding(text: str) -> list[str]:
         name = getattr(getattr(node, "func", None), "attr", "")
         if name not in ("read_text", "write_text", "open") or not isinstance(node, ast.Call):
             continue
-        mode = node.args[0].value if name == "open" and node.args else "r"
+        mode = getattr(node.args[0], "value", "rb") if name == "open" and node.args else "r"
         if "b" not in str(mode) and "encoding" not in {k.arg for k in node.keywords}:
             found.append(ast.unparse(node))
     return found
