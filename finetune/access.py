@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,26 @@ def check_push(settings: Settings, token: str | None) -> Line:
         return "✓", "push_to_hub is off: the adapter stays here"
     if not token:
         return "!", "push_to_hub is on, but there is no token: the adapter will stay here"
+    return check_target(settings, token)
+
+
+def check_merged(settings: Settings, token: str | None, size: float) -> Iterator[Line]:
+    """Where the merged model, of so many GiB, is pushed to, if it is."""
+    if settings.merge != "push":
+        return
+    if not token:
+        yield "!", "merge is 'push', but there is no token: the merged model will stay here"
+        return
+    mark, text = check_target(settings, token, "-merged")
+    yield mark, f"the merged model, {size:.1f} GB: {text}"
+
+
+def check_target(settings: Settings, token: str, end: str = "") -> Line:
+    """Whether this token may write to the repository of this run, with `end` behind its name."""
     try:
         api = hub_api(token)
         user = api.whoami()
-        repo = hub_repo_id(settings, user["name"])
+        repo = hub_repo_id(settings, user["name"]) + end
         return check_writing(user, repo) or check_repo(settings, api, repo)
     except Exception as error:
         if line := refused(error, "may not write to the Hub"):

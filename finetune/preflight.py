@@ -10,7 +10,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from finetune.access import Line, base_model_gb, check_base_model, check_copies, check_push
+from finetune.access import (
+    Line,
+    base_model_gb,
+    check_base_model,
+    check_copies,
+    check_merged,
+    check_push,
+)
 from finetune.architecture import check_architecture
 from finetune.backup import drive_folder, what_is_there
 from finetune.base_adapter import adapter_config, adapter_folder
@@ -185,7 +192,8 @@ def preflight(settings: Settings, token: str | None) -> None:
         lines += check_architecture(settings, token)
     lines += [*check_data(settings, token), *check_adapter(settings)]
     lines += [*check_backup(settings, token)]
-    lines += [check_push(settings, token), *check_logger(settings)]
+    merged = check_merged(settings, token, base_model_gb(settings, token)[0])
+    lines += [check_push(settings, token), *merged, *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:
         raise UserError(listed("Before training can start:", failed))

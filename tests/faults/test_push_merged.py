@@ -1,0 +1,127 @@
+"""The merged model goes to a repository of its own, private, and a broken upload goes on."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from hub import Hub
+from huggingface_hub import constants
+
+from finetune.access import check_merged
+from finetune.files import seal
+from finetune.folders import folder_settings
+from finetune.hub import HERE
+from finetune.merge import write_shards
+from finetune.preflight import check_room
+from finetune.save import push_merged
+
+TOKEN = "hf_" + "s3cret" * 5
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr("finetune.hub.RETRY_WAITS", ())
+        yield hub
+
+
+@pytest.fixture
+def cfg(settings, tmp_path):
+    """A merged model of three shards."""
+    cfg = settings(run_name="mine", merge="push", merged_dir=str(tmp_path / "merged"))
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    weights = {f"w{n}": torch.full((64,), float(n)) for n in range(3)}
+    write_shards(iter(weights.items()), folder, torch.float32, 256)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text(f"```python\n{HERE}\n```\n")
+    (folder / "run.json").write_text(json.dumps({"settings": {"output_dir": "/home/ada/out"}}))
+    (folder / "mine.txt").write_text("rows of mine")
+    seal(folder, "merged", "mine")
+    return cfg
+
+
+def put(hub):
+    """The names of the contents that were sent, each time that they were."""
+    return [path.removeprefix("/lfs/") for method, path, *_ in hub.requests if method == "PUT"]
+
+
+def test_it_is_pushed_whole_and_private_to_a_repository_of_its_own(cfg, hub):
+    assert push_merged(cfg, TOKEN) == f"{hub.url}/ada/mine-merged"
+    assert hub.private("ada/mine-merged") and list(hub.repos) == ["ada/mine-merged"]
+    files = hub.files["ada/mine-merged"]
+    shards = {f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)}
+    assert shards | {"model.safetensors.index.json", "config.json", "tokenizer.json"} <= set(files)
+    assert "mine.txt" not in files and b"/home/ada" not in hub.sent()
+    assert b'name = "ada/mine-merged"' in files["README.md"]
+    assert len(put(hub)) == len(set(put(hub))) == 3
+
+
+def test_an_upload_that_broke_goes_on_where_it_was(cfg, hub, tmp_path, capsys):
+    shards = sorted((tmp_path / "merged").glob("*.safetensors"))
+    first, second, _ = (hashlib.sha256(path.read_bytes()).hexdigest() for path in shards)
+    hub.refuse = {f"/lfs/{second}": (500,)}
+    assert push_merged(cfg, TOKEN) is None
+    out = capsys.readouterr().out
+    assert f"Nothing is lost: the merged model is in {cfg.merged_dir}. Run this cell again" in out
+    assert "config.json" not in hub.files["ada/mine-merged"]
+    hub.refuse = {}
+    assert push_merged(cfg, TOKEN) and len(hub.files["ada/mine-merged"]) >= 8
+    assert put(hub).count(first) == 1
+
+
+def test_a_public_repository_of_that_name_gets_nothing(cfg, hub):
+    hub.repos["ada/mine-merged"] = {"private": False}
+    assert push_merged(cfg, TOKEN) is None
+    assert not put(hub) and not hub.files.get("ada/mine-merged")
+    assert push_merged(cfg.model_copy(update={"hub_private": False}), TOKEN)
+
+
+def test_without_a_token_it_stays_here(cfg, hub, capsys):
+    assert push_merged(cfg, None) is None and not hub.requests
+    assert f"The merged model is in {cfg.merged_dir}" in capsys.readouterr().out
+
+
+def test_its_size_and_its_repository_are_told_before_training(settings, hub):
+    cfg = settings(run_name="mine", merge="push", push_to_hub=False)
+    told = "the merged model, 14.5 GB: will push to ada/mine-merged, a new repository (private)"
+    assert list(check_merged(cfg, TOKEN, 14.5)) == [("✓", told)]
+    hub.repos["ada/mine-merged"] = {"private": False}
+    ((mark, text),) = check_merged(cfg, TOKEN, 14.5)
+    assert mark == "✗" and "ada/mine-merged exists and is PUBLIC" in text
+    assert "there is no token" in next(check_merged(cfg, None, 14.5))[1]
+    assert cfg.needs_hub and not list(check_merged(settings(merge=True), TOKEN, 14.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"export": ["base"]}, {"dequantised base model": 1.1}),
+        ({"export": ["gguf"]}, {"converters": 0.1, "merged model": 1.0, "GGUF": 1.0}),
+        ({"export": ["base", "gguf:q8_0"]}, {"dequantised base model": 1.6}),
+        (
+            {"export": ["base", "gguf:f32"], "merge": True},
+            {"dequantised base model": 3.1, "merged model": 1.0, "GGUF": 2.0},
+        ),
+    ],
+)
+def test_room_for_what_is_exported_is_counted(settings, tmp_path, changes, told, monkeypatch):
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.parent.mkdir()
+    with weights.open("wb") as file:
+        file.truncate(2**30)
+    cfg = settings(base_model=str(weights.parent), **changes)
+    found = {}
+
+    def remember(needs):
+        found.update({name: round(size, 1) for name, (_, size) in needs.items()})
+        return iter(())
+
+    monkeypatch.setattr("finetune.preflight.check_disks", remember)
+    list(check_room(cfg, None))
+    found.pop("checkpoints and adapter")
+    assert found == told
+    assert ("merged_dir" in folder_settings(cfg)) == ("merged model" in told)
