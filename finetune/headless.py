@@ -2,7 +2,7 @@
 
     python -m finetune.headless BASE_MODEL=embedded DATA='data_examples/*.jsonl' EPOCHS=1
 
-Any setting of the hyperparameter cell goes by its name in capitals; DATA is short for DATA_FILES.
+Any setting of section 2 goes by its name in capitals; DATA is short for DATA_FILES.
 What the cells print is streamed. The executed notebook stays in the run's folder, beside a page of
 it in HTML.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import copy
 import os
 import re
 import sys
@@ -35,14 +36,17 @@ NOTEBOOK = Path(__file__).parents[1] / "finetune_mistral.ipynb"
 SMALL = {"learning_rate": 6e-4, "epochs": 3, "max_new_tokens": 32}
 # What nbclient raises when a signal has ended its kernel; it asserts that there is one.
 ENDED = (DeadKernelError, AssertionError, asyncio.CancelledError)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 MAKES_OWN = {"STACK", "PYTHON", "PY", "VENV"}  # variables of the Makefile, which are no settings
 
 
 def defaults(notebook: nbformat.NotebookNode | None = None) -> dict[str, Any]:
-    """The values of the notebook's hyperparameter cell."""
+    """The values of the notebook's two cells of settings."""
     cells = (notebook or load_notebook_node(str(NOTEBOOK))).cells
     values: dict[str, Any] = {}
-    exec(next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), values)
+    for cell in cells:
+        if {"settings", "parameters"} & {*cell.metadata.get("tags", [])}:
+            exec(cell.source, values)
     return {name: value for name, value in values.items() if not name.startswith("__")}
 
 
@@ -127,10 +131,25 @@ def execute(settings: Mapping[str, Any], folder: Path | None = None) -> nbformat
         Streaming(notebook, resources=place, **options).execute()
     finally:
         nbformat.write(notebook, folder / "notebook.ipynb")
-        page, _ = nbconvert.HTMLExporter(embed_images=True).from_notebook_node(notebook)
+        exporter = nbconvert.HTMLExporter(embed_images=True)
+        page, _ = exporter.from_notebook_node(without_bars(notebook))
         (folder / "notebook.html").write_text(page, encoding="utf-8")
         print(f"\nNotebook: {folder / 'notebook.html'}")
     return notebook
+
+
+def without_bars(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy without progress bars, which a page that is read afterwards shows as red bands."""
+    copied = copy.deepcopy(notebook)
+    for cell in copied.cells:
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                lines = re.split(r"[\r\n]+", output.text)
+                output.text = "\n".join(line for line in lines if not re.search(r"\d%\|", line))
+        if "outputs" in cell:
+            kept = (o for o in cell.outputs if o.get("name") != "stderr" or o.text.strip())
+            cell.outputs = [o for o in kept if WIDGET not in o.get("data", {})]
+    return copied
 
 
 def arguments() -> list[str]:

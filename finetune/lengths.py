@@ -82,6 +82,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
     lengths = np.array(data["length"][:])
     over = np.flatnonzero(lengths > max_length)
     if not len(over):
+        print(f"All {len(data):,} rows fit: the longest has {max(lengths):,} tokens.")
         return data
     kept, long = data.select(np.flatnonzero(lengths <= max_length)), data.select(over)
     told = tell_long(lengths, long, max_length)
@@ -101,8 +102,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
             kept = datasets.concatenate_datasets([kept, again])
     if not len(kept):
         raise UserError(
-            f"Every row is longer than max_length = {max_length}: "
-            "raise it in the hyperparameter cell."
+            f"Every row is longer than max_length = {max_length}: raise it in section 2."
         )
     gone, lost = len(data) - len(kept), lengths.sum() - sum(kept["length"][:])
     less = len(over) - gone

@@ -71,8 +71,7 @@ def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:
         return "bf16", f"{name} has native bf16"
     if bf16 is True:
         raise UserError(
-            f"bf16 = True, but {name} has no native bf16. "
-            "Set bf16 = 'auto' in the hyperparameter cell."
+            f"bf16 = True, but {name} has no native bf16. Set bf16 = 'auto' in section 2."
         )
     return "fp16", f"{name} (compute capability {major}.{minor}) has no native bf16"
 

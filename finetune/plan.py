@@ -84,7 +84,7 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     if max(lengths) > ends:
         raise UserError(
             f"{sum(n > ends for n in lengths):,} rows are longer than the base model's positions, "
-            f"which end at {ends:,} tokens. Set max_length = {ends} in the hyperparameter cell."
+            f"which end at {ends:,} tokens. Set max_length = {ends} in section 2."
         )
     require_known(model, data)
     found = None

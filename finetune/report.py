@@ -54,11 +54,14 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
     )
 
 
-def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> Image:
+def plot_curves(
+    log: Sequence[Mapping[str, float]], path: Path, title: str, keep_best: bool = True
+) -> Image:
     """Losses, learning rate, gradient norm and tokens a second over steps.
 
     They are drawn into a PNG at `path`, which is returned to be shown; the training loss as logged
-    and smoothed (exponential moving average, weight 0.3 on the newest value).
+    and smoothed (exponential moving average, weight 0.3 on the newest value). Where losses fall to
+    a tenth and less their axis is logarithmic, so that the last epochs can be told apart.
     """
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)
@@ -73,7 +76,9 @@ def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> I
     axes["loss"].plot(steps, losses, color="#4c78a8", alpha=0.3, label="training")
     smooth = Series(losses, dtype=float).ewm(alpha=0.3).mean()
     axes["loss"].plot(steps, smooth, color="#4c78a8", label="training, smoothed")
-    axes["loss"].plot(*history(log, "eval_loss"), "o-", color="#f58518", label="validation")
+    measured = history(log, "eval_loss")
+    axes["loss"].plot(*measured, "o-", color="#f58518", label="validation")
+    mark_kept(axes["loss"], *measured, keep_best)
     if (few := history(log, "eval_part_loss"))[0]:
         axes["loss"].plot(*few, "x", color="#f58518", alpha=0.6, label="validation, a few rows")
     axes["loss"].set(ylabel="loss (nats a token)", xlabel="step")
@@ -82,12 +87,29 @@ def plot_curves(log: Sequence[Mapping[str, float]], path: Path, title: str) -> I
         axes[name].plot(*history(log, name), color="#54a24b")
         axes[name].set_ylabel(label)
     axes["tokens_per_second"].set_xlabel("step")
-    for each in axes.values():
-        each.set_ylim(0, None)
+    positive = [value for value in (*losses, *measured[1]) if value > 0]
+    far = positive and max(positive) > 10 * min(positive)
+    for name, each in axes.items():
+        if name == "loss" and far:
+            each.set_yscale("log")
+            each.yaxis.set_major_formatter("{x:g}")
+        else:
+            each.set_ylim(0, None)
         each.grid(alpha=0.3)
         each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=144)
     return Image(filename=str(path), width=1000)
+
+
+def mark_kept(axes: Any, steps: list[float], losses: list[float], keep_best: bool) -> None:
+    """Write each epoch's validation loss at its point, and a ring around the one that is kept."""
+    trained = [(loss, step) for step, loss in zip(steps, losses, strict=True) if step]
+    for loss, step in trained:
+        place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 9}
+        axes.annotate(f"{loss:.3f}", (step, loss), color="#b35900", **place)
+    if trained:
+        loss, step = min(trained) if keep_best else trained[-1]
+        axes.plot([step], [loss], "o", ms=13, mfc="none", mec="#b35900", label="kept")
 
 
 def write_report(
@@ -148,7 +170,11 @@ def report_page(
     curves = b64encode((settings.run_dir / "curves.png").read_bytes()).decode()
     learned = html.escape(what_it_learned(log, settings.keep_best))
     created = run["created"][:16].replace("T", " ")
-    made = {name: value for name, value in run.items() if not isinstance(value, dict)}
+    made = {name: value for name, value in run.items() if not isinstance(value, (dict, list))}
+    made.pop("run", None)
+    plan = {name: value for name, value in run["plan"].items() if name != "table"}
+    plan |= plan.pop("cut", {})
+    trials = DataFrame(run["plan"].get("table", [])).drop(columns="chosen", errors="ignore")
     settings_now = list(run["settings"].items())
     half = (len(settings_now) + 1) // 2
     left, right = lines(dict(settings_now[:half])), lines(dict(settings_now[half:]))
@@ -159,10 +185,9 @@ def report_page(
         f'src="data:image/png;base64,{curves}">',
         "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
         "Settings": f'<div class="pair">{left}{right}</div>',
-        "Plan": lines(run["plan"]),
+        "Plan": lines(plan) + trials.to_html(index=False, border=0, na_rep=""),
         "Data": lines(run["data"]),
         "Made with": f'<div class="pair">{lines(made)}{lines(run["versions"])}</div>',
-        "SHA-256": lines(run["sha256"]),
     }
     body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items())
     return (

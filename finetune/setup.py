@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shutil
@@ -64,14 +65,19 @@ def loaded_pins() -> list[str]:
 
 
 def run_pip(*arguments: str) -> None:
-    """Run pip for this kernel's Python; raises `UserError` with its last words if it fails."""
+    """Run pip for this kernel's Python; raises `UserError` with its last words if it fails.
+
+    An environment that uv has made comes without pip; Python itself brings one.
+    """
+    if importlib.util.find_spec("pip") is None:
+        subprocess.run([sys.executable, "-m", "ensurepip"], capture_output=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
             f"pip {' '.join(arguments)} failed:\n{(done.stdout + done.stderr).strip()[-1500:]}\n"
-            "Check that this machine reaches the internet (Kaggle: Settings › Internet), "
-            "restart the kernel, Run all."
+            "Check that this machine reaches the internet (Kaggle: Settings › Internet; is there a "
+            "proxy that refuses?), restart the kernel, Run all."
         )
     importlib.invalidate_caches()
 
@@ -101,7 +107,10 @@ def in_turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def install_missing(requirements: str | Path = "requirements.txt") -> list[str]:
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+
+
+def install_missing(requirements: str | Path = REQUIREMENTS) -> list[str]:
     """Install what `requirements` asks for and this kernel lacks; what is loaded stays as it is.
 
     Returns the requirement lines that were installed; an empty list means that nothing was done.

@@ -10,7 +10,7 @@ from pandas import DataFrame
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.answers import generate_answers
-from finetune.base_model import base_model_path, cache_of, linear_4bit, placement
+from finetune.base_model import base_place, cache_of, linear_4bit, placement
 from finetune.machine import free_cache, free_memory_size, is_sharded, is_spread
 from finetune.scores import is_right
 from qlora_helpers import Settings
@@ -21,7 +21,7 @@ def why_not_measured(settings: Settings, model: PreTrainedModel) -> str:
     if is_sharded() or is_spread():
         return "several GPUs hold this model in parts"
     config = transformers.AutoConfig.from_pretrained(
-        base_model_path(settings), cache_dir=cache_of(settings)
+        base_place(settings), cache_dir=cache_of(settings)
     )
     if getattr(config, "quantization_config", None):
         return "the base model has no 16-bit weights"
@@ -50,7 +50,7 @@ def on_16_bits(
         return {"why": why}
     free_cache()
     plain = transformers.AutoModelForCausalLM.from_pretrained(
-        base_model_path(settings),
+        base_place(settings),
         dtype=model.dtype,
         device_map=placement(),
         cache_dir=cache_of(settings),

@@ -93,7 +93,7 @@ class Trials:
             raise UserError(
                 f"Out of memory: one row of {longest:,} tokens does not fit into "
                 f"{self.limit:.1f} GB, even with every layer recomputed. Set max_length = "
-                f"{longest // 2} in the hyperparameter cell, or use a larger GPU."
+                f"{longest // 2} in section 2, or use a larger GPU."
             )
         return self.best()
 

@@ -30,9 +30,10 @@ def pytest_sessionstart(session):
 
 
 def notebook_defaults(notebook):
-    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     values = {}
-    exec("".join(cell["source"]), values)
+    for cell in notebook["cells"]:
+        if {"settings", "parameters"} & {*cell["metadata"].get("tags", [])}:
+            exec("".join(cell["source"]), values)
     return {name: value for name, value in values.items() if not name.startswith("__")}
 
 

@@ -32,8 +32,8 @@ OTHERS = {
 def settings_table() -> str:
     """A Markdown table of the hyperparameter cell: name, default, and the line beside it."""
     notebook = load_notebook_node(str(NOTEBOOK))
-    source = next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    notes = dict(re.findall(r"^(\w+) = .+\n# @markdown (.+)$", source, re.M))
+    source = "\n".join(c.source for c in notebook.cells)
+    notes = dict(re.findall(r"^# @markdown \*\*(\w+):\*\* (.+)$", source, re.M))
     values = defaults(notebook)
     rows = [
         f"| `{name}` | `{json.dumps(value)}` | {notes[name]} |" for name, value in values.items()

@@ -324,5 +324,6 @@ def test_the_end_marker_is_shown_where_it_is_a_text_like_another(tokenizer, caps
 
 
 def test_the_card_asks_without_the_end_marker(cfg):
-    assert "removesuffix" not in how_to_ask(cfg(prompt_format="chat"), merged=True)
-    assert 'removesuffix("### End")' in how_to_ask(cfg(), merged=True)
+    run = {"base_revision": None}
+    assert "removesuffix" not in how_to_ask(cfg(prompt_format="chat"), run, merged=True)
+    assert 'removesuffix("### End")' in how_to_ask(cfg(), run, merged=True)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -43,9 +44,14 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
 
 def fill(folder, purpose):
     """What a folder of that purpose needs, each file with a text of its own."""
-    folder.mkdir(exist_ok=True)
-    for name in (part.replace("*", "") for part in NEEDED[purpose]):
+    for name in plain_names(purpose):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(name * 9)
+
+
+def plain_names(purpose):
+    """A name for each pattern of files that a folder of this purpose needs."""
+    return [re.sub(r"^\*", "a", part).replace("*", "") for part in NEEDED[purpose]]
 
 
 @pytest.mark.parametrize("purpose", NEEDED)
@@ -58,16 +64,17 @@ def test_a_sealed_folder_is_good_for_its_purpose_alone_and_only_whole(tmp_path, 
     assert not why_unusable(folder, purpose)
     others = {"adapter", "checkpoint", "merged", "embedded"} - {purpose}
     assert all(why_unusable(folder, other) for other in others)
-    for name in (part.replace("*", "") for part in NEEDED[purpose]):
+    for name, part in zip(plain_names(purpose), NEEDED[purpose], strict=True):
         whole = (folder / name).read_bytes()
-        if not (purpose == "merged" and name.endswith(".safetensors")):  # of these the size counts
+        large = purpose in ("merged", "base", "gguf") and name.endswith((".safetensors", ".gguf"))
+        if not large:  # of these the size counts
             (folder / name).write_bytes(whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
             assert name in why_unusable(folder, purpose)
         (folder / name).write_bytes(whole[:-1])
         assert name in why_unusable(folder, purpose)
         (folder / name).unlink()
         assert name in why_unusable(folder, purpose)
-        with pytest.raises(FileNotFoundError, match=f"no whole {purpose}: it lacks {name[:5]}"):
+        with pytest.raises(FileNotFoundError, match=f"{purpose}: it lacks {re.escape(part)}"):
             seal(folder, purpose, "run")
         (folder / name).write_bytes(whole)
     assert not why_unusable(folder, purpose)
@@ -117,6 +124,9 @@ USELESS_WITHOUT = {
     "merged": ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
     "embedded": ["model.safetensors", "config.json", "tokenizer.json"],
     "checkpoint": ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt"],
+    "base": ["model.safetensors", "config.json", "tokenizer.json", "made_from.json"],
+    "gguf": ["merged-f16.gguf"],
+    "converters": ["convert_hf_to_gguf.py", "convert_lora_to_gguf.py"],
 }
 USELESS_WITHOUT["merged"] += ["config.json"]
 USELESS_WITHOUT["checkpoint"] += ["scheduler.pt", "rng_state.pth", "trainer_state.json", "run.json"]
@@ -126,6 +136,9 @@ USELESS_WITHOUT["checkpoint"] += ["scheduler.pt", "rng_state.pth", "trainer_stat
 def test_a_folder_is_of_no_use_without_any_one_of_these(tmp_path, purpose):
     for name in [*USELESS_WITHOUT[purpose], "README.md"]:
         (tmp_path / name).write_text(name)
+    if purpose == "converters":
+        (tmp_path / "gguf-py" / "gguf").mkdir(parents=True)
+        (tmp_path / "gguf-py" / "gguf" / "constants.py").touch()
     seal(tmp_path, purpose)
     assert why_unusable(tmp_path, purpose) == ""
     for name in USELESS_WITHOUT[purpose]:

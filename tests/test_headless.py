@@ -143,7 +143,7 @@ def test_a_setting_that_is_a_word_or_a_truth_value_takes_both():
 
 
 def test_a_name_that_is_no_setting_is_told_with_those_that_are():
-    with pytest.raises(SystemExit, match=r"EPOCS=1: no such setting\. There are: BASE_MODEL "):
+    with pytest.raises(SystemExit, match=r"EPOCS=1: no such setting\. There are: DATA_FILES "):
         parse(["EPOCS=1"], defaults())
 
 
@@ -158,7 +158,8 @@ def with_cells(tmp_path, monkeypatch):
 
     def make(*sources):
         notebook = load_notebook_node(str(NOTEBOOK))
-        head = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+        tags = {"settings", "parameters"}
+        head = [c for c in notebook.cells if tags & {*c.metadata.get("tags", [])}]
         notebook.cells = head + [nbformat.v4.new_code_cell(source) for source in sources]
         nbformat.write(notebook, tmp_path / "few_cells.ipynb")
         monkeypatch.setattr(headless, "NOTEBOOK", tmp_path / "few_cells.ipynb")

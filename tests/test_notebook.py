@@ -24,7 +24,7 @@ from finetune.headless import NOTEBOOK, defaults, parse
 ROOT = Path(__file__).parents[1]
 HEADINGS = [
     "Set-up",
-    "Hyperparameters",
+    "Settings",
     "Sign in",
     "Preflight",
     "Free memory",
@@ -39,7 +39,7 @@ HEADINGS = [
     "Report",
     "Merge, export (optional)",
     "Use it",
-    "Take it with you",
+    "Everything, and next",
 ]
 
 
@@ -60,18 +60,31 @@ def test_it_is_committed_clean_and_valid(committed):
 def test_its_cells_are_in_order_few_and_short(committed):
     headings = re.findall(r"^## (\d+)\. (.+)$", "\n".join(c.source for c in committed.cells), re.M)
     assert headings == [(str(n), name) for n, name in enumerate(HEADINGS, 1)]
-    code = [cell.source.splitlines() for cell in committed.cells if cell.cell_type == "code"]
-    assert len(code) <= 22 and sorted(map(len, code))[len(code) // 2] <= 8
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    lengths = sorted(len(c.source.splitlines()) for c in code if "cellView" not in c.metadata)
+    assert len(code) <= 22 and lengths[len(lengths) // 2] <= 8
     tags = [cell.metadata.get("tags", []) for cell in committed.cells]
-    assert tags.count(["parameters"]) == 1
+    assert tags.count(["parameters"]) == tags.count(["settings"]) == 1
+    assert tags.index(["settings"]) < tags.index(["parameters"])
+    parts = re.findall(r"^# Part (\d): .+$", "\n".join(c.source for c in committed.cells), re.M)
+    assert parts == ["1", "2", "3", "4", "5"]
+    assert committed.metadata["accelerator"] == "GPU"
+    assert committed.metadata["colab"]["gpuType"] == "T4"
 
 
 def test_every_setting_is_a_form_field_explained_in_one_line(committed):
-    cell = next(c for c in committed.cells if "parameters" in c.metadata.get("tags", []))
-    lines = [line for line in cell.source.splitlines() if not line.startswith("# @markdown **")]
-    for field, note in zip(lines[::2], lines[1::2], strict=True):
-        assert re.fullmatch(r"\w+ = \S.*  # @param .+", field)
-        assert re.fullmatch(r"# @markdown \S.{10,110}", note)
+    """The line stands above its field and has its name, so that it reads as no other's."""
+    cells = {tag: c for c in committed.cells for tag in c.metadata.get("tags", [])}
+    counts = []
+    for tag in ("settings", "parameters"):
+        title, *lines = cells[tag].source.splitlines()
+        assert title.startswith("# @title ") and cells[tag].metadata["cellView"] == "form"
+        lines = [line for line in lines if not line.startswith("# @markdown ### ")]
+        for note, field in zip(lines[::2], lines[1::2], strict=True):
+            name = re.fullmatch(r"(\w+) = \S.*  # @param .+", field)[1]
+            assert re.fullmatch(rf"# @markdown \*\*{name}:\*\* \S.{{10,110}}", note)
+        counts.append(len(lines) // 2)
+    assert 14 <= counts[0] <= 17 and sum(counts) == len(defaults(committed)) <= 42
 
 
 def test_command_line_settings_take_the_cells_types(committed):
@@ -92,7 +105,7 @@ def test_command_line_settings_take_the_cells_types(committed):
         "bf16": "auto",
         "merge": True,
     }
-    with pytest.raises(SystemExit, match=r"EPOCS=1: no such setting\. There are: BASE_MODEL "):
+    with pytest.raises(SystemExit, match=r"EPOCS=1: no such setting\. There are: DATA_FILES "):
         parse(["EPOCS=1"], known)
 
 
@@ -163,7 +176,7 @@ def again(client, notebook, name) -> str:
     )
     said = ""
     for index, cell in enumerate(notebook.cells[start + 1 :], start + 1):
-        if cell.source.startswith("## "):
+        if cell.source.startswith(("## ", "# Part")):
             break
         try:
             if cell.cell_type == "code":

@@ -211,7 +211,8 @@ def test_each_curve_is_drawn_from_its_own_numbers(tmp_path, monkeypatch):
         axes.get_ylabel(): [tuple(map(list, line.get_data())) for line in axes.lines]
         for axes in figures[0].axes
     }
-    training, smoothed, validation = drawn.pop("loss (nats a token)")
+    training, smoothed, validation, kept = drawn.pop("loss (nats a token)")
+    assert kept == ([9], [9.25]) and "9.250" in [t.get_text() for t in figures[0].axes[0].texts]
     assert [training, validation] == [history(log, name) for name in ("loss", "eval_loss")]
     assert smoothed[0] == training[0] and smoothed[1][0] == training[1][0]
     assert 1 < smoothed[1][2] < training[1][1] and smoothed[1] != training[1]
@@ -219,6 +220,25 @@ def test_each_curve_is_drawn_from_its_own_numbers(tmp_path, monkeypatch):
     assert drawn == {
         label: [history(log, name)] for label, name in zip(labels, names[1:], strict=True)
     }
+
+
+@pytest.mark.parametrize(("keep_best", "ring"), [(True, 20), (False, 30)])
+def test_the_epoch_that_is_kept_has_a_ring_and_small_losses_can_be_told_apart(
+    tmp_path, monkeypatch, keep_best, ring
+):
+    figures = []
+    monkeypatch.setattr(
+        "finetune.report.Figure", lambda **o: figures.append(Figure(**o)) or figures[-1]
+    )
+    losses = {0: 6.0, 10: 0.5, 20: 0.05, 30: 0.06}
+    log = [{"step": step, "eval_loss": loss} for step, loss in losses.items()]
+    plot_curves([*log, {"step": 1, "loss": 6.0}], tmp_path / "c.png", "run", keep_best)
+    axes = figures[0].axes[0]
+    assert [*axes.lines[-1].get_xdata()] == [ring] and axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.texts] == ["0.500", "0.050", "0.060"]
+    near = [{"step": step, "eval_loss": 1 + loss / 10} for step, loss in losses.items()]
+    plot_curves([*near, {"step": 1, "loss": 1.6}], tmp_path / "c.png", "run", keep_best)
+    assert figures[1].axes[0].get_yscale() == "linear"
 
 
 def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
@@ -368,9 +388,9 @@ def test_the_report_is_one_page_that_asks_for_nothing_else(reported):
         "Settings",
         "Plan",
         "Data",
-        "SHA-256",
     ):
         assert f"<h2>{title}</h2>" in page
+    assert "SHA-256" not in page and page.rindex("<h2>") == page.index("<h2>Made with")
     found = Tags()
     found.feed(page)
     loads = [
@@ -396,12 +416,13 @@ def test_the_report_holds_every_answer_setting_and_number_under_its_title(report
     assert "1.500" in parts["Scores on 13 held-out rows"]
     assert "because keep_best is off" in parts["Curves"]
     assert all(f"asked {n}." in parts["Answers to held-out rows"] for n in range(13))
-    held = {"Settings": "settings", "Plan": "plan", "Data": "data", "SHA-256": "sha256"}
-    held["Made with"] = "versions"
+    held = {"Settings": "settings", "Data": "data", "Made with": "versions"}
     for title, key in held.items():
         names = re.findall(r"<th>(.*?)</th>", parts[title])
         assert run[key] and not run[key].keys() - set(names), title
         assert title == "Made with" or set(names) <= run[key].keys() | {""}
+    planned = set(re.findall(r"<th>(.*?)</th>", parts["Plan"]))
+    assert {*run["plan"], *run["plan"]["cut"]} - {"cut", "table"} <= planned
     assert {"created", "device"} <= set(re.findall(r"<th>(.*?)</th>", parts["Made with"]))
     assert "&lt;i&gt;base&lt;/i&gt;" in page and "<i>" not in page
 

@@ -264,9 +264,9 @@ def test_a_setting_is_taken_up_to_its_bounds_and_no_further(settings, name):
 
 
 def test_every_choice_that_the_cell_offers_can_be_made(notebook, settings):
-    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     offered = {}
-    for line in cell["source"]:
+    lines = [line for cell in notebook["cells"] for line in cell["source"]]
+    for line in (line for line in lines if "allow-input" not in line):
         if choices := re.search(r"# @param (\[.*?\])( {type:\"raw\"})?", line):
             texts = json.loads(choices[1])
             values = [ast.literal_eval(text) for text in texts] if choices[2] else texts

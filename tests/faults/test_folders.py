@@ -74,6 +74,7 @@ def sealed(folder: Path, purpose: str, run: str = "faults") -> Path:
     """A folder of ours, of small files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in NEEDED[purpose]:
+        (folder / name.replace("*", "")).parent.mkdir(parents=True, exist_ok=True)
         (folder / name.replace("*", "")).write_text("{}")
     seal(folder, purpose, run)
     return folder
