@@ -3,7 +3,7 @@ the settings table and the tree.
 
     python tests/readme.py [content/model_outputs/triage]
 
-Without a run's folder only the settings table and the tree are written anew.
+With a run's folder the picture of its report is taken anew, too.
 """
 
 import ast
@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from finetune.headless import NOTEBOOK, defaults  # noqa: E402
-from finetune.scores import score_lines  # noqa: E402
 
 OTHERS = {
     "requirements.txt": "what the notebook needs, with the bounds that were tested",
@@ -39,23 +38,6 @@ def settings_table() -> str:
         f"| `{name}` | `{json.dumps(value)}` | {notes[name]} |" for name, value in values.items()
     ]
     return "\n".join(["| setting | default | |", "|---|---|---|", *rows])
-
-
-def results_table(run: dict) -> str:
-    """A Markdown table of one run's scores, with what made it."""
-    settings, versions = run["settings"], run["versions"]
-    lines = [f"| {run['results']['rows']} held-out rows | before | after |", "|---|---|---|"]
-    lines += [
-        "| {score} | {before} | {after} |".format(**line) for line in score_lines(run["results"])
-    ]
-    lines += [
-        "",
-        f"One run of `make run SEED={settings['seed']}` on {run['created'][:10]}, on a "
-        f"{run['device'].upper()} with two"
-        f" cores: {settings['epochs']:g} epochs, learning rate {settings['learning_rate']:g},"
-        f" transformers {versions['transformers']}, trl {versions['trl']}.",
-    ]
-    return "\n".join(lines)
 
 
 def tree() -> str:
@@ -87,9 +69,7 @@ def main() -> None:
     text = replace(readme.read_text(), "settings", settings_table())
     text = replace(text, "tree", tree())
     if len(sys.argv) > 1:
-        run_dir = Path(sys.argv[1])
-        run = json.loads((run_dir / "final_model" / "run.json").read_text())
-        text = replace(text, "results", results_table(run))
+        report = Path(sys.argv[1]) / "report.html"
         browser = [
             "chromium",
             "--headless",
@@ -98,9 +78,7 @@ def main() -> None:
             "--window-size=1150,1480",
         ]
         picture = f"--screenshot={ROOT / 'tests' / 'readme' / 'report.png'}"
-        subprocess.run(
-            [*browser, picture, (run_dir / "report.html").absolute().as_uri()], check=True
-        )
+        subprocess.run([*browser, picture, report.absolute().as_uri()], check=True)
     readme.write_text(text)
 
 
