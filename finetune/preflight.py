@@ -26,7 +26,7 @@ from finetune.files import checkpoints
 from finetune.folders import check_disks, check_folders
 from finetune.hub import hub_api, status_of
 from finetune.lock import claim
-from finetune.machine import resolve_precision, short
+from finetune.machine import is_spread, processes, resolve_precision, short
 from finetune.sources import HUB
 from qlora_helpers import Settings, UserError, listed, local_base, locate
 
@@ -44,6 +44,7 @@ def check_machine(settings: Settings) -> Iterator[Line]:
             "Change runtime type › T4 GPU or better. To try the notebook without: base_model = "
             "'embedded'",
         )
+    yield from check_other_gpus()
     if settings.memory_limit_gb and not torch.cuda.is_available():
         yield "✗", "memory_limit_gb is of a GPU's memory, and there is none: set it to 0"
     if settings.final_model.exists():
@@ -55,6 +56,18 @@ def check_machine(settings: Settings) -> Iterator[Line]:
     elif found := checkpoints(settings.run_dir):
         told = f"its checkpoints ({found[0].name}) are looked at in section 11"
         yield "!", f"{settings.run_name} was begun before: {told}"
+
+
+def check_other_gpus() -> Iterator[Line]:
+    """What to do where there are several GPUs: a notebook is one process, and trains on one."""
+    count = torch.cuda.device_count()
+    if count > 1 and processes()[1] == 1 and not is_spread():
+        yield (
+            "!",
+            f"{count} GPUs are here, and a notebook trains on one. To train on all, in a copy of "
+            f"this repository: make launch GPUS={count} with what you changed in section 2 as "
+            "NAME=value. Run all afterwards finds the trained adapter and goes on from there",
+        )
 
 
 def check_gpu(settings: Settings) -> Line:

@@ -83,7 +83,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs", "Cn", "Co", "Cc"]), max_
 TALKS = st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(talk=TALKS)
 @example(talk=[("Hi", "Hello", True), ("Bye\n", "Bye. ", False), (" d", "### End", True)])
 @example(talk=[("日本", "🙂 é", False), ("x", "y", True)])

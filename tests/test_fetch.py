@@ -18,6 +18,7 @@ import finetune
 from finetune.headless import NOTEBOOK
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 PARTS = ("finetune", "qlora_helpers.py", "requirements.txt", "data_examples")
 
 

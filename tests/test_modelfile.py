@@ -51,6 +51,7 @@ TALKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("go"), reason="no Go here")
 def test_gos_rendering_is_the_chat_templates(tokenizer, tmp_path):
     (tmp_path / "main.go").write_text(GO)

@@ -40,7 +40,7 @@ PRELOADED = [
     *("finetune.audit", "finetune.report", "finetune.train", "finetune.preflight", "IPython"),
     *("matplotlib.backends.backend_agg", "torch.utils.tensorboard", "finetune.answers"),
 ]
-SKIPPED = ("## 1.", "## 5.", "## 15.", "## 16.")  # set-up, memory, merge, use
+SKIPPED = ("## 1.", "## 5.", "## 15.", "## 16.", "## 17.")  # set-up, memory, merge, use, the end
 
 
 def make_model(folder: Path) -> None:
@@ -80,7 +80,9 @@ def cells() -> list[tuple[str, str]]:
 def defaults() -> dict:
     """The hyperparameter cell's values."""
     values: dict = {}
-    exec(next(source for heading, source in cells() if heading.startswith("## 2.")), values)
+    for _, source in cells():
+        if "@param" in source:
+            exec(source, values)
     return {name: value for name, value in values.items() if not name.startswith("__")}
 
 

@@ -595,3 +595,16 @@ def test_a_base_adapter_that_cannot_be_had_stops_before_the_model(settings, hub,
     (line,) = preflight.check_adapter(settings(base_adapter=name))
     assert line[0] == "✗" and f"base_adapter = {name!r}" in line[1]
     assert not [*preflight.check_adapter(settings())]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "spread", "told"), [(1, False, False), (2, False, True), (4, True, False)]
+)
+def test_the_other_gpus_are_told_of(monkeypatch, gpus, spread, told):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    if spread:
+        monkeypatch.setenv("QLORA_SPREAD", "1")
+    lines = list(preflight.check_other_gpus())
+    assert bool(lines) == told
+    if told:
+        assert lines[0][0] == "!" and "make launch GPUS=2 " in lines[0][1]
