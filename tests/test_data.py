@@ -23,7 +23,7 @@ from finetune.notes import data_notes
 from qlora_helpers import UserError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
-many = hypothesis_settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+many = hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="session")

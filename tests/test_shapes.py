@@ -268,7 +268,7 @@ BITS = st.lists(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HEADS)
 def test_any_bytes_under_any_name_give_rows_or_are_told(kind, tmp_path):
-    @hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
     @given(head=st.sampled_from(HEADS[kind]), rest=BITS, pack=st.booleans())
     def check(head, rest, pack):
         file = tmp_path / f"fuzz.{kind}"
@@ -318,7 +318,7 @@ def written(file, rows):
     "kind", ["jsonl", "jsonl.gz", "json", "csv", "csv.gz", "tsv", "parquet", "xlsx", "utf16.jsonl"]
 )
 def test_what_was_written_in_any_kind_is_read(kind, tmp_path):
-    @hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(pairs=st.lists(st.tuples(PLAIN, PLAIN), min_size=1, max_size=4))
     def check(pairs):
         rows = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]

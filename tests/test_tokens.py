@@ -121,10 +121,10 @@ TEXT = st.lists(
         st.text(max_size=12), st.sampled_from([*CONTROL, "\n\n", " ", "### End", "### Answer:"])
     )
 ).map("".join)
-many = settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(many, max_examples=400)
+@settings(many, max_examples=150)
 @given(text=st.text())
 @example(text="a  double  space")
 @example(text="emoji 🙂 and \x00 control")
@@ -899,7 +899,7 @@ def test_a_tokenizer_without_eos_or_a_template_is_told_in_section_6(
 
 
 @pytest.mark.slow
-@settings(many, max_examples=150)
+@settings(many, max_examples=80)
 @given(prompt=TEXT.filter(str.strip), completion=TEXT.filter(str.strip))
 @example(prompt="Cafe\u0301", completion="e\u0301te\u0301  x")
 def test_normalised_texts_and_trimmed_places_are_masked_at_the_same_border(

@@ -40,6 +40,7 @@ from finetune.preflight import check_room
 from finetune.save import save_adapter
 from qlora_helpers import UserError
 
+pytestmark = pytest.mark.slow  # folders are the same whatever the libraries
 ROWS = [{"prompt": "A", "completion": "b"}, {"prompt": "C", "completion": "d"}]
 
 
