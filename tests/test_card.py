@@ -24,6 +24,7 @@ from finetune.card import model_card
 from finetune.save import push_adapter, save_adapter, save_tokenizer, write_for_others
 from qlora_helpers import Settings
 
+pytestmark = pytest.mark.slow  # it starts the Python of the other major itself
 TOKEN = "hf_" + "s3cret" * 5
 OURS = json.dumps(["trl", "datasets", "pandas", "qlora_helpers", "finetune", "matplotlib"])
 

@@ -17,6 +17,7 @@ from finetune.identity import fingerprint, hash_of_fingerprint
 from finetune.lock import release
 from finetune.preflight import check_backup
 
+pytestmark = pytest.mark.slow  # copies are the same whatever the libraries
 OTHERS = {"seed": 7, "training rows": "others"}
 
 
