@@ -94,19 +94,28 @@ def vllm(card: Path, port: int):
     return serving(words, card.parent, port, seconds=600, VLLM_CPU_KVCACHE_SPACE="1")
 
 
-def gap(model, tokenizer, prompt: str, wanted: str, got: str) -> float:
-    """By how much the two best logits differ where two answers to a prompt begin to differ."""
+def gap(model, tokenizer, prompt: str, got: str, tokens: int) -> float:
+    """By how much the two best logits differ at least, up to where `got` leaves the greedy answer.
+
+    Blanks in front count: they are tokens, though an answer is shown without them.
+    """
     chat = [{"role": "user", "content": prompt}]
-    start = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-    one, other = (
-        tokenizer(f" {text}", add_special_tokens=False)["input_ids"] for text in (wanted, got)
+    start = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    differs = (n for n in range(min(len(one), len(other))) if one[n] != other[n])
-    same = next(differs, min(len(one), len(other)))
+    eos, width = tokenizer.eos_token_id, start["input_ids"].shape[1]
+    config = transformers.GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=eos)
+    config.update(output_logits=True, return_dict_in_generate=True, max_new_tokens=tokens)
     with torch.no_grad():
-        logits = model(torch.tensor([start["input_ids"] + one[:same]])).logits[0, -1].float()
-    best = logits.topk(2).values
-    return (best[0] - best[1]).item()
+        out = model.generate(**start, generation_config=config)
+    least = float("inf")
+    for number, logits in enumerate(out.logits, 1):
+        best = logits[0].float().topk(2).values
+        least = min(least, (best[0] - best[1]).item())
+        text = tokenizer.decode(out.sequences[0, width : width + number], skip_special_tokens=True)
+        if not got.startswith(text.strip()):
+            break
+    return least
 
 
 def compare(url: str, name: str, rows: list[dict], tokens: int, model, tokenizer) -> int:
@@ -117,8 +126,9 @@ def compare(url: str, name: str, rows: list[dict], tokens: int, model, tokenizer
         got = ask(url, [{"role": "user", "content": prompt}], model=name, max_tokens=tokens)
         same += got == wanted
         if got != wanted:
-            told = f"the two best logits there are {gap(model, tokenizer, prompt, wanted, got):.3f}"
-            print(f"  asked {prompt!r}\n  table {wanted!r}\n  now   {got!r}\n  {told} apart")
+            apart = gap(model, tokenizer, prompt, got, tokens)
+            print(f"  asked {prompt!r}\n  table {wanted!r}\n  now   {got!r}")
+            print(f"  the two best logits are {apart:.3f} apart up to there, at the closest")
     return same
 
 
