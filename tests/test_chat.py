@@ -59,7 +59,7 @@ def tuned(tokenizer, template):
     tokenizer, own = copy.copy(tokenizer), dict(tokenizer.init_kwargs)
     tokenizer.init_kwargs = own
     tokenizer.chat_template = template or tokenizer.chat_template
-    return usable(tokenizer, "anywhere", "/nowhere", "chat")
+    return usable(tokenizer, ".", "/nowhere", "chat")
 
 
 @pytest.fixture(scope="module", params=["mistral", "smollm"])
@@ -234,7 +234,7 @@ def test_a_template_that_cannot_be_used_is_told_before_anything_is_encoded(smoll
     tokenizer.init_kwargs = dict(tokenizer.init_kwargs)
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="prompt_format = 'chat' cannot be used") as error:
-        usable(tokenizer, "anywhere", "/nowhere", "chat")
+        usable(tokenizer, ".", "/nowhere", "chat")
     assert reason in str(error.value)
 
 

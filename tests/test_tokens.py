@@ -889,13 +889,13 @@ def test_a_tokenizer_without_eos_or_a_template_is_told_in_section_6(
     smollm_tokenizer, tmp_path, monkeypatch
 ):
     smollm_tokenizer = copy.deepcopy(smollm_tokenizer)  # others have the same
-    assert usable(smollm_tokenizer, "x", tmp_path) is smollm_tokenizer
+    assert usable(smollm_tokenizer, str(tmp_path), tmp_path) is smollm_tokenizer
     monkeypatch.setattr("finetune.template.template_of_turns", lambda gap: "nothing like it")
     with pytest.raises(UserError, match="cannot be used: no chat template gives this tokenizer"):
-        usable(smollm_tokenizer, "x", tmp_path)
+        usable(smollm_tokenizer, str(tmp_path), tmp_path)
     smollm_tokenizer.eos_token = None
     with pytest.raises(UserError, match="has no EOS token, by which an answer ends"):
-        usable(smollm_tokenizer, "x", tmp_path)
+        usable(smollm_tokenizer, str(tmp_path), tmp_path)
 
 
 @pytest.mark.slow
