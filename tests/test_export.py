@@ -254,7 +254,7 @@ def test_a_base_with_recommendations_of_its_own_is_greedy_all_the_same(cfg_of, t
     told = json.loads(
         (export_base(cfg, tiny_tuned(tiny_mistral)) / "generation_config.json").read_text()
     )
-    assert "repetition_penalty" not in told and told["do_sample"] is False
+    assert "repetition_penalty" not in told and not told.get("do_sample")
 
 
 ONE = [("user", "What is the capital of France?")]
