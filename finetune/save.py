@@ -35,6 +35,7 @@ from finetune.files import (
     zip_folder,
 )
 from finetune.hub import (
+    CARD_FILES,
     PUSHED_FILES,
     commit_folder,
     ensure_repo,
@@ -226,6 +227,12 @@ def push_adapter(
         return None
     print(f"On the Hub: {api.endpoint}/{repo}")
     return f"{api.endpoint}/{repo}"
+
+
+def push_card(settings: Settings, token: str | None, address: str | None) -> None:
+    """Upload the card and the manifest anew, where the adapter has been pushed (`address`)."""
+    if address:
+        push_adapter(settings, token, CARD_FILES)
 
 
 def later(repo: str, folder: Path, files: Sequence[str]) -> str:

@@ -130,3 +130,15 @@ def begun(settings, tmp_path, monkeypatch):
     (tmp_path / "content" / "drive" / "MyDrive").mkdir(parents=True)
     yield settings(output_dir=str(tmp_path / "out"), run_name="faults", backup_to="drive")
     release()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the Hub, which this process asks, once each time."""
+    from hub import Hub
+    from huggingface_hub import constants
+
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr("finetune.hub.RETRY_WAITS", ())
+        yield server

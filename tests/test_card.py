@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hub import Hub
-from huggingface_hub import constants
 from serve.serving import blocks
 from test_export import RUN
 from test_notebook import CARD
@@ -27,14 +25,6 @@ from qlora_helpers import Settings
 pytestmark = pytest.mark.slow  # it starts the Python of the other major itself
 TOKEN = "hf_" + "s3cret" * 5
 OURS = json.dumps(["trl", "datasets", "pandas", "qlora_helpers", "finetune", "matplotlib"])
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr("finetune.hub.RETRY_WAITS", ())
-        yield hub
 
 
 @pytest.fixture

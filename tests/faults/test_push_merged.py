@@ -5,8 +5,6 @@ import json
 
 import pytest
 import torch
-from hub import Hub
-from huggingface_hub import constants
 
 from finetune.access import check_merged
 from finetune.files import seal
@@ -17,14 +15,6 @@ from finetune.preflight import check_room
 from finetune.save import push_merged
 
 TOKEN = "hf_" + "s3cret" * 5
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr("finetune.hub.RETRY_WAITS", ())
-        yield hub
 
 
 @pytest.fixture
