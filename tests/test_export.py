@@ -85,7 +85,7 @@ def smollm(tmp_path_factory, defaults, smollm_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.05, generator=generator)
+                parameter.normal_(std=0.2, generator=generator)
     return cfg, model.eval()
 
 
