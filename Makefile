@@ -1,7 +1,7 @@
 # make run      the notebook from top to bottom on the embedded model and data_examples; CPU is enough
 # make test     every test, on the stack of tests/stacks/$(STACK).txt
 # make launch   the same on several GPUs
-# make lint     ruff over modules, tests and notebook
+# make lint     ruff over modules, tests and notebook, and mypy over the modules
 # Each sets up all it needs in .venv/$(STACK).
 STACK ?= newest
 PYTHON ?= python3
@@ -30,6 +30,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 $(VENV)/ready: requirements.txt tests/requirements.txt tests/stacks/$(STACK).txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: give another as PYTHON=python3.11")'

@@ -12,10 +12,11 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
+from pydantic_core import ErrorDetails
 
 
 class UserError(Exception):
@@ -65,7 +66,7 @@ NAME_IN_WORDS = (
 )
 
 
-def in_words(name: str, error: Mapping[str, Any]) -> str:
+def in_words(name: str, error: ErrorDetails) -> str:
     """What pydantic found wrong with a setting; a name's pattern in words."""
     if error["type"] not in ("string_pattern_mismatch", "string_too_long", "value_error"):
         return error["msg"].lower()
@@ -133,12 +134,14 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
         return name
 
     @classmethod
-    def from_cell(cls, cell: Mapping[str, Any]) -> Settings:
+    def from_cell(cls, cell: Mapping[str, object]) -> Settings:
         """Settings from the cell's variables; raises `UserError` that names every mistake."""
         try:
-            settings = cls(**{name: cell[name] for name in cls.model_fields if name in cell})
+            settings = cls.model_validate(
+                {name: cell[name] for name in cls.model_fields if name in cell}
+            )
         except pydantic.ValidationError as error:
-            problems = {e["loc"][0]: e for e in error.errors()}  # one a setting
+            problems = {str(e["loc"][0]): e for e in error.errors()}  # one a setting
             lines = [
                 f"{name} = {cell[name]!r}: {in_words(name, e)}"
                 if name in cell

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from finetune.base_model import cached_gb, cached_where
+from finetune.files import Record
 from finetune.hub import PUSHED_FILES, hub_api, hub_repo_id, status_of
 from qlora_helpers import EMBEDDED, NAME, Settings, is_local, local_base
 
@@ -128,7 +128,7 @@ def check_copies(settings: Settings, token: str | None) -> Line:
         return line or ("?", f"no Hub ({type(error).__name__}): copying checkpoints will be tried")
 
 
-def check_writing(user: Mapping[str, Any], repo: str) -> Line | None:
+def check_writing(user: Record, repo: str) -> Line | None:
     """What forbids this user's token to write to `repo`, as far as `whoami` tells; else None.
 
     Fields as in https://huggingface.co/docs/hub/api: `auth.accessToken.role`, `fineGrained.scoped`,
@@ -171,7 +171,7 @@ def check_repo(settings: Settings, api: HfApi, repo: str) -> Line:
     return "!", f"will push to {repo}, which exists ({now}): its files are replaced"
 
 
-def other_files(names: Any) -> str:
+def other_files(names: Iterable[str]) -> str:
     """Those of a repository's files that a push neither replaces nor needs; empty if none."""
     others = [n for n in names if not any(fnmatch(n, part) for part in PUSHED_FILES)]
     others = sorted(set(others) - {".gitattributes"})

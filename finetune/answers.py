@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from finetune.chat import is_chat
+from finetune.fields import Fields
 from finetune.machine import autocast, free_memory_size, processes
 from finetune.tokens import asked, encode_prompts, tokenize
 from qlora_helpers import END_MARKER, Settings, clean_answer, format_answer
@@ -35,7 +36,7 @@ class Answer:
 
 
 @contextlib.contextmanager
-def plainly(model: Any) -> Iterator[None]:
+def plainly(model: PreTrainedModel) -> Iterator[None]:
     """Within it `generate` knows nothing of what the base model's authors recommend.
 
     A repetition penalty, for one, bends greedy answers.
@@ -105,7 +106,7 @@ def draw_sample(
     return rows
 
 
-def first_answer(sample: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> str:
+def first_answer(sample: Sequence[Fields], answers: Sequence[Answer]) -> str:
     """The first row that was asked, what was wanted, and what came."""
     if not sample:
         return "These rows are whole texts: nothing is asked, and the loss alone will tell."
@@ -117,7 +118,7 @@ def first_answer(sample: Sequence[Mapping[str, Any]], answers: Sequence[Answer])
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Mapping[str, Any]],
+    prompts: Sequence[str | Fields],
     max_new_tokens: int,
 ) -> list[Answer]:
     """Greedy answers, in the order of `prompts`, which are texts or rows.
@@ -138,7 +139,10 @@ def generate_answers(
 
 
 def _generate(
-    model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[list[int]],
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """New ids for each prompt of one batch, padded on the left."""
     width, eos = max(map(len, batch)), tokenizer.eos_token_id

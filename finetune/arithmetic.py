@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -25,7 +26,9 @@ class LoraMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: Linear4bit, scale: float) -> Any:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, A: Tensor, B: Tensor, layer: Linear4bit, scale: float
+    ) -> Tensor:
         """`layer` holds W and b."""
         flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
         low = (flat @ A.t()).mul_(scale)
@@ -36,7 +39,7 @@ class LoraMatmul(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         """Gradients of x, A and B; the layer is frozen."""
         flat, low, A, B = ctx.saved_tensors
         g, g_x = grad.reshape(-1, grad.shape[-1]), None
@@ -57,8 +60,13 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, logits_at_once: int = 2**26
-    ) -> Any:
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logits_at_once: int = 2**26,
+    ) -> Tensor:
         """The sum, in fp32."""
         piece = max(1, min(2048, logits_at_once // len(weight)))
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
@@ -77,7 +85,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         """The gradient of `hidden`; scaled in fp32, since 1 / tokens would be rounded to bf16."""
         (saved,) = ctx.saved_tensors
         return saved.float().mul_(grad).to(saved.dtype), None, None, None, None
@@ -94,8 +102,13 @@ def dense_weight(layer: Linear4bit) -> Tensor:
 
 
 def varlen_attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
-) -> Any:
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention over rows laid end to end, none seeing another, by torch's own kernel.
 
     That needs torch 2.10 and Ampere, or newer ones (see `has_varlen`).
@@ -132,7 +145,9 @@ def varlen_options(window: int | None = None) -> dict[str, Any]:
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def varlen_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+def varlen_mask(
+    *args: object, attention_mask: Tensor | None = None, **kwargs: object
+) -> Tensor | None:
     """The mask that `varlen_attention` needs: none for rows end to end, `sdpa`'s with padding."""
     if attention_mask is None:
         return None

@@ -75,8 +75,8 @@ def find_mistakes(
         first = begin if number == 0 else []
         prompt = first + before
         masked = (0 if whole else len(prompt)) if piece.trained else end - start
-        told = {"prompt": prompt, "masked": masked, "begin": first}
-        if mistake := find_mistake(ids[start:end], labels[start:end], **told, **known):
+        one = ids[start:end], labels[start:end]
+        if mistake := find_mistake(*one, prompt=prompt, masked=masked, begin=first, **known):
             return mistake
     return "" if len(parts) == len(pieces) else "does not end each answer in EOS"
 

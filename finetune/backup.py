@@ -7,15 +7,14 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from finetune.files import SEAL, checkpoints, is_ours, new_folder, read_seal, unused
+from finetune.files import SEAL, Record, checkpoints, is_ours, new_folder, read_seal, unused
 from finetune.hub import commit_folder, ensure_repo, hub_api, hub_repo_id, with_retries
 from finetune.identity import run_of
 from finetune.machine import short
@@ -38,7 +37,7 @@ def step_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def told_in(folder: Path) -> dict[str, Any]:
+def told_in(folder: Path) -> Record:
     """A folder's `run.json`; empty if there is none."""
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -58,7 +57,7 @@ class OnDrive:
         found = [*checkpoints(self.folder), self.folder / "final_model"]
         return [path.name for path in found if (path / SEAL).is_file()]
 
-    def told(self, name: str) -> dict[str, Any]:
+    def told(self, name: str) -> Record:
         """The `run.json` of one."""
         return told_in(self.folder / name)
 
@@ -120,7 +119,7 @@ class OnHub:
         known = [name for name in found if step_of(name) >= 0 or name == "final_model"]
         return sorted(known, key=step_of, reverse=True)
 
-    def told(self, name: str) -> dict[str, Any]:
+    def told(self, name: str) -> Record:
         """The `run.json` of one."""
         with tempfile.TemporaryDirectory() as place:
             self.download(f"{name}/run.json", Path(place))
@@ -193,7 +192,7 @@ def back_up(settings: Settings, folder: Path) -> None:
         )
 
 
-def fetch_backup(settings: Settings, here: Mapping[str, Any] | None = None) -> bool:
+def fetch_backup(settings: Settings, here: Record | None = None) -> bool:
     """Bring those copies of this run that are newer than what is here; returns whether any were.
 
     `here` is the `run.json` of the newest that is here. They are checked like all others
@@ -216,7 +215,7 @@ def fetch_backup(settings: Settings, here: Mapping[str, Any] | None = None) -> b
     return bool(new)
 
 
-def newer(settings: Settings, copies: OnDrive | OnHub, here: Mapping[str, Any]) -> list[str]:
+def newer(settings: Settings, copies: OnDrive | OnHub, here: Record) -> list[str]:
     """The copies to fetch: what is not here, if the run is the same and is further on there."""
     names = copies.names()
     if here and names and run_of(copies.told(names[0])) != run_of(here):

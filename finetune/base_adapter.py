@@ -8,7 +8,6 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -97,7 +96,7 @@ def as_in_base_adapter(settings: Settings) -> Settings:
     return settings.model_copy(update=found)
 
 
-def in_order(value: Any) -> Any:
+def in_order(value: object) -> object:
     """A list of names in the order in which lists are compared; anything else as it is."""
     return sorted(value) if isinstance(value, list) else value
 

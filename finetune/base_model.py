@@ -196,7 +196,7 @@ def weights_held(model: PreTrainedModel) -> str:
     small, whole = sum(four.values()), sum(p.numel() for p in rest.values())
     share = small / (small + sum(kept.values()))
     if share < 0.5:
-        largest = max(kept, key=kept.get)
+        largest = max(kept, key=lambda name: kept[name])
         raise UserError(
             f"Only {share:.0%} of this model's layers can be held in 4 bits: {largest} and its "
             f"like are no linear layers, and take {sum(kept.values()) / 2**29:.0f} GB in 16 bits. "

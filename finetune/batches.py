@@ -18,6 +18,11 @@ from torch import Tensor
 from finetune.machine import processes
 from qlora_helpers import Settings
 
+Encoded = Mapping[
+    str, list[int]
+]  # a row: `input_ids`, and `labels` with -100 where nothing is trained
+Batch = dict[str, Any]  # what a model is called with: tensors by name, and two that are none
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -54,16 +59,16 @@ class Collator:
     def __init__(self, cut: Cut, pad: int):
         self.cut, self.pad = cut, pad
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Encoded]) -> Batch:
         """A micro-batch of rows with `input_ids` and `labels`; no row's first label is trained."""
         ids = [list(row["input_ids"]) for row in rows]
         labels = [[-100, *row["labels"][1:]] for row in rows]
         return self.end_to_end(ids, labels) if self.cut.flat else self.padded(ids, labels)
 
-    def end_to_end(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
+    def end_to_end(self, ids: list[list[int]], labels: list[list[int]]) -> Batch:
         """Flat: `position_ids` begin at 0 in each row."""
         lengths = [len(row) for row in ids]
-        batch: dict[str, Any] = {
+        batch: Batch = {
             "input_ids": torch.tensor([[*itertools.chain(*ids)]]),
             "labels": torch.tensor([[*itertools.chain(*labels)]]),
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
@@ -74,7 +79,7 @@ class Collator:
             batch |= {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
         return batch
 
-    def padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
+    def padded(self, ids: list[list[int]], labels: list[list[int]]) -> Batch:
         """Padded to the longest row, on a GPU to a multiple of 64."""
         # cuDNN plans anew for every length that it has not seen.
         step = 64 if torch.cuda.is_available() else 1
@@ -170,7 +175,7 @@ def with_void_row(data: Dataset) -> Dataset:
     return datasets.concatenate_datasets([data, void.cast(data.features)])
 
 
-def row_lengths(examples: Any) -> list[int]:
+def row_lengths(examples: Dataset) -> list[int]:
     """Tokens of each encoded row."""
     if "length" in examples.column_names:
         return list(examples["length"])
@@ -198,7 +203,7 @@ def own_lengths(batch: Mapping[str, Tensor]) -> Tensor:
     return ends.expand_as(batch["labels"])
 
 
-def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
     """A collated micro-batch, padded or flat, as up to `parts` smaller ones of whole rows."""
     if "position_ids" not in batch:
         ids, labels = (batch[name].chunk(parts) for name in ("input_ids", "labels"))

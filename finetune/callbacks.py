@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -14,17 +13,25 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from finetune.backup import back_up
-from finetune.batches import StepSampler
 from finetune.checkpoints import count_on, last_good_checkpoint, require_finite, state_hashes
 from finetune.files import (
     BEING_WRITTEN,
+    Record,
     checkpoints,
     disk_is_full,
     edit_json,
@@ -33,7 +40,7 @@ from finetune.files import (
     why_unusable,
 )
 from finetune.identity import fingerprint
-from finetune.machine import here, peak_memory, processes, random_states, versions
+from finetune.machine import RandomStates, here, peak_memory, processes, random_states, versions
 from qlora_helpers import Settings, UserError, base_name
 
 SAVE_SECONDS = 20 * 60  # an epoch on a T4 can take a night
@@ -48,7 +55,7 @@ class Dropped(BaseException):
     `randomness` are the random states of that moment.
     """
 
-    def __init__(self, randomness: Any):
+    def __init__(self, randomness: RandomStates):
         super().__init__("the unfinished step is dropped")
         self.randomness = randomness
 
@@ -62,14 +69,16 @@ class KeepSafe(TrainerCallback):
     skips that step), so there only the loss counts.
     """
 
-    def __init__(self, settings: Settings, mark: Mapping[str, Any], trainer: Any = None):
+    def __init__(self, settings: Settings, mark: Record, trainer: Trainer | None = None):
         self.settings, self.mark, self.trainer = settings, mark, trainer
         self.fp16 = trainer is not None and trainer.args.fp16
-        self.pending, self.trained, self.saved, self.cost = None, [], time.monotonic(), 0.0
-        self.asked, self.since, self.stopped, self.droppable = None, 0.0, False, False
-        self.randomness, self.group = None, None
+        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self.trained, self.saved, self.cost = list[Tensor](), time.monotonic(), 0.0
+        self.asked, self.since, self.stopped, self.droppable = 0, 0.0, False, False
+        self.randomness: RandomStates = ()
+        self.group: ProcessGroup | None = None
 
-    def ask(self, number: int, *_: Any) -> None:
+    def ask(self, number: int, *_: object) -> None:
         """What SIGINT and SIGTERM do: what is unfinished is dropped, and the state before saved.
 
         A second SIGINT stops at once. One process of several waits for the end of the step, as all
@@ -126,7 +135,12 @@ class KeepSafe(TrainerCallback):
         )
 
     def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **_: object,
     ) -> None:
         """On a GPU the answer is read a step later: waiting for it would leave the GPU idle."""
         self.droppable = False
@@ -143,7 +157,7 @@ class KeepSafe(TrainerCallback):
         if ready is None:
             self.check_gradient()
 
-    def check_gradient(self, *_: Any, **__: Any) -> None:
+    def check_gradient(self, *_: object, **__: object) -> None:
         """Stop if the last gradient that was looked at is not finite."""
         if self.pending:
             (step, finite, ready), self.pending = self.pending, None
@@ -154,13 +168,22 @@ class KeepSafe(TrainerCallback):
 
     on_train_end = check_gradient
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: object,
+    ) -> None:
         self.check_gradient()
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 self.diverged(f"{name} ({logs[name]})", state.global_step)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if state.best_model_checkpoint:  # as `finish` has written it, a name alone
             name = Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(Path(args.output_dir) / name)
@@ -169,18 +192,22 @@ class KeepSafe(TrainerCallback):
         if processes()[1] > 1:  # of CPUs, so that no GPU waits
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=6))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if state.global_step:  # before the first step training begins anew
             self.randomness = random_states()
         self.droppable = True
         self.drop_if_asked()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         inside = (state.epoch or 0) % 1 and state.global_step < state.max_steps  # else it is saved
         asked, late = self.any_of(bool(self.asked), bool(inside) and self.is_late())
         if asked:
             self.stopped = control.should_save = control.should_training_stop = True
-        elif late:
+        elif late and self.trainer:
             self.trainer.log_part()
             control.should_save = True
 
@@ -197,11 +224,20 @@ class KeepSafe(TrainerCallback):
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.group)
         return found.bool().tolist()
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if self.stopped:  # it is saved already, and evaluated by the run that goes on
             control.should_save = control.should_evaluate = False
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **_: object,
+    ) -> None:
         began = time.monotonic()
         self.check_gradient()
         PartialState().wait_for_everyone()  # each process has a random state to save
@@ -215,7 +251,7 @@ class KeepSafe(TrainerCallback):
         self.saved = time.monotonic()
         self.cost = self.saved - began
 
-    def finish(self, folder: Path, state: Any, hashes: Mapping[str, Any]) -> None:
+    def finish(self, folder: Path, state: TrainerState, hashes: Mapping[str, str]) -> None:
         """Complete and seal a checkpoint; nothing in it names a path of this machine.
 
         `hashes` are those of what training goes on from (`state_hashes`).
@@ -232,7 +268,7 @@ class KeepSafe(TrainerCallback):
         seal(folder, "checkpoint", self.settings.run_name)
         (folder / BEING_WRITTEN).unlink(missing_ok=True)
 
-    def rotate(self, newest: Path, state: Any) -> None:
+    def rotate(self, newest: Path, state: TrainerState) -> None:
         """Keep the two newest checkpoints and the best one; older ones go, if they are ours."""
         kept = {newest.name, Path(state.best_model_checkpoint or newest).name}
         for folder in checkpoints(newest.parent)[2:]:
@@ -241,7 +277,7 @@ class KeepSafe(TrainerCallback):
 
 
 @contextlib.contextmanager
-def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
+def safe_training(settings: Settings, trainer: Trainer) -> Iterator[None]:
     """Inside, checkpoints are sealed and copied, and what can stop training does so in plain words.
 
     The Stop button (SIGINT) and SIGTERM drop the unfinished step and save the state before it; a
@@ -282,54 +318,3 @@ def safe_training(settings: Settings, trainer: Any) -> Iterator[None]:
     if trainer.state.global_step > step:
         minutes = (time.monotonic() - start) / 60
         print(f"{minutes:.1f} minutes, peak memory {peak_memory():.1f} GB")
-
-
-class Epochs(TrainerCallback):
-    """Tells the sampler which epoch begins.
-
-    accelerate 1.15 does not where several processes go on inside an epoch: it skips the batches
-    before in a sampler around theirs (`DataLoaderShard.set_epoch`), so that they would be the first
-    epoch's.
-    """
-
-    def __init__(self, sampler: StepSampler):
-        self.sampler, self.per_epoch = sampler, len(sampler.steps(0))
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.sampler.set_epoch(state.global_step // self.per_epoch)
-
-
-class Speed(TrainerCallback):
-    """Adds `tokens_per_second` to what the trainer logs.
-
-    Real tokens of the steps since the last log, padding left out, over the time within epochs:
-    evaluation and saving come between them.
-    """
-
-    def __init__(self, sampler: StepSampler):
-        self.began, self.seconds, self.tokens = 0.0, 0.0, 0
-        self.sampler, self.per_epoch = sampler, len(sampler.steps(0))
-        self.sizes = functools.lru_cache(2)(self.step_sizes)
-
-    def step_sizes(self, epoch: int) -> list[int]:
-        """Tokens of each step of an epoch."""
-        lengths = self.sampler.lengths
-        return [sum(lengths[row] for row in rows) for rows in self.sampler.steps(epoch)]
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.seconds += time.perf_counter() - self.began
-
-    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        epoch, step = divmod(state.global_step - 1, self.per_epoch)
-        self.tokens += self.sizes(epoch)[step]
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
-        if "loss" in logs and self.tokens:
-            now = time.perf_counter()
-            speed = {"tokens_per_second": self.tokens / (self.seconds + now - self.began)}
-            self.began, self.seconds, self.tokens = now, 0.0, 0
-            logs.update(speed)
-            state.log_history[-1].update(speed)

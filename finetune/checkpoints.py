@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from finetune.backup import begin_copies, fetch_backup, told_in
@@ -67,7 +67,7 @@ def remembered(folder: Path, purpose: str) -> dict[str, Any]:
 
 
 @main_first
-def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
+def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
     """The folder for `trainer.train(resume_from_checkpoint=…)` to continue from, or None to begin.
 
     Prints what it decided and why. The finished run itself comes back as `final_model`. Copies in
@@ -79,11 +79,12 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
     trainer.run = hash_of_fingerprint(now)
     last = last_good_checkpoint(settings.run_dir)
     if settings.resume == "never":
-        return begin(settings, trainer.model, "resume = 'never'")
+        begin(settings, trainer.model, "resume = 'never'")
+        return None
     done = remembered(final, "adapter")
     if fetch_backup(settings, told_in(last) if last else done):
         done, last = remembered(final, "adapter"), last_good_checkpoint(settings.run_dir)
-    finished_as = as_told_now(done.get("fingerprint"), now)
+    finished_as = as_told_now(done.get("fingerprint", {}), now)
     if finished_as == now:
         trainer.run = run_of(done)
         return str(final)
@@ -94,13 +95,15 @@ def find_checkpoint(settings: Settings, trainer: Any) -> str | None:
             f"adapter stays in {final}"
         )
     if last is None:
-        return begin(settings, trainer.model, "there is no checkpoint")
+        begin(settings, trainer.model, "there is no checkpoint")
+        return None
     was = as_told_now(told_in(last)["fingerprint"], now)
     if was != now and settings.resume != "anyway":
         changed = changes(was, now)
         if was == finished_as and not trains_on(was, now):
             why = f"the finished {settings.run_name} had other data or settings"
-            return begin(settings, trainer.model, f"{why} ({'; '.join(changed)})")
+            begin(settings, trainer.model, f"{why} ({'; '.join(changed)})")
+            return None
         raise UserError(how_to_go_on(settings, last, changed, was == finished_as))
     require_same_shape(was, now, last)
     trainer.run = run_of(told_in(last))
@@ -149,7 +152,7 @@ def begin(settings: Settings, model: PreTrainedModel, why: str) -> None:
     begin_copies(settings)
 
 
-def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
+def finished(trainer: Trainer, folder: str | None) -> TrainOutput | None:
     """What `trainer.train` would have returned, if `folder` holds the run's last step; else None.
 
     The model gets the saved adapter and the trainer its log, so that all cells after training work
@@ -180,7 +183,7 @@ def finished(trainer: Any, folder: str | None) -> TrainOutput | None:
     return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
 
 
-def state_hashes(trainer: Any) -> dict[str, str]:
+def state_hashes(trainer: Trainer) -> dict[str, str]:
     """SHA-256 of all that training goes on from, as it is in memory.
 
     That is: adapter, optimizer, schedule, fp16's scaler, and this process's random states.
@@ -201,7 +204,7 @@ def state_hashes(trainer: Any) -> dict[str, str]:
     return hashes | {"processes": str(processes()[1])}
 
 
-def hash_of(values: Iterable[Any]) -> str:
+def hash_of(values: Iterable[object]) -> str:
     """SHA-256 of tensors by their bytes, and of anything else by its `repr`."""
     sha = hashlib.sha256()
     for value in values:
@@ -212,7 +215,7 @@ def hash_of(values: Iterable[Any]) -> str:
     return sha.hexdigest()
 
 
-def require_same_state(trainer: Any, checkpoint: Path) -> None:
+def require_same_state(trainer: Trainer, checkpoint: Path) -> None:
     """Raise `UserError` if what was loaded from `checkpoint` is not what was in memory at its save.
 
     What is compared is kept in the run's folder, as `resumed.json`. A state that the other machine
@@ -251,19 +254,19 @@ def lacks_evaluation(state: TrainerState) -> bool:
     return step > 0 and (over or step >= state.max_steps) and step not in evaluated
 
 
-def count_on(trainer: Any, state: TrainerState) -> None:
+def count_on(trainer: Trainer, state: TrainerState) -> None:
     """Let early stopping go on with its count so far, which the Trainer forgets."""
     for callback in early_stopping(trainer):
         callback.early_stopping_patience_counter = waited(state)
 
 
-def early_stopping(trainer: Any) -> list[EarlyStoppingCallback]:
+def early_stopping(trainer: Trainer) -> list[EarlyStoppingCallback]:
     """The trainer's early stopping, if it has any."""
     callbacks = trainer.callback_handler.callbacks if trainer else []
     return [each for each in callbacks if isinstance(each, EarlyStoppingCallback)]
 
 
-def stopped_early(trainer: Any, state: TrainerState) -> bool:
+def stopped_early(trainer: Trainer, state: TrainerState) -> bool:
     """Whether validation had not become better for as many epochs as early stopping waits."""
     stops = early_stopping(trainer)
     return any(waited(state) >= each.early_stopping_patience for each in stops)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from datasets import Dataset
@@ -13,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.batches import Collator, Cut, row_lengths
+from finetune.batches import Batch, Collator, Cut, Encoded, row_lengths
 from finetune.machine import autocast, computing_type, same_randomness
 
 
@@ -47,7 +46,7 @@ def shaken(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def jolted(model: PeftModel, rows: Sequence[Mapping[str, Any]], precision: str) -> Iterator[None]:
+def jolted(model: PeftModel, rows: Sequence[Encoded], precision: str) -> Iterator[None]:
     """Inside, the embeddings of the rows' tokens are off by as much as a rounding is at most.
 
     What that does to a result tells how far apart two equal computations may end.
@@ -99,7 +98,7 @@ def apart(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float
     return torch.stack(far).square().mean().sqrt().item()
 
 
-def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def on_device(model: nn.Module, batch: Batch) -> Batch:
     """A micro-batch with its tensors where the model is."""
     device = next(model.parameters()).device
     return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
@@ -115,7 +114,7 @@ def body(causal: PreTrainedModel) -> PreTrainedModel:
     return causal.model if causal.base_model is causal else causal.base_model
 
 
-def drops_out(model: PeftModel, rows: Sequence[Mapping[str, Any]]) -> bool:
+def drops_out(model: PeftModel, rows: Sequence[Encoded]) -> bool:
     """Whether the base model, in training, computes the same row differently each time."""
     batch = on_device(model, Collator(Cut(1, False, ""), 0)(rows))
     del batch["labels"]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from finetune.fields import checked_object, parse_json
+from finetune.fields import Fields, checked_object, parse_json
 from finetune.files import telling_if_full
 from finetune.lock import claim
 from finetune.machine import main_first
@@ -41,8 +41,8 @@ class RowReader:
 
     def __init__(self, files: Sequence[Path], rejected: Path):
         self.files, self.rejected = files, rejected
-        self.format, self.kinds, self.first = "", Counter[str](), []
-        self.unused, self.left_out, self.wrong = Counter[str](), 0, []
+        self.format, self.kinds, self.first = "", Counter[str](), list[str]()
+        self.unused, self.left_out, self.wrong = Counter[str](), 0, list[str]()
         self.digest = hashlib.sha256()
         rejected.unlink(missing_ok=True)
 
@@ -57,7 +57,7 @@ class RowReader:
                 self.digest.update(repr(row).encode())
                 yield row
 
-    def _row(self, found: Any) -> dict[str, str | None]:
+    def _row(self, found: object) -> dict[str, str | None]:
         if isinstance(found, ValueError):
             raise found
         row = read_row(parse_json(found) if isinstance(found, bytes) else checked_object(found))
@@ -70,7 +70,7 @@ class RowReader:
         self.left_out += row.left_out
         return as_columns(row.turns, row.kept)
 
-    def _reject(self, where: str, reason: str, found: Any) -> None:
+    def _reject(self, where: str, reason: str, found: object) -> None:
         text = found.decode("utf-8", "replace") if isinstance(found, bytes) else repr(found)
         text = text.strip()[:SHOWN]
         self.kinds[reason.partition(":")[0]] += 1
@@ -160,7 +160,7 @@ def read_rows(settings: Settings) -> Dataset:
     return rows
 
 
-def write_rows(rows: Iterable[dict[str, str]], file: Path) -> None:
+def write_rows(rows: Iterable[Fields], file: Path) -> None:
     """Write rows to an Arrow file, 256 at a time."""
     schema = pa.schema(COLUMNS)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

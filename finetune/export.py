@@ -10,9 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.base_model import base_place, cache_of, called, write_config
 from finetune.card import request
 from finetune.files import (
+    Record,
     edit_json,
     files_of,
     new_folder,
@@ -145,7 +144,7 @@ params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo("{file}", 1.0)]
 params.chat_template = open("chat_template.jinja", encoding="utf-8").read()"""
 
 
-def write_page(folder: Path, settings: Settings, run: Mapping[str, Any], models: dict) -> None:
+def write_page(folder: Path, settings: Settings, run: Record, models: dict) -> None:
     """Write how llama.cpp and Ollama take the files of a `gguf` folder; `models` says which."""
     parts = [f"# {settings.run_name} as GGUF\n"]
     for title, (model, adapter) in models.items():

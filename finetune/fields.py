@@ -8,8 +8,10 @@ import decimal
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+Fields = Mapping[str, Any]  # a row as its file has it: values by the names of fields
 
 LONGEST_LINE = 2**20  # bytes, about a quarter of a million tokens; what is longer is no row
 
@@ -31,7 +33,7 @@ class Doubled(dict):
     doubled: Sequence[str] = ()
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         row = Doubled(row)
@@ -76,21 +78,21 @@ def nearly_json(text: str) -> Any:
         return None
 
 
-def checked_object(row: Any) -> dict[str, Any]:
+def checked_object(row: object) -> dict[str, Any]:
     """`row` if it is an object with keys; else raises `ValueError`."""
     if not isinstance(row, dict):
         raise ValueError('not an object: each line must be {"prompt": "...", "completion": "..."}')
     return row
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Whether nothing stands in a field: null, NaN, no text, or a list or object of nothing."""
     if isinstance(value, str):
         return not value.strip() or isinstance(value, NoNumber)
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ([], {})
 
 
-def checked_text(value: Any, name: str) -> str:
+def checked_text(value: object, name: str) -> str:
     """`value` as text with something in it, numbers as they stand; else raises `ValueError`."""
     number = isinstance(value, (int, float, decimal.Decimal, datetime.date))
     if number and not isinstance(value, bool) and not is_empty(value):

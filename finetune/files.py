@@ -20,6 +20,8 @@ from typing import Any
 from finetune.machine import chain, short
 from qlora_helpers import UserError
 
+Record = dict[str, Any]  # what a JSON file of ours tells: run.json, a seal, a plan
+
 SEAL = "checksums.json"
 BEING_WRITTEN = ".being-written"  # stands in a folder until it is whole
 
@@ -39,7 +41,7 @@ NEEDED = {
 USED = {"checkpoint": ("scaler.pt",)}  # and what decides, too, where it is there
 
 
-def edit_json(path: Path, **values: Any) -> None:
+def edit_json(path: Path, **values: object) -> None:
     """Set keys of a JSON object in a file."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(saved | values, indent=2) + "\n", encoding="utf-8")

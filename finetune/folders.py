@@ -111,7 +111,8 @@ def kept_folders(settings: Settings) -> tuple[dict[str, Path], dict[str, Path]]:
     } | dict(zip(("the folder of data_files", "another folder of data_files"), data, strict=False))
     base = local_base(settings.base_model)
     inner = {"the base model's folder": base} if base else {}
-    return tuple({name: p.resolve() for name, p in kind.items()} for kind in (outer, inner))
+    outer, inner = ({n: p.resolve() for n, p in kind.items()} for kind in (outer, inner))
+    return outer, inner
 
 
 def require_mergeable(settings: Settings) -> None:

@@ -63,7 +63,7 @@ def given_to_make(flags: str) -> list[str]:
     return [word for word in given if word.partition("=")[0].rstrip(":") not in MAKES_OWN]
 
 
-def parse(arguments: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+def parse(arguments: Sequence[str], known: Mapping[str, object]) -> dict[str, Any]:
     """`NAME=value` arguments as settings: text where the cell has text, else a Python value.
 
     A later one counts. With the embedded model, what is not given of `SMALL` is added. Raises
@@ -94,7 +94,7 @@ def python_value(text: str) -> Any:
 class Streaming(NotebookClient):
     """Runs a notebook and prints what its cells print, and how far training is, as it happens."""
 
-    def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
+    def process_message(self, msg: dict, cell: nbformat.NotebookNode, cell_index: int) -> Any:
         """Print streams and the Trainer's progress bar (an HTML display that is updated)."""
         content = msg["content"]
         if msg["msg_type"] == "stream" and content["name"] == "stdout":
@@ -111,7 +111,7 @@ class Streaming(NotebookClient):
             await super()._async_cleanup_kernel()
 
 
-def execute(settings: Mapping[str, Any], folder: Path | None = None) -> nbformat.NotebookNode:
+def execute(settings: Mapping[str, object], folder: Path | None = None) -> nbformat.NotebookNode:
     """Execute the notebook with `settings`; write it and its page to `folder`, the run's if None.
 
     Raises `UserError` for settings that cannot be, `CellExecutionError` for a cell that fails; what
@@ -124,11 +124,18 @@ def execute(settings: Mapping[str, Any], folder: Path | None = None) -> nbformat
     folder.mkdir(parents=True, exist_ok=True)
     notebook = parameterize_notebook(notebook, settings)
     place = {"metadata": {"path": str(Path.cwd())}}
-    options = {"timeout": None, "kernel_name": "python3", "coalesce_streams": True}
     # At SIGINT and SIGTERM training saves a checkpoint; only then the kernel is killed.
-    options["config"] = Config({"KernelManager": {"shutdown_wait_time": 120}})
+    patient = Config({"KernelManager": {"shutdown_wait_time": 120}})
+    streaming = Streaming(
+        notebook,
+        resources=place,
+        timeout=None,
+        kernel_name="python3",
+        coalesce_streams=True,
+        config=patient,
+    )
     try:
-        Streaming(notebook, resources=place, **options).execute()
+        streaming.execute()
     finally:
         nbformat.write(notebook, folder / "notebook.ipynb")
         exporter = nbconvert.HTMLExporter(embed_images=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants
@@ -21,6 +21,8 @@ from huggingface_hub.utils import _http as http
 from finetune.files import SEAL, file_hash, files_of, read_seal
 from finetune.machine import chain, short
 from qlora_helpers import Settings, UserError
+
+T = TypeVar("T")
 
 
 def _colab_token() -> tuple[str | None, str]:
@@ -172,22 +174,23 @@ def passes(error: Exception) -> bool:
     )
 
 
-def with_retries(call: Callable[[], Any]) -> Any:
+def with_retries(call: Callable[[], T]) -> T:
     """`call()`, tried again after `RETRY_WAITS` for errors that may pass.
 
     Raises the last error, or any other at once. huggingface_hub repeats some requests by itself,
     but neither the making of a repository nor a commit.
     """
     began = time.monotonic()
-    for wait in (*RETRY_WAITS, None):
+    waits = iter(RETRY_WAITS)
+    while True:
         try:
             return call()
         except Exception as error:
+            wait = next(waits, None)
             if wait is None or not passes(error) or time.monotonic() - began > RETRY_SECONDS:
                 raise
             print(f"The Hub: {short(error)}. Trying again in {wait} s.")
         time.sleep(wait)
-    return None
 
 
 def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
@@ -243,9 +246,9 @@ def without_paths(folder: Path, keep: list[str], repo: str) -> Iterator[Path]:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 write_copy(folder / name, copy / name, repo)
         for path in [folder / SEAL, *folder.glob(f"*/{SEAL}")]:
-            name = path.relative_to(folder)
-            if path.is_file() and any(fnmatch(name.as_posix(), part) for part in keep):
-                seal_copy(path.parent, (copy / name).parent)
+            place = path.relative_to(folder)
+            if path.is_file() and any(fnmatch(place.as_posix(), part) for part in keep):
+                seal_copy(path.parent, (copy / place).parent)
         yield copy
 
 
@@ -265,7 +268,7 @@ def write_copy(source: Path, copy: Path, repo: str) -> None:
     copy.write_text(json.dumps(last_parts(said), indent=2) + "\n", encoding="utf-8")
 
 
-def last_parts(value: Any) -> Any:
+def last_parts(value: object) -> object:
     """`value` of JSON with every absolute path in it cut to its last part."""
     if isinstance(value, dict):
         return {key: last_parts(each) for key, each in value.items()}

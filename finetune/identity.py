@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
 
 from finetune.base_adapter import adapter_hash
 from finetune.base_model import weight_files
 from finetune.data import SPLIT
+from finetune.files import Record
 from finetune.machine import processes
 from finetune.tokens import ENCODER
 from qlora_helpers import Settings, UserError, base_name, local_base
@@ -43,7 +46,7 @@ SHAPE = ("base_model", "base_weights", "lora_r", "target_modules", "use_dora")
 BLOCKS, BLOCK = 256, 2**14  # of a file of weights: 4 MB, in parts of 16 kB from end to end
 
 
-def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
+def fingerprint(settings: Settings, trainer: Trainer) -> dict[str, Any]:
     """What two runs must share for one to continue the other.
 
     That is: the settings that matter, hashes of the tokens and of what training begins with, and
@@ -67,7 +70,7 @@ def fingerprint(settings: Settings, trainer: Any) -> dict[str, Any]:
     }
 
 
-def tokens_hash(data: Any) -> str:
+def tokens_hash(data: Dataset) -> str:
     """SHA-256 of the rows' tokens and labels, in their order."""
     sha = hashlib.sha256()
     for batch in data.with_format("arrow").iter(batch_size=1000):
@@ -100,7 +103,7 @@ def sampled_hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     return sha.hexdigest()
 
 
-def run_of(told: Mapping[str, Any]) -> str:
+def run_of(told: Record) -> str:
     """Which run a checkpoint or adapter is of, by its `run.json`: a hash of how that run began.
 
     Older ones don't say it: of their settings and rows then.
@@ -108,24 +111,25 @@ def run_of(told: Mapping[str, Any]) -> str:
     return told.get("run") or hash_of_fingerprint(told.get("fingerprint"))
 
 
-def hash_of_fingerprint(mark: Mapping[str, Any] | None) -> str:
+def hash_of_fingerprint(mark: Record | None) -> str:
     """A short hash of a fingerprint."""
     return hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def as_told_now(was: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any] | None:
+def as_told_now(was: Record, now: Record) -> Record:
     """An older fingerprint, with what newer releases say besides as it was then.
 
-    How rows are written and split does not matter where the same tokens come of it.
+    Empty if there was none. How rows are written and split does not matter where the same
+    tokens come of it.
     """
     if not was:
-        return None
+        return {}
     told = {"base_weights": now["base_weights"], **ADDED, **was}
     same = was.get("training rows") == now["training rows"]
     return told | {name: now[name] for name in RELEASE if same}
 
 
-def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changes(was: Record, now: Record) -> list[str]:
     """What differs between two fingerprints, in words."""
     names = [name for name in now | was if now.get(name) != was.get(name)]
     return [
@@ -136,20 +140,20 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def other_release(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def other_release(was: Record, now: Record) -> list[str]:
     """What makes a run one of a release that trains otherwise, in words; empty if nothing does."""
     told = [f"{what} ({name} {was[name]}, now {now[name]})" for name, what in RELEASE.items()
             if was.get(name) != now.get(name)]  # fmt: skip
     return told + [f"the setting {name}" for name in sorted(was.keys() ^ now.keys())]
 
 
-def trains_on(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def trains_on(was: Record, now: Record) -> bool:
     """Whether two runs differ in their length alone, and the second is the longer."""
     same = all(was.get(name) == now.get(name) for name in now | was if name not in LENGTH)
     return same and any(now[name] > was[name] for name in LENGTH)
 
 
-def require_same_shape(was: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def require_same_shape(was: Record, now: Record, folder: Path) -> None:
     """Raise `UserError` if a checkpoint's adapter has another shape, or another base model."""
     one, other = ({name: told.get(name) for name in SHAPE} for told in (was, now))
     if changed := changes(one, other):

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -36,7 +35,7 @@ from qlora_helpers import Settings
 MODULE = "finetune.launch"
 
 
-def run_cells(settings: Mapping[str, Any]) -> None:
+def run_cells(settings: Mapping[str, object]) -> None:
     """Run every code cell in this process's turn; ends the process at the first that fails."""
     # Rank 0 answers, merges and pushes while the others wait for it.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
+from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 
 from finetune.machine import main_first
@@ -111,7 +112,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
     return kept
 
 
-def tell_long(lengths: Any, long: Dataset, max_length: int) -> str:
+def tell_long(lengths: ndarray, long: Dataset, max_length: int) -> str:
     """How many rows exceed `max_length` tokens, the first ten's lines, and what would hold them."""
     lines = ", ".join(long["where"][:10]) + (" …" if len(long) > 10 else "")
     most = sorted(lengths.tolist())[math.ceil(0.99 * len(lengths)) - 1]

@@ -9,18 +9,18 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 
-from finetune.files import checkpoints, read_seal
+from finetune.files import Record, checkpoints, read_seal
 from finetune.machine import processes
 from qlora_helpers import UserError
 
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 FILE = ".in-use"  # it also marks a folder as one of this notebook's runs
 BEAT, STALE = 20, 90  # seconds between two heartbeats, and after which a holder is taken for gone
@@ -118,7 +118,7 @@ def take(folder: Path, file: IO[str]) -> None:
         raise refusal(folder, told)
 
 
-def refusal(folder: Path, told: dict[str, Any]) -> UserError:
+def refusal(folder: Path, told: Record) -> UserError:
     """What the second of two is told."""
     ago = max(0, time.time() - told.get("time", time.time()))
     return UserError(
@@ -129,7 +129,7 @@ def refusal(folder: Path, told: dict[str, Any]) -> UserError:
     )
 
 
-def read(file: IO[str]) -> dict[str, Any]:
+def read(file: IO[str]) -> Record:
     """Who holds a folder, as far as its file says."""
     file.seek(0)
     try:
@@ -139,7 +139,7 @@ def read(file: IO[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def held_by_another(told: dict[str, Any], locks: bool) -> dict[str, Any]:
+def held_by_another(told: Record, locks: bool) -> Record:
     """`told` if another machine's heartbeat is fresh, or without `locks` another process's."""
     if time.time() - told.get("time", 0) > STALE:
         return {}

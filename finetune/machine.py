@@ -17,8 +17,11 @@ import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from qlora_helpers import UserError
+
+RandomStates = tuple[Any, ...]  # of Python, NumPy, torch and a GPU, each as its library has it
 
 
 def device() -> str:
@@ -45,7 +48,7 @@ def main_first(function: Callable) -> Callable:
     """Let the first process run `function` before the others: it writes what they then find."""
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         if processes()[1] == 1:
             return function(*args, **kwargs)
         with PartialState().main_process_first():
@@ -81,7 +84,7 @@ def computing_type(precision: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
+def free_memory(namespace: dict[str, object], names: Iterable[str]) -> None:
     """Drop a previous run's objects and give their memory back, then print what this process holds.
 
     `namespace` is the notebook's `globals()`. A model stays alive as long as anything refers to it,
@@ -93,7 +96,8 @@ def free_memory(namespace: dict[str, Any], names: Iterable[str]) -> None:
         sys.__dict__.pop(name, None)
     for name in [n for n in namespace if re.fullmatch(r"_+|_i+|_\d+", n)]:
         namespace[name] = None
-    namespace.get("Out", {}).clear()
+    if isinstance(said := namespace.get("Out"), dict):
+        said.clear()
     free_cache()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -166,13 +170,13 @@ def same_randomness() -> Any:
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
-def random_states() -> tuple[Any, ...]:
+def random_states() -> RandomStates:
     """The random states of Python, NumPy, torch and this process's GPU."""
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
 
 
-def set_random_states(states: tuple[Any, ...]) -> None:
+def set_random_states(states: RandomStates) -> None:
     """Put `random_states` back."""
     python, numpy, cpu, gpu = states
     random.setstate(python)
@@ -182,7 +186,7 @@ def set_random_states(states: tuple[Any, ...]) -> None:
         torch.cuda.set_rng_state(gpu)
 
 
-def here(tensor: Any) -> Any:
+def here(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds: all of it, unless FSDP has taken it apart."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 

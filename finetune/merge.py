@@ -7,10 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes.functional
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,7 +48,7 @@ def merged_weights(
         yield name.replace(".base_layer", ""), weight
 
 
-def with_delta(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+def with_delta(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
     """A layer's base weight with its adapter added by peft (DoRA and rsLoRA too) in fp32."""
     with torch.no_grad():
         if variant := layer.lora_variant.get("default"):
@@ -63,7 +63,7 @@ def write_shards(
 
     Holds one at a time.
     """
-    files, waiting, size = [], {}, 0
+    files, waiting, size = list[list[str]](), dict[str, torch.Tensor](), 0
 
     def flush() -> None:
         save_file(waiting, folder / f"{len(files)}.part", {"format": "pt"})
@@ -106,8 +106,10 @@ def check_merge(
     told, not judged: in 16 bits a near tie may go the other way. What does not fit on the GPU is
     offloaded.
     """
-    columns = ("prompt", "completion", "turns")
-    examples = [encode_example(tokenizer, *(row.get(name) for name in columns)) for row in rows]
+    examples = [
+        encode_example(tokenizer, row["prompt"], row["completion"], row.get("turns"))
+        for row in rows
+    ]
 
     def logits(asked: PreTrainedModel) -> torch.Tensor:
         found = torch.cat([each.cpu() for each, _ in trained_logits(asked, examples)])

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from pandas import DataFrame
 from peft import PeftModel
 
 from finetune.batches import Cut, row_lengths, steps_of
+from finetune.files import Record
 from finetune.machine import is_spread, memory_limit, processes, resolve_precision, versions
 from finetune.speed import checkpointable, own_attention
 from finetune.trials import Trials
@@ -32,7 +33,7 @@ class Plan:
 
     cut: Cut
     accumulation: int
-    steps_per_epoch: int
+    steps_per_epoch: int  # the last one may be smaller
     steps: int
     warmup_steps: int
     logging_steps: int
@@ -53,6 +54,7 @@ class Plan:
         speed = f"{self.tokens_per_second:,.0f} tokens/s"
         return f"{text}\nAbout {self.seconds / 60:.1f} minutes at {speed}, peak {self.peak:.1f} GB"
 
+    # For print(plan), and where a page cannot show HTML.
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
@@ -60,6 +62,7 @@ class Plan:
             return f"<pre>{self}</pre>"
         style = DataFrame(self.table).style.hide(axis="index").hide("chosen", axis="columns")
         style = style.format(precision=1, thousands=",", na_rep="")
+        # The text is dark on the green in dark mode, too.
         mark = ["background-color: #d7f0dd; color: #111" * row["chosen"] for row in self.table]
         return f"<pre>{self}</pre>" + style.apply(lambda column: mark).to_html()
 
@@ -74,12 +77,15 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     """
     step, lengths, ranks = settings.effective_batch, row_lengths(data), processes()[1]
     per_epoch, steps = steps_of(settings, len(lengths))
+    # Every process must have as many rows of each step, or the others would wait for it for ever.
     if step % ranks:
         fits = max(n for n in range(1, ranks + 1) if step % n == 0)
         raise UserError(
             f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
             f"set batch_size × gradient_accumulation to a multiple of {ranks}."
         )
+    # Behind the end a table of positions fails with a CUDA error, and rotary ones are silently
+    # poor. Models without positions (Mamba) do not say where they end.
     ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if max(lengths) > ends:
         raise UserError(
@@ -87,6 +93,7 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
             f"which end at {ends:,} tokens. Set max_length = {ends} in section 2."
         )
     require_known(model, data)
+    # The first process measures and sends what it found: each alone would choose by its own noise.
     found = None
     if is_spread():
         found = plan_unmeasured(settings, model)
@@ -100,6 +107,7 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     return Plan(
         cut=cut,
         accumulation=step // (cut.micro_batch * ranks),
+        # `seconds` are of all rows once; a run may take parts of an epoch.
         steps_per_epoch=per_epoch,
         steps=steps,
         warmup_steps=math.ceil(steps * settings.warmup_ratio),
@@ -113,6 +121,7 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
 def require_known(model: PeftModel, data: Dataset) -> None:
     """Raise `UserError` if a row holds a token that the base model has no embedding of."""
     known, table = model.get_input_embeddings().weight.shape[0], data.with_format("arrow")
+    # On Arrow's own columns, without a Python number for every token.
     largest = max(pc.max(part["input_ids"].combine_chunks().flatten()).as_py()
                   for part in table.iter(1000))  # fmt: skip
     if largest >= known:
@@ -136,6 +145,7 @@ def at_risk(settings: Settings, seconds: float) -> str:
 
 def plan_unmeasured(settings: Settings, model: PeftModel) -> dict[str, Any]:
     """What a spread model trains by: at most `batch_size` rows at once, all layers recomputed."""
+    # All processes pass through the model together, so one alone cannot try anything out.
     share = settings.effective_batch // processes()[1]
     size = max(n for n in range(1, settings.batch_size + 1) if share % n == 0)
     cut = Cut(size, False, own_attention(model), len(checkpointable(model)))
@@ -146,21 +156,23 @@ def plan_unmeasured(settings: Settings, model: PeftModel) -> dict[str, Any]:
 
 def planned_for(settings: Settings, model: PeftModel, lengths: Sequence[int]) -> dict[str, Any]:
     """All that a plan depends on; its figures are of no use where one of these has changed."""
-    names = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb")
-    names += ("seed", "max_steps", "lora_r", "lora_dropout", "use_dora", "target_modules")
+    names = ["batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb"]
+    names += ["seed", "max_steps", "lora_r", "lora_dropout", "use_dora", "target_modules"]
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     size = [sum(p.numel() for p in model.parameters()), len(checkpointable(model))]
+    # Lists, and no tuples: they are compared with what JSON has read back.
     which = [base_name(settings.base_model), getattr(model.config, "_commit_hash", None)]
     return {name: getattr(settings, name) for name in names} | {
         "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB" if gpu else "none",
         "processes": processes()[1],
+        # Their lengths, in order: nothing else of the rows costs time or memory.
         "rows": hashlib.sha256(repr(list(lengths)).encode()).hexdigest()[:16],
         "model": [*which, resolve_precision(settings.bf16)[0], own_attention(model), *size],
         "versions": versions(),
     }
 
 
-def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, Any] | None:
+def planned_before(settings: Settings, about: Record) -> dict[str, Any] | None:
     """What an earlier plan of this run measured, if it was about the same and still fits.
 
     Says what has changed if not.
@@ -175,6 +187,7 @@ def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, An
         for name, now in about.items()
         if was.get(name) != now
     ]
+    # The same kind of GPU may have less memory free: another notebook can be on it.
     limit = memory_limit(settings.memory_limit_gb)
     if torch.cuda.is_available() and saved["peak"] > limit:
         changed.append(f"memory: {saved['peak']:.1f} GB were used then, {limit:.1f} may be now")
@@ -187,7 +200,7 @@ def planned_before(settings: Settings, about: Mapping[str, Any]) -> dict[str, An
 
 
 def measure_plan(
-    settings: Settings, model: PeftModel, data: Dataset, about: Mapping[str, Any]
+    settings: Settings, model: PeftModel, data: Dataset, about: Record
 ) -> dict[str, Any]:
     """Measure, choose, and keep what was found."""
     trials = Trials(settings, model, data)

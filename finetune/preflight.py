@@ -161,11 +161,10 @@ def check_data(settings: Settings, token: str | None) -> Iterator[Line]:
 
 def check_adapter(settings: Settings) -> Iterator[Line]:
     """Whether training can go on from `base_adapter`, if one is given."""
-    if not settings.base_adapter:
-        return
     try:
-        adapter_config(adapter_folder(settings))
-        yield "✓", f"training goes on from {settings.base_adapter}"
+        if folder := adapter_folder(settings):
+            adapter_config(folder)
+            yield "✓", f"training goes on from {settings.base_adapter}"
     except UserError as error:
         yield "✗", str(error)
 

@@ -63,7 +63,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
     with file.open("rb") as stream:
         packed = stream.read(2) == b"\x1f\x8b"
         stream.seek(0)
-        yield gzip.GzipFile(fileobj=stream) if packed else stream
+        yield gzip.GzipFile(fileobj=stream) if packed else stream  # type: ignore[misc]
 
 
 def rows_in(file: Path, name: str) -> Iterator[Source]:
@@ -107,7 +107,7 @@ def as_utf8(stream: BinaryIO, head: bytes) -> BinaryIO:
     if wide and len(head) > 1:
         try:
             stream = io.BytesIO(stream.read().decode(wide).encode())
-        except UnicodeError as error:
+        except UnicodeDecodeError as error:
             raise NotData(f"neither UTF-8 nor whole UTF-16 ({error.reason})") from None
         head = stream.getvalue()[:HEAD]
     if b"\r" in head and b"\n" not in head:
@@ -174,7 +174,7 @@ def json_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
         yield f"{name}:{key}row {number}", row
 
 
-def held_list(rows: Any) -> tuple[str, list[Any]]:
+def held_list(rows: list | dict[str, Any]) -> tuple[str, list[Any]]:
     """The rows of a file, and under which key they stand if they are an object's only list."""
     if isinstance(rows, list):
         return "", rows
@@ -229,7 +229,7 @@ def encoding_of(head: bytes) -> str:
     return "utf-8-sig"
 
 
-def table_row(names: Sequence[str], cells: Sequence[Any]) -> Any:
+def table_row(names: Sequence[str], cells: Sequence[object]) -> Any:
     """A row by its columns' names; a `ValueError` if it has more cells than the heading."""
     if len(cells) > len(names):
         return ValueError(f"too many cells: {len(cells)} under a heading of {len(names)}")

@@ -8,13 +8,13 @@ import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from IPython.display import Image
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series, concat, json_normalize
 
-from finetune.files import file_hash, telling_if_full
+from finetune.files import Record, file_hash, telling_if_full
 from finetune.readers import places_of
 from finetune.scores import score_lines, show_comparison
 from finetune.sources import find_files
@@ -101,7 +101,7 @@ def plot_curves(
     return Image(filename=str(path), width=1000)
 
 
-def mark_kept(axes: Any, steps: list[float], losses: list[float], keep_best: bool) -> None:
+def mark_kept(axes: Axes, steps: list[float], losses: list[float], keep_best: bool) -> None:
     """Write each epoch's validation loss at its point, and a ring around the one that is kept."""
     trained = [(loss, step) for step, loss in zip(steps, losses, strict=True) if step]
     for loss, step in trained:
@@ -114,10 +114,10 @@ def mark_kept(axes: Any, steps: list[float], losses: list[float], keep_best: boo
 
 def write_report(
     settings: Settings,
-    run: Mapping[str, Any],
+    run: Record,
     table: DataFrame,
     log: list[dict],
-    data: Mapping[str, Any],
+    data: Record,
 ) -> Path:
     """Write the run to its folder: `run.json`, and `report.html`, which needs no other file.
 
@@ -153,15 +153,13 @@ tbody th { width: 14em }
 """
 
 
-def report_page(
-    settings: Settings, run: Mapping[str, Any], table: DataFrame, log: list[dict]
-) -> str:
+def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dict]) -> str:
     """The report as HTML: scores, curves, answers, then all that made them.
 
     Texts from data are escaped.
     """
 
-    def lines(values: Mapping[str, Any]) -> str:
+    def lines(values: Record) -> str:
         column = Series({name: str(value) for name, value in values.items()}).to_frame()
         return column.to_html(header=False, border=0)
 

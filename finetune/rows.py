@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from finetune.fields import checked_text, is_empty
+from finetune.fields import Fields, checked_text, is_empty
 from finetune.talks import REFUSED, Turn, ordered, read_history, read_talk
 
 
@@ -43,7 +43,7 @@ SECOND = {"instruction": ("after", ("input", "context")), "question": ("before",
 MEANT = ("input", "context", "history", *SYSTEM)  # never dropped: used, or refused by name
 
 
-def question_of(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, int]:
+def question_of(row: Fields, keys: Sequence[str]) -> tuple[str, int]:
     """A pair's question with the second text that its format knows, and what of it must stay."""
     question = checked_text(row[keys[0]], repr(keys[0]))
     where, names = SECOND.get(keys[0], ("", ()))
@@ -53,9 +53,7 @@ def question_of(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, int]:
     return "\n\n".join([question, *texts]), len(question) + 2 if texts else 0
 
 
-def pair_turns(
-    row: Mapping[str, Any], keys: Sequence[str], unused: set[str]
-) -> tuple[list[Turn], int]:
+def pair_turns(row: Fields, keys: Sequence[str], unused: set[str]) -> tuple[list[Turn], int]:
     """The turns of a question and its answer, either of which may be a list, and `Row.kept`."""
     asked, answer = row[keys[0]], row[keys[1]]
     if isinstance(asked, list):
@@ -69,7 +67,7 @@ def pair_turns(
     return [*before, Turn("assistant", checked_text(answer, repr(keys[1])))], kept
 
 
-def format_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+def format_of(row: Fields) -> tuple[str, ...]:
     """The keys of the row's format; raises `ValueError` that names the nearest if it has none."""
     if worse := [key for key in row if key.startswith("rejected") and not is_empty(row[key])]:
         raise ValueError(f"preferences ({worse[0]!r}): this notebook needs one answer to a row")
@@ -82,7 +80,7 @@ def format_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     raise ValueError(f"no {missing!r}: its keys are {present}; the nearest is {'/'.join(near)}")
 
 
-def require_usable(row: Mapping[str, Any], keys: Sequence[str], used: set[str]) -> None:
+def require_usable(row: Fields, keys: Sequence[str], used: set[str]) -> None:
     """Raise `ValueError` for what must not be dropped silently: doubled keys, tools, a context."""
     if twice := [key for key in getattr(row, "doubled", ()) if key in used]:
         raise ValueError(f"the same key stands twice in the row: {twice[0]!r}")
@@ -98,7 +96,7 @@ def require_usable(row: Mapping[str, Any], keys: Sequence[str], used: set[str]) 
         )
 
 
-def read_row(row: Mapping[str, Any]) -> Row:
+def read_row(row: Fields) -> Row:
     """A row as turns; raises `ValueError` in plain words for one that cannot be trained as meant.
 
     The format is told by its keys (`ROW_FORMATS`). A `system` text is the first turn; `history`
@@ -126,12 +124,12 @@ def read_row(row: Mapping[str, Any]) -> Row:
     return Row("/".join(keys), turns, sorted(unused), left_out, kept)
 
 
-def is_plain(row: Mapping[str, Any], keys: Sequence[str]) -> bool:
+def is_plain(row: Fields, keys: Sequence[str]) -> bool:
     """Whether a pair's fields are texts: most rows are, and then nothing else has to be asked."""
     return type(row[keys[0]]) is str and type(row[keys[1]]) is str
 
 
-def with_system(row: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+def with_system(row: Fields, turns: list[Turn]) -> list[Turn]:
     """The turns behind the row's own system text, if it has one; raises `ValueError` for two."""
     there = [name for name in SYSTEM if not is_empty(row.get(name))]
     texts = [checked_text(row[name], repr(name)) for name in there]

@@ -7,15 +7,16 @@ import dataclasses
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finetune.access import base_license
 from finetune.base_adapter import HELD_OUT
@@ -23,6 +24,7 @@ from finetune.base_model import called
 from finetune.checkpoints import require_finite
 from finetune.files import (
     SEAL,
+    Record,
     edit_json,
     file_hash,
     files_of,
@@ -52,9 +54,7 @@ from finetune.tokens import as_chat
 from qlora_helpers import Settings, UserError, locate
 
 
-def manifest(
-    settings: Settings, trainer: Any, plan: Plan, result: Mapping[str, Any]
-) -> dict[str, Any]:
+def manifest(settings: Settings, trainer: Trainer, plan: Plan, result: Record) -> dict[str, Any]:
     """What is needed to say later what this adapter is: settings, data, plan, scores, versions.
 
     `fingerprint` tells a later run whether this one is the same, and `trainer_state` has its log.
@@ -77,7 +77,7 @@ def manifest(
     }
 
 
-def roles_of(data: Any) -> list[str]:
+def roles_of(data: Dataset) -> list[str]:
     """Whose turns the first training row has, but for its last answer; none of a whole text."""
     if "prompt" not in data.column_names or not data[0]["prompt"]:
         return []
@@ -129,7 +129,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     card: str,
-    run: Mapping[str, Any],
+    run: Record,
 ) -> Path | None:
     """Write adapter, tokenizer, card and manifest to `folder`; return a zip backup beside it.
 
@@ -177,13 +177,13 @@ def is_same(work: Path, folder: Path) -> bool:
     return same and runs[0].get("fingerprint") == runs[1].get("fingerprint")
 
 
-def write_texts(folder: Path, card: str, run: Mapping[str, Any]) -> None:
+def write_texts(folder: Path, card: str, run: Record) -> None:
     """Write the card and the manifest."""
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
-def complete_adapter(folder: Path, card: str, run: Mapping[str, Any]) -> None:
+def complete_adapter(folder: Path, card: str, run: Record) -> None:
     """Give a saved adapter another card and manifest: those that know how it answers."""
     with (
         telling_if_full(folder, "The adapter in it is whole."),

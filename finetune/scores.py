@@ -14,6 +14,7 @@ import numpy as np
 from pandas import DataFrame
 
 from finetune.answers import Answer
+from finetune.files import Record
 
 
 def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:
@@ -91,7 +92,7 @@ def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
     return result
 
 
-def score_lines(result: Mapping[str, Any]) -> list[dict[str, str]]:
+def score_lines(result: Record) -> list[dict[str, str]]:
     """Name, before and after of every score in `result`, as text."""
     return [
         {"score": name} | {when: format(result[when][key], form) for when in ("before", "after")}
@@ -105,7 +106,7 @@ def is_right(table: DataFrame, when: str) -> Any:
     return table[when].map(normal) == table["reference"].map(normal)
 
 
-def verdict(table: DataFrame, result: Mapping[str, Any]) -> str:
+def verdict(table: DataFrame, result: Record) -> str:
     """In words: how many answers are right, before and after, or how the loss of texts fell."""
     if not len(table):
         before, after = (result[when]["validation_loss"] for when in ("before", "after"))
@@ -116,7 +117,7 @@ def verdict(table: DataFrame, result: Mapping[str, Any]) -> str:
     return f"{right} of {len(table)} answers are exactly right (before: {before}){others}."
 
 
-def show_comparison(table: DataFrame, result: Mapping[str, Any], rows: int = 10) -> Any:
+def show_comparison(table: DataFrame, result: Record, rows: int = 10) -> Any:
     """Rows of `compare` as a styled table, those not right first, scores in its caption.
 
     Exact answers are green.

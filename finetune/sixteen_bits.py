@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.answers import generate_answers
 from finetune.base_model import base_place, cache_of, linear_4bit, placement
+from finetune.fields import Fields
 from finetune.machine import free_cache, free_memory_size, is_sharded, is_spread
 from finetune.scores import is_right
 from qlora_helpers import Settings
@@ -36,7 +38,7 @@ def on_16_bits(
     settings: Settings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sample: list[dict[str, Any]],
+    sample: Sequence[Fields],
     table: DataFrame,
 ) -> dict[str, Any]:
     """How the saved adapter answers `sample` on the base model's 16-bit weights; says it.

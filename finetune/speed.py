@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,30 +20,25 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 
 from finetune.arithmetic import (
     FrozenHeadLoss,
     LoraMatmul,
     dense_weight,
-    has_varlen,
     varlen_attention,
     varlen_mask,
 )
 from finetune.base_model import linear_4bit
-from finetune.batches import Collator, Cut, row_lengths
+from finetune.batches import Cut
 from finetune.compare import (
     Comparison,
     allowed,
-    apart,
     body,
-    drops_out,
-    jolted,
-    on_device,
     shaken,
     unnoticed,
 )
-from finetune.machine import autocast, free_cache, is_spread, short
+from finetune.machine import free_cache, is_spread, short
 
 ABSENT = object()
 
@@ -57,13 +52,14 @@ class Change:
 
     def __init__(self, model: PeftModel):
         modules = [*model.modules()]
-        configs = [getattr(module, "config", None) for module in modules]
-        configs = {id(c): c for c in configs if isinstance(c, PretrainedConfig)}
+        held = [getattr(module, "config", None) for module in modules]
+        configs = {id(c): c for c in held if isinstance(c, PretrainedConfig)}
         source = sys.modules[type(model.get_base_model()).__module__]
         self.holders = [*modules, *configs.values(), source]
         self.replaced: dict[tuple[int, str], tuple[Any, Any]] = {}
 
     def __enter__(self) -> Change:
+        # Copies of one level: it is attributes that are replaced, not what they hold.
         self.before = [dict(vars(holder)) for holder in self.holders]
         return self
 
@@ -71,12 +67,14 @@ class Change:
         for holder, before in zip(self.holders, self.before, strict=True):
             for name in before.keys() | vars(holder).keys():
                 old = before.get(name, ABSENT)
+                # train() and eval() set `training` on every module, which replaces nothing.
                 if name != "training" and vars(holder).get(name, ABSENT) is not old:
                     self.replaced[id(holder), name] = (holder, old)
         del self.before
 
     def keep(self, model: PeftModel) -> None:
         """Leave it in place, to be found by `undo(model)`."""
+        # The first change counts: what a second one replaces is ours already.
         for key, found in self.replaced.items():
             vars(model).setdefault("_replaced", {}).setdefault(key, found)
 
@@ -115,6 +113,7 @@ def undo(model: PeftModel) -> None:
     change = Change(model)
     change.replaced = vars(model).pop("_replaced", {})
     change.undo()
+    # accelerate has written the first two, if there was a trainer.
     for name in ("forward", "_original_forward", "_own_attention"):
         vars(model).pop(name, None)
 
@@ -137,6 +136,7 @@ def use_fast_kernels(model: PeftModel, data: Dataset, precision: str) -> str:
     undo(model)
     if is_spread():
         return "nothing: spread over GPUs, the model computes in its own way"
+    # A fresh adapter adds nothing (B is 0), so a wrong one would not show: it is shaken first.
     with unnoticed(model), shaken(model):
         compare = Comparison(model, data, precision)
         told = [try_out(model, compare, fuse) for fuse in (fuse_loss, fuse_lora, use_liger)]
@@ -155,6 +155,7 @@ def try_out(
         with change:
             tell = fuse(model)
         far, words = compare.distance(), tell()
+        # In this order, since a NaN is not larger than anything.
         if not far <= allowed(compare.noise):
             why = f"{far:.2g} from the model's own, where rounding is {compare.noise:.2g}"
     except Exception as error:  # whatever a model's own code makes of what it does not know
@@ -172,23 +173,30 @@ def fuse_loss(model: PeftModel) -> Callable[[], str]:
 
     The logits of a 4096-token row take 0.5 GB in fp32, and those of prompt tokens are never used.
     """
-    causal, ran = model.get_base_model(), set()
+    causal, ran = model.get_base_model(), set[int]()
     head, original = causal.get_output_embeddings(), causal.forward
     if type(head) is not nn.Linear or head.weight.requires_grad:  # 4-bit, or trained
         return str
 
     @functools.wraps(type(causal).forward)
     def forward(
-        self: Any, *args: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> Any:
+        self: PreTrainedModel,
+        *args: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: object,
+    ) -> ModelOutput:
         if labels is None:
             return original(*args, **kwargs)
         ran.add(id(self))
+        # The state at a position predicts the next token: states [rows, tokens - 1, hidden size]
+        # stand beside labels [rows, tokens - 1], and of both only the trained ones go on.
         hidden = body(self)(*args, **kwargs).last_hidden_state[:, :-1]
         trained = labels[:, 1:] != -100
         head = self.get_output_embeddings()
         targets = labels[:, 1:][trained]
         loss = FrozenHeadLoss.apply(hidden[trained], head.weight, head.bias, targets)
+        # The Trainer gives the trained tokens of the whole step; without it, this is a mean.
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / count)
 
@@ -202,22 +210,24 @@ def fuse_lora(model: PeftModel) -> Callable[[], str]:
 
     Without gradients, with the adapter off or merged, and with dropout, PEFT's own code runs.
     """
-    layers, ran = [m for m in model.modules() if isinstance(m, LoraLinear4bit)], set()
+    layers, ran = [m for m in model.modules() if isinstance(m, LoraLinear4bit)], set[int]()
     for layer in layers:
         layer.forward = functools.partial(_lora_forward, layer, layer.forward, ran)
     return lambda: f"fused LoRA in {len(ran)} of {len(layers)} layers" if ran else ""
 
 
 def _lora_forward(
-    layer: LoraLinear4bit, own: Callable, ran: set[int], x: Tensor, *args: Any, **kwargs: Any
+    layer: LoraLinear4bit, own: Callable, ran: set[int], x: Tensor, *args: Tensor, **kwargs: object
 ) -> Tensor:
     off = not torch.is_grad_enabled() or layer.disable_adapters or layer.merged
     if off or len(layer.active_adapters) != 1 or args or kwargs:
         return own(x, *args, **kwargs)
     name, compute = layer.active_adapters[0], layer.base_layer.compute_dtype
+    # With dropout A sees other inputs than W, so that the products cannot be shared.
     if type(layer.lora_dropout[name]) is not nn.Identity:
         return own(x)
     ran.add(id(layer))
+    # x [..., in], A [r, in] and B [out, r]: out is [..., out].
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     with torch.autocast(x.device.type, enabled=False):  # its types are those of its arguments
         out = LoraMatmul.apply(x.to(compute), A, B, layer.base_layer, layer.scaling[name])
@@ -230,6 +240,8 @@ def use_liger(model: PeftModel) -> Callable[[], str]:
         return str
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+    # Without an instance Liger replaces the classes of all models in the process. Its losses stay
+    # off: `fuse_loss` has the trained tokens alone.
     causal = model.get_base_model()
     _apply_liger_kernel_to_instance(causal, fused_linear_cross_entropy=False, cross_entropy=False)
     changed = sum(module._get_name().startswith("Liger") for module in causal.modules())
@@ -245,6 +257,7 @@ def keep_dense(model: PeftModel, keep: bool) -> None:
     if change := vars(model).pop("_dense", None):
         change.undo()
     if keep:
+        # Not in `_replaced`: it comes and goes with a plan's trials, while the others stay.
         with Change(model) as change:
             for layer in linear_4bit(model):
                 layer.dense = dense_weight(layer)
@@ -253,6 +266,7 @@ def keep_dense(model: PeftModel, keep: bool) -> None:
 
 
 def _dense_forward(layer: Linear4bit, x: Tensor) -> Tensor:
+    # Casts as in bitsandbytes' own forward: to the computing type, and back to that of x.
     bias = None if layer.bias is None else layer.bias.to(layer.compute_dtype)
     return nn.functional.linear(x.to(layer.compute_dtype), layer.dense, bias).to(x.dtype)
 
@@ -271,40 +285,6 @@ def attend_by(model: PeftModel, name: str) -> None:
         model.set_attn_implementation(name)
 
 
-def flat_attention(model: PeftModel, data: Dataset, precision: str) -> str:
-    """What computes attention over rows laid end to end: "varlen" or the model's own; "" if none.
-
-    It is the first under which the longest row, laid behind the shortest, gets the hidden states
-    that it has alone. Convolutions, and Bloom's distances, let it see the other row; the varlen
-    kernel knows no sinks, no caps and no dropout. Replaces the model's attention: call it within
-    `taken_back`.
-    """
-    lengths, own = row_lengths(data), own_attention(model)
-    rows = [data[lengths.index(min(lengths))], data[lengths.index(max(lengths))]]
-    alone = last_states(model, rows[1:], Cut(1, False, own), precision)
-    with jolted(model, rows, precision):
-        noise = apart([alone], [last_states(model, rows[1:], Cut(1, False, own), precision)])
-    for name in ["varlen"] * (has_varlen() and not drops_out(model, rows[:1])) + [own]:
-        with contextlib.suppress(Exception):  # a model that takes no `position_ids`
-            states = last_states(model, rows, Cut(2, True, name), precision)
-            if apart([alone], [states]) <= allowed(noise):
-                return name
-    return ""
-
-
-def last_states(
-    model: PeftModel, rows: Sequence[Mapping[str, Any]], cut: Cut, precision: str
-) -> Tensor:
-    """Hidden states of the last row, [its tokens, hidden size], computed as `cut` says."""
-    attend_by(model.eval(), cut.attention)
-    batch = on_device(model, Collator(cut, 0)(rows))
-    del batch["labels"]
-    with torch.no_grad(), autocast(precision):
-        states = body(model.get_base_model())(**batch).last_hidden_state
-    tokens = len(rows[-1]["input_ids"])
-    return (states[0, -tokens:] if cut.flat else states[-1, :tokens]).float()
-
-
 def checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The decoder layers, each of which can be recomputed on its own."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -317,6 +297,7 @@ def recompute_layers(model: PeftModel, count: int) -> None:
     """
     with reversibly(model):
         for number, layer in enumerate(checkpointable(model)):
+            # Each layer asks these two attributes, in every forward of training.
             layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
             layer.gradient_checkpointing = number < count
 
@@ -325,6 +306,7 @@ def compute_by(model: PeftModel, cut: Cut) -> None:
     """Compute as `cut` says: attention, recomputed layers, dense copy."""
     attend_by(model, cut.attention)
     recompute_layers(model, cut.recomputed_layers)
+    # All layers would be dequantised anew, so only when it changes.
     if cut.dense != ("_dense" in vars(model)):
         keep_dense(model, cut.dense)
 
@@ -337,7 +319,8 @@ def noisy(model: PeftModel, alpha: float, lengths: Tensor) -> Iterator[None]:
     takes the batch's, which gives rows laid end to end too little.
     """
 
-    def add(_: Any, __: Any, output: Tensor) -> Tensor:
+    def add(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        # output [rows, tokens, width], lengths [rows, tokens]: one bound a token.
         most = (alpha / (lengths[..., None] * output.shape[-1]).sqrt()).to(output.dtype)
         return output + (2 * torch.rand_like(output) - 1) * most
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from finetune.fields import JSON, checked_text, is_empty
+from finetune.fields import JSON, Doubled, Fields, checked_text, is_empty
 
 
 class Turn(NamedTuple):
@@ -42,7 +41,7 @@ MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 USED = {"role", "from", "content", "value", *MARKS}
 
 
-def parts_as_text(value: Any) -> Any:
+def parts_as_text(value: object) -> object:
     """A turn's content that is a list of text parts, as one text; anything else as it is."""
     if not isinstance(value, list) or not value:
         return value
@@ -56,7 +55,7 @@ def parts_as_text(value: Any) -> Any:
     return "".join(texts)
 
 
-def read_turn(turn: Any, unused: set[str], key: str) -> Turn | None:
+def read_turn(turn: object, unused: set[str], key: str) -> Turn | None:
     """One turn of `key`'s list; None for an empty system text. Raises `ValueError`."""
     turn = checked_turn(turn)
     said = next((turn[name] for name in ("role", "from") if turn.get(name)), None)
@@ -74,16 +73,16 @@ def read_turn(turn: Any, unused: set[str], key: str) -> Turn | None:
     return Turn(role, checked_text(content, "a turn's 'content'"), is_trained(turn, role))
 
 
-def checked_turn(turn: Any) -> dict[str, Any]:
+def checked_turn(turn: object) -> dict[str, Any]:
     """`turn` if it is an object whose used keys stand once; else raises `ValueError`."""
     if not isinstance(turn, dict):
         raise ValueError("a turn is no object with 'role' and 'content'")
-    if getattr(turn, "doubled", ()):
+    if isinstance(turn, Doubled):
         raise ValueError(f"the same key stands twice in a turn: {turn.doubled[0]!r}")
     return turn
 
 
-def is_trained(turn: Mapping[str, Any], role: str) -> bool:
+def is_trained(turn: Fields, role: str) -> bool:
     """Whether a turn is to be learned, by its own mark; raises `ValueError` for an unclear one."""
     for name in MARKS:
         value = turn.get(name)
@@ -98,7 +97,7 @@ def is_trained(turn: Mapping[str, Any], role: str) -> bool:
     return True
 
 
-def read_talk(talk: Any, key: str, unused: set[str]) -> list[Turn]:
+def read_talk(talk: object, key: str, unused: set[str]) -> list[Turn]:
     """The turns of a conversation; raises `ValueError` with the reason."""
     if isinstance(talk, str) and talk.lstrip().startswith("["):  # a table's cell
         try:
@@ -134,7 +133,7 @@ def ordered(turns: list[Turn]) -> tuple[list[Turn], int]:
     return joined, len(turns) - end
 
 
-def read_history(history: Any, unused: set[str]) -> list[Turn]:
+def read_history(history: object, unused: set[str]) -> list[Turn]:
     """Earlier turns: pairs of question and answer (LLaMA-Factory's Alpaca), or turns."""
     if isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history):
         roles = ("user", "assistant")

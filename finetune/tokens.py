@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,6 +18,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from finetune.chat import encode_asked, encode_talks, find_refused, is_chat, write
+from finetune.fields import Fields
 from finetune.machine import main_first
 from qlora_helpers import UserError, format_answer, format_prompt, format_turns, listed
 
@@ -81,13 +82,13 @@ def pieces_of(prompt: str, completion: str, turns: str | None = None) -> list[Pi
     return [Piece(format_prompt(prompt), format_answer(completion))]
 
 
-def asked(row: Mapping[str, Any]) -> str | list[tuple[str, str]]:
+def asked(row: Fields) -> str | list[tuple[str, str]]:
     """What a row asks last: its prompt, or the turns (role, text) before its last answer."""
     turns = row.get("turns")
     return [(role, text) for role, text, _ in json.loads(turns)[:-1]] if turns else row["prompt"]
 
 
-def as_chat(row: Mapping[str, Any]) -> list[dict[str, str]]:
+def as_chat(row: Fields) -> list[dict[str, str]]:
     """What a row asks, as messages; of a whole text its first words."""
     turns = asked(row) or " ".join(row["completion"].split()[:12])
     talk = [("user", turns)] if isinstance(turns, str) else turns
@@ -101,7 +102,7 @@ def talk_of(prompt: str, completion: str, turns: str | None = None) -> list[Sequ
     return [("user", prompt, True), ("assistant", completion, True)] if prompt else []
 
 
-def training_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+def training_text(row: Fields, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """The text that is trained of a row, with EOS between answers shown.
 
     With a `tokenizer` that writes by the base model's chat template, what that writes.
@@ -243,10 +244,16 @@ def encode_rows(
 
     size = rows.data.nbytes / max(1, rows.data.num_rows)  # bytes a row, on average
     at_once = int(min(1000, max(1, 16 * CHARACTERS // max(1, size))))
-    options = {"batched": True, "batch_size": at_once, "writer_batch_size": at_once}
-    options |= {"new_fingerprint": key, "desc": "Encoding"}
-    options["num_proc"] = workers(len(rows))
-    return rows.with_format("arrow").map(encode_parts, **options).with_format(None)
+    encoded = rows.with_format("arrow").map(
+        encode_parts,
+        batched=True,
+        batch_size=at_once,
+        writer_batch_size=at_once,
+        num_proc=workers(len(rows)),
+        new_fingerprint=key,
+        desc="Encoding",
+    )
+    return encoded.with_format(None)
 
 
 def require_written(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:

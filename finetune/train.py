@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from finetune.answers import validation_loss
 from finetune.batches import (
+    Batch,
     Collator,
     StepSampler,
     own_lengths,
@@ -27,10 +29,11 @@ from finetune.batches import (
     split_batch,
     with_void_row,
 )
-from finetune.callbacks import Dropped, Epochs, Speed
+from finetune.callbacks import Dropped
 from finetune.checkpoints import require_same_state
 from finetune.files import BEING_WRITTEN, why_unusable
 from finetune.machine import free_cache, processes, set_random_states
+from finetune.pace import Epochs, Speed
 from finetune.plan import Plan
 from finetune.speed import compute_by, keep_dense, noisy
 from qlora_helpers import UserError
@@ -59,12 +62,12 @@ class PlannedTrainer(trl.SFTTrainer):
         plan: Plan,
         processing_class: PreTrainedTokenizerBase,
         train_dataset: Dataset,
-        **kwargs: Any,
+        **kwargs: object,
     ):
         step = plan.cut.micro_batch * plan.accumulation * processes()[1]
         self.sampler = StepSampler(row_lengths(train_dataset), step, args.seed, plan.cut)
         rows = train_dataset.select_columns(["input_ids", "labels"])
-        self.parts, self.trained, self.steps, self.run = 1, [], plan.steps, ""
+        self.parts, self.trained, self.steps, self.run = 1, list[nn.Parameter](), plan.steps, ""
         self.evaluating = contextlib.nullcontext  # `safe_training` gives another
         self.noise, args.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None
         weights = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
@@ -87,7 +90,7 @@ class PlannedTrainer(trl.SFTTrainer):
         # First, so that TensorBoard sees the number.
         self.callback_handler.callbacks[:0] = [Epochs(self.sampler), Speed(self.sampler)]
 
-    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: object) -> TrainOutput:
         """By this plan's micro-batch: transformers 4.57 goes on by the checkpoint's."""
         try:
             return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
@@ -109,18 +112,18 @@ class PlannedTrainer(trl.SFTTrainer):
         """Where the state after the last whole step is saved."""
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
-    def _get_train_sampler(self, *_: Any) -> StepSampler:
+    def _get_train_sampler(self, *_: object) -> StepSampler:
         return self.sampler
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
+    def create_model_card(self, *_: object, **__: object) -> None:
         """None of TRL's in the run's folder, which would say something else about the model."""
 
-    def floating_point_ops(self, inputs: Any) -> float:
+    def floating_point_ops(self, inputs: Batch) -> float:
         """Counting walks over all modules in every micro-batch, and nothing uses it."""
         return 0.0
 
     def training_step(
-        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Gradients of a micro-batch, in parts once memory has run out; returns its loss.
 
@@ -137,7 +140,7 @@ class PlannedTrainer(trl.SFTTrainer):
         return sum(self.part(model, piece, num_items_in_batch, parts) for piece in pieces)
 
     def evaluation_loop(
-        self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any
+        self, dataloader: DataLoader, *_: object, metric_key_prefix: str = "eval", **__: object
     ) -> EvalLoopOutput:
         """The loss over all trained tokens of the held-out rows, whatever the plan.
 
@@ -153,7 +156,7 @@ class PlannedTrainer(trl.SFTTrainer):
         ranks = 1 if self.is_fsdp_enabled else processes()[1]
         return validation_loss(self.model, rows, ranks)
 
-    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def _evaluate(self, trial: object, *args: object, **kwargs: object) -> dict[str, float]:
         """The Trainer's; at the start of a resumed run it is of the epoch that ended there."""
         metrics = super()._evaluate(trial, *args, **kwargs)
         made_up = kwargs.get("skip_scheduler") and self.state.global_step
@@ -171,7 +174,7 @@ class PlannedTrainer(trl.SFTTrainer):
         self.control.should_log = due  # the step's own loss comes after this
         print(f"Step {self.state.global_step:,}: validation loss {loss:.3f} ({len(rows)} rows)")
 
-    def part(self, model: nn.Module, inputs: Mapping[str, Any], count: Any, parts: int) -> Tensor:
+    def part(self, model: nn.Module, inputs: Batch, count: Tensor | None, parts: int) -> Tensor:
         """Gradients of one of `parts`; if memory runs out, they are taken back and halves come.
 
         The loss is divided by the trained tokens of the whole step, so halves add up to the same
@@ -198,24 +201,24 @@ class PlannedTrainer(trl.SFTTrainer):
             )
         return sum(self.part(model, half, count, 2 * parts) for half in halves)
 
-    def passes(self, model: nn.Module, inputs: Mapping[str, Any], count: Any) -> Tensor:
+    def passes(self, model: nn.Module, inputs: Batch, count: Tensor | None) -> Tensor:
         """One forward and backward pass; returns the loss."""
         inputs = self._prepare_inputs(inputs)
-        noise = contextlib.nullcontext()
-        if self.noise:
-            noise = noisy(self.model, self.noise, own_lengths(inputs))
-        with noise, self.compute_loss_context_manager():
+        with contextlib.ExitStack() as stack:
+            if self.noise:
+                stack.enter_context(noisy(self.model, self.noise, own_lengths(inputs)))
+            stack.enter_context(self.compute_loss_context_manager())
             loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self.is_fsdp_enabled:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
         """The Trainer's, in a folder that says, until it is sealed, that it is being written."""
         if self.args.should_save:
             folder = self.checkpoint_folder()
@@ -232,7 +235,9 @@ class PlannedTrainer(trl.SFTTrainer):
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state_dict=weights)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         if not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -252,7 +257,7 @@ class PlannedTrainer(trl.SFTTrainer):
 
     def follow_settings(self) -> None:
         """Go on by today's `learning_rate`: the Trainer restores the checkpoint's."""
-        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule: LambdaLR = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         rates = [self.args.learning_rate] * len(schedule.base_lrs)
         now = [
             f(schedule.last_epoch) * rate

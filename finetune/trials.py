@@ -13,10 +13,20 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 
+from finetune.arithmetic import has_varlen
 from finetune.base_model import linear_4bit
-from finetune.batches import Collator, Cut, StepSampler, row_lengths, steps_of, with_void_row
-from finetune.compare import on_device, unnoticed
+from finetune.batches import (
+    Collator,
+    Cut,
+    Encoded,
+    StepSampler,
+    row_lengths,
+    steps_of,
+    with_void_row,
+)
+from finetune.compare import allowed, apart, body, drops_out, jolted, on_device, unnoticed
 from finetune.machine import (
     autocast,
     free_cache,
@@ -26,8 +36,40 @@ from finetune.machine import (
     processes,
     resolve_precision,
 )
-from finetune.speed import checkpointable, compute_by, flat_attention, own_attention, taken_back
+from finetune.speed import attend_by, checkpointable, compute_by, own_attention, taken_back
 from qlora_helpers import Settings, UserError
+
+
+def flat_attention(model: PeftModel, data: Dataset, precision: str) -> str:
+    """What computes attention over rows laid end to end: "varlen" or the model's own; "" if none.
+
+    It is the first under which the longest row, laid behind the shortest, gets the hidden states
+    that it has alone. Convolutions, and Bloom's distances, let it see the other row; the varlen
+    kernel knows no sinks, no caps and no dropout. Replaces the model's attention: call it within
+    `taken_back`.
+    """
+    lengths, own = row_lengths(data), own_attention(model)
+    rows = [data[lengths.index(min(lengths))], data[lengths.index(max(lengths))]]
+    alone = last_states(model, rows[1:], Cut(1, False, own), precision)
+    with jolted(model, rows, precision):
+        noise = apart([alone], [last_states(model, rows[1:], Cut(1, False, own), precision)])
+    for name in ["varlen"] * (has_varlen() and not drops_out(model, rows[:1])) + [own]:
+        with contextlib.suppress(Exception):  # a model that takes no `position_ids`
+            states = last_states(model, rows, Cut(2, True, name), precision)
+            if apart([alone], [states]) <= allowed(noise):
+                return name
+    return ""
+
+
+def last_states(model: PeftModel, rows: Sequence[Encoded], cut: Cut, precision: str) -> Tensor:
+    """Hidden states of the last row, [its tokens, hidden size], computed as `cut` says."""
+    attend_by(model.eval(), cut.attention)
+    batch = on_device(model, Collator(cut, 0)(rows))
+    del batch["labels"]
+    with torch.no_grad(), autocast(precision):
+        states = body(model.get_base_model())(**batch).last_hidden_state
+    tokens = len(rows[-1]["input_ids"])
+    return (states[0, -tokens:] if cut.flat else states[-1, :tokens]).float()
 
 
 @dataclasses.dataclass
@@ -206,7 +248,7 @@ class Trials:
         compute_by(self.model.train(), cut)
         batch = on_device(self.model, Collator(cut, 0)([self.data[row] for row in rows]))
         self.model.zero_grad(set_to_none=False)
-        before, seconds = torch.cuda.memory_allocated() / 2**30, []  # 0 without a GPU
+        before, seconds = torch.cuda.memory_allocated() / 2**30, list[float]()  # 0 without a GPU
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         while len(seconds) <= self.gpu or (self.gpu and len(seconds) < 5 and sum(seconds) < 1):

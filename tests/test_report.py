@@ -24,7 +24,7 @@ from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by bein
 
 from finetune.answers import Answer, validation_loss
 from finetune.batches import Cut, StepSampler
-from finetune.callbacks import Speed
+from finetune.pace import Speed
 from finetune.plan import Plan
 from finetune.report import (
     compare_runs,
@@ -276,9 +276,7 @@ def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epo
         StepSampler([10, 20, 30, 40, 50], 2, 0, PLAN.cut),
         iter(range(0, 1000, 2)),
     )
-    monkeypatch.setattr(
-        "finetune.callbacks.time", SimpleNamespace(perf_counter=lambda: next(clock))
-    )
+    monkeypatch.setattr("finetune.pace.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     speed, found = Speed(sampler), []
     for epoch in range(2):
         speed.on_epoch_begin()
@@ -305,9 +303,7 @@ def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epo
 
 def test_an_evaluation_between_two_logs_takes_no_steps_from_the_next(monkeypatch):
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(
-        "finetune.callbacks.time", SimpleNamespace(perf_counter=lambda: next(clock))
-    )
+    monkeypatch.setattr("finetune.pace.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     speed = Speed(StepSampler([10, 20, 30, 40], 2, 0, PLAN.cut))
     speed.on_epoch_begin()
     for step, logs in ((1, {"eval_loss": 1.0}), (2, {"loss": 1.0})):

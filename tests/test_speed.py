@@ -36,7 +36,6 @@ from finetune.speed import (
     bare,
     checkpointable,
     compute_by,
-    flat_attention,
     keep_dense,
     own_attention,
     recompute_layers,
@@ -47,6 +46,7 @@ from finetune.speed import (
 )
 from finetune.tokens import encode_rows
 from finetune.train import PlannedTrainer, hold_in_fp32
+from finetune.trials import flat_attention
 
 
 def fast(model, data=None):
@@ -508,7 +508,7 @@ def varlen_by_hand(
 @pytest.fixture
 def by_hand(monkeypatch):
     """The kernel's stand-in, where a GPU would have the kernel."""
-    monkeypatch.setattr("finetune.speed.has_varlen", lambda: True)
+    monkeypatch.setattr("finetune.trials.has_varlen", lambda: True)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     varlen_options.cache_clear()
     yield

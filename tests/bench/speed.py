@@ -4,6 +4,7 @@ installed, this project.
     python tests/bench/speed.py      # makes a model of Mistral-7B's shape with random weights
     python tests/bench/speed.py --memory-limit-gb 22 --data long --only plain ours
     python tests/bench/speed.py --only ours --gpus 1 2  # growth with GPUs; `--only fsdp`: spread
+    python tests/bench/speed.py --targets all-linear --only unsloth-flash ours
 
 Every way trains the same rows on the same card in one run, each in a process of its own, with the
 recipe's LoRA and 16 examples a step: two epochs to warm up, one timed. Rows are 4096 tokens long,
@@ -31,11 +32,16 @@ WAYS = {
     "trl": "TRL as it comes, batch 4",
     "unsloth": "Unsloth, its defaults, batch 4",
     "unsloth-best": "Unsloth, batch 16, no recomputation where it fits",
+    "unsloth-flash": "Unsloth, the same, with FlashAttention 2",  # see flash.py
     "ours": "this project",
     "ours-frozen": "this project, each epoch in the same order",
     "fsdp": "this project, base model spread by FSDP, all layers recomputed",
 }
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "all-linear": [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
+}
+N_LORA = {"attention": 27.3e6, "all-linear": 83.9e6}  # weights of the adapters of rank 32
 
 
 def lognormal(chance: random.Random, median: int, sigma: float) -> int:
@@ -148,17 +154,17 @@ def recipe(**changes):
     return trl.SFTConfig(**(fixed | changes))
 
 
-def lora(model):
+def lora(model, targets: str = "attention"):
     """The recipe's adapter."""
     import peft
 
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS
+        task_type="CAUSAL_LM", r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS[targets]
     )
     return peft.get_peft_model(model, config)
 
 
-def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
+def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch, targets="attention"):
     """The trainer of one way, and what its plan says."""
     import peft
     import trl
@@ -173,11 +179,11 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": True},
         )
-        return trl.SFTTrainer(lora(model), args, **common), {}
+        return trl.SFTTrainer(lora(model, targets), args, **common), {}
     if way == "trl":
-        return trl.SFTTrainer(lora(base_model(path)), recipe(), **common), {}
+        return trl.SFTTrainer(lora(base_model(path), targets), recipe(), **common), {}
     if way.startswith("unsloth"):
-        return unsloth_trainer(way, path, common)
+        return unsloth_trainer(way, path, common, targets)
     from finetune.batches import StepSampler
     from finetune.plan import make_plan
     from finetune.speed import use_fast_kernels
@@ -187,7 +193,7 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch):
     if way == "ours-frozen":
         StepSampler.set_epoch = lambda self, epoch: None
     cfg = Settings(**settings(path, limit))
-    model = lora(base_model(path))
+    model = lora(base_model(path), targets)
     start = time.perf_counter()
     used = use_fast_kernels(model, data, "bf16")
     print(f"compared in {time.perf_counter() - start:.0f} s; {used}", file=sys.stderr)
@@ -221,7 +227,7 @@ def settings(path: str, limit: float) -> dict:
     }
 
 
-def unsloth_trainer(way: str, path: str, common: dict):
+def unsloth_trainer(way: str, path: str, common: dict, targets: str):
     """Unsloth's model and trainer; its best is a batch of 16 and recomputation only where memory
     asks for it.
     """
@@ -229,16 +235,21 @@ def unsloth_trainer(way: str, path: str, common: dict):
 
     import trl  # isort: skip
 
+    if way == "unsloth-flash":
+        from flash import give_to_unsloth
+
+        give_to_unsloth()
+
     common[
         "train_dataset"
     ]._unsloth_truncated_to = 4096  # so that it keeps its padding-free batches
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         path, max_seq_length=4096, load_in_4bit=True
     )
-    best = way == "unsloth-best"
+    best = way != "unsloth"
     skip = {"checkpoint_skip_layers": "auto"} if best else {}
     model = unsloth.FastLanguageModel.get_peft_model(
-        model, r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS, **skip
+        model, r=32, lora_alpha=64, lora_dropout=0, target_modules=TARGETS[targets], **skip
     )
     batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1} if best else {}
     return trl.SFTTrainer(model, recipe(optim="adamw_8bit", **batch), **common), {
@@ -246,7 +257,7 @@ def unsloth_trainer(way: str, path: str, common: dict):
     }
 
 
-def measure(way: str, kind: str, path: str, limit: float) -> dict:
+def measure(way: str, kind: str, path: str, limit: float, targets: str) -> dict:
     """Train two epochs one way; figures of the second."""
     if way.startswith("unsloth"):
         import unsloth  # noqa: F401  it wants to be imported first
@@ -266,7 +277,7 @@ def measure(way: str, kind: str, path: str, limit: float) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.eos_token
     data, watch = rows(kind), clock()
-    trainer, notes = trainer_for(way, path, data, tokenizer, limit, watch)
+    trainer, notes = trainer_for(way, path, data, tokenizer, limit, watch, targets)
     trainer.train()
     peaks = [torch.cuda.max_memory_allocated() / 2**30]
     if ranks > 1:
@@ -277,6 +288,7 @@ def measure(way: str, kind: str, path: str, limit: float) -> dict:
         "way": way,
         "data": kind,
         "limit_gb": limit,
+        "targets": targets,
         "tokens_per_second": sum(lengths(kind)) / seconds,
         "step_seconds": seconds / steps,
         "peak_gb": max(peaks),
@@ -310,16 +322,16 @@ def rates() -> tuple[float, float]:
     return 2 * 8192**3 / seconds(lambda: a @ a), 8 * b.numel() / seconds(lambda: b.copy_(c))
 
 
-def ceiling(kind: str, rate: float, bandwidth: float) -> float:
+def ceiling(kind: str, rate: float, bandwidth: float, targets: str = "attention") -> float:
     """Tokens/s that the arithmetic allows without recomputation: matrix products, and dequantising
     twice a step.
 
-    Per token `4 N + 6 N_lora + 3.5 A + 6 head` FLOP, with N = 6.979e9, N_lora = 27.3e6, head =
+    Per token `4 N + 6 N_lora + 3.5 A + 6 head` FLOP, with N = 6.979e9, N_lora by `N_LORA`, head =
     134e6 and `A = 2 layers hidden (Σl² / Σl)`; 2.52 bytes × N for each dequantising pass.
     """
     sizes = lengths(kind)
     attention = 2 * 32 * 4096 * sum(n * n for n in sizes) / sum(sizes)
-    flop = 4 * 6.979e9 + 6 * 27.3e6 + 3.5 * attention + 6 * 134e6
+    flop = 4 * 6.979e9 + 6 * N_LORA[targets] + 3.5 * attention + 6 * 134e6
     tokens = 16 * sum(sizes) / len(sizes)
     return 1 / (flop / rate + 2 * 2.52 * 6.979e9 / bandwidth / tokens)
 
@@ -333,6 +345,7 @@ def table(results: list[dict], ceilings: dict[str, float]) -> str:
     for r in results:
         limit = f", {r['limit_gb']:g} GB" if r["limit_gb"] else ""
         limit += f", {r['gpus']} GPUs" if r["gpus"] > 1 else ""
+        limit += ", all-linear" if r["targets"] == "all-linear" else ""
         head = f"| {r['data']}{limit} | {WAYS[r['way']]} "
         if "error" in r:
             lines.append(head + f"| {r['error']} | | | | |")
@@ -369,7 +382,7 @@ def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
         ]
         command += ["--mixed_precision=no", "--dynamo_backend=no"]
     command += [__file__, "--one", way, kind, "--model", options.model]
-    command += ["--memory-limit-gb", str(options.memory_limit_gb)]
+    command += ["--memory-limit-gb", str(options.memory_limit_gb), "--targets", options.targets]
     environment = dict(os.environ)
     if gpus == 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
@@ -402,6 +415,7 @@ def in_a_process(way: str, kind: str, gpus: int, options) -> dict:
         "data": kind,
         "limit_gb": options.memory_limit_gb,
         "gpus": gpus,
+        "targets": options.targets,
         "error": reason,
     }
 
@@ -425,6 +439,7 @@ def main() -> None:
         default=[way for way in WAYS if way not in ("fsdp", "ours-frozen")],
     )
     parser.add_argument("--out", type=Path, default=Path("content/bench/speed.json"))
+    parser.add_argument("--targets", choices=list(TARGETS), default="attention")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument(
         "--unsloth-path", help="a folder of packages for Unsloth alone, which wants other versions"
@@ -432,7 +447,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        found = measure(*options.one, options.model, options.memory_limit_gb)
+        found = measure(*options.one, options.model, options.memory_limit_gb, options.targets)
         print(json.dumps(found) if os.environ.get("RANK", "0") == "0" else "", flush=True)
         return
     if not (Path(options.model) / "config.json").exists():
@@ -441,7 +456,7 @@ def main() -> None:
         make_model(Path(options.model), None)
     rate, bandwidth = rates()
     free_cache()  # for the processes that follow
-    ceilings = {kind: ceiling(kind, rate, bandwidth) for kind in KINDS}
+    ceilings = {kind: ceiling(kind, rate, bandwidth, options.targets) for kind in KINDS}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for kind, way, gpus in itertools.product(options.data, options.only, options.gpus):
