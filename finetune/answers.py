@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -22,7 +21,7 @@ from transformers import (
 
 from finetune.chat import is_chat
 from finetune.fields import Fields
-from finetune.machine import autocast, free_memory_size, processes
+from finetune.machine import autocast, free_memory_size, processes, progress
 from finetune.tokens import asked, encode_prompts, tokenize
 from qlora_helpers import END_MARKER, Settings, clean_answer, format_answer
 
@@ -132,7 +131,7 @@ def generate_answers(
     answers: dict[int, Answer] = {}
     with evaluating(model), plainly(model):
         cut = batches([len(row) + max_new_tokens for row in ids], cache_tokens(model))
-        for chosen in tqdm(cut, desc="Answering", leave=False):
+        for chosen in progress(cut, "Answering"):
             new = _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens)
             answers |= {i: read_answer(tokenizer, out) for i, out in zip(chosen, new, strict=True)}
     return [answers[i] for i in range(len(ids))]
@@ -229,7 +228,8 @@ def validation_loss(
     kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     sums = torch.zeros(2, dtype=torch.float64)
     with autocast(kinds.get(model.dtype, "fp32")):
-        for logits, ids in trained_logits(model, share, evaluation_tokens(model)):
+        found = trained_logits(model, share, evaluation_tokens(model))
+        for logits, ids in progress(found, "Validation loss", " rows"):
             loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
             sums += torch.tensor([loss.item(), len(ids)])
     if ranks > 1:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from finetune.fields import Fields, checked_object, parse_json
 from finetune.files import telling_if_full
 from finetune.lock import claim
-from finetune.machine import main_first
+from finetune.machine import main_first, progress
 from finetune.notes import data_notes, row_hashes
 from finetune.readers import sources
 from finetune.rows import ROW_FORMATS, read_row
@@ -164,7 +164,7 @@ def write_rows(rows: Iterable[Fields], file: Path) -> None:
     """Write rows to an Arrow file, 256 at a time."""
     schema = pa.schema(COLUMNS)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        rows = iter(rows)
+        rows = iter(progress(rows, "Reading", " rows"))
         while batch := list(itertools.islice(rows, 256)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 

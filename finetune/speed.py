@@ -38,7 +38,7 @@ from finetune.compare import (
     shaken,
     unnoticed,
 )
-from finetune.machine import free_cache, is_spread, short
+from finetune.machine import free_cache, is_spread, progress, short
 
 ABSENT = object()
 
@@ -137,9 +137,10 @@ def use_fast_kernels(model: PeftModel, data: Dataset, precision: str) -> str:
     if is_spread():
         return "nothing: spread over GPUs, the model computes in its own way"
     # A fresh adapter adds nothing (B is 0), so a wrong one would not show: it is shaken first.
+    ways = progress((fuse_loss, fuse_lora, use_liger), "Comparing kernels", " kinds")
     with unnoticed(model), shaken(model):
         compare = Comparison(model, data, precision)
-        told = [try_out(model, compare, fuse) for fuse in (fuse_loss, fuse_lora, use_liger)]
+        told = [try_out(model, compare, fuse) for fuse in ways]
     return "; ".join(filter(None, told)) or "nothing"
 
 

@@ -34,6 +34,7 @@ from finetune.machine import (
     memory_limit,
     peak_memory,
     processes,
+    progress,
     resolve_precision,
 )
 from finetune.speed import attend_by, checkpointable, compute_by, own_attention, taken_back
@@ -151,7 +152,7 @@ class Trials:
     def climb(self, cuts: Iterable[Cut]) -> None:
         """Measure cuts until one is slower or recomputes more than the last, or time is up."""
         last, again = math.inf, self.layers
-        for cut in cuts:
+        for cut in progress(cuts, "Trying ways to do a step", " ways"):
             if self.fitting() and time.monotonic() > self.deadline:
                 return
             trial = self.measure(cut, again)

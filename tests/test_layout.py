@@ -199,6 +199,7 @@ for was, now in zip(before, state()):
 """
 
 
+@pytest.mark.slow
 def test_importing_the_rooms_changes_nothing():
     rooms = ["qlora_helpers", *(f"finetune.{room}" for room in order(ROOT))]
     command = [sys.executable, "-c", UNCHANGED, *rooms]

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import weakref
+from pathlib import Path
 
 import datasets
 import pytest
@@ -18,13 +19,18 @@ from computing import FLAT, PADDED, close, in_nf4, rows, tiny, with_lora
 from safetensors.torch import load_file
 from tiny import tiny_base, tiny_tuned
 
+from finetune.answers import validation_loss
 from finetune.batches import Collator, Cut, StepSampler, own_lengths, split_batch, with_void_row
+from finetune.data import write_rows
+from finetune.merge import write_shards
 from finetune.plan import at_risk, make_plan, planned_before, planned_for, require_known
 from finetune.report import history
 from finetune.speed import checkpointable, noisy, undo, use_fast_kernels
 from finetune.train import PlannedTrainer
 from finetune.trials import Trial, Trials
 from qlora_helpers import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("cut", [PADDED, FLAT, Cut(16, True, "sdpa"), Cut(1, False, "sdpa")])
@@ -892,3 +898,21 @@ def test_tokens_that_the_base_model_has_no_embedding_of_are_told(built):
         else:
             with pytest.raises(UserError, match=f"tokens up to {known:,}, and the base model"):
                 require_known(model, data)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_long_wait_shows_how_far_it_is_in_the_first_process(
+    planning, monkeypatch, tmp_path, capsys, rank
+):
+    monkeypatch.setattr("finetune.machine.BAR_AFTER", 0)
+    model, data, cfg = tiny(), rows(16), planning(data_files=str(ROOT / "data_examples/*.jsonl"))
+    monkeypatch.setenv("RANK", rank)
+    write_rows(({"prompt": "a"} for _ in range(600)), tmp_path / "rows.arrow")
+    use_fast_kernels(model, data, "fp32")
+    Trials(cfg, model, data).choose()
+    validation_loss(model, data)
+    write_shards(model.named_parameters(), tmp_path, torch.float32, 2**20)
+    told = capsys.readouterr().err
+    shown = ["Reading: ", "Comparing kernels: ", "Trying ways to do a step: 2 ways"]
+    shown += ["Validation loss: ", "Writing weights: "]
+    assert [what in told for what in shown] == [rank == "0"] * 5, told

@@ -50,6 +50,7 @@ def test_it_is_pushed_whole_and_private_to_a_repository_of_its_own(cfg, hub):
     assert len(put(hub)) == len(set(put(hub))) == 3
 
 
+@pytest.mark.slow
 def test_an_upload_that_broke_goes_on_where_it_was(cfg, hub, tmp_path, capsys):
     shards = sorted((tmp_path / "merged").glob("*.safetensors"))
     first, second, _ = (hashlib.sha256(path.read_bytes()).hexdigest() for path in shards)

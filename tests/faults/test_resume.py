@@ -241,6 +241,7 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path, undisturbed, kept):
     assert (outputs(tmp_path) / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_changed_settings_stop_with_a_choice_and_anyway_goes_on(tiny, tmp_path, half):
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     before = checksums(outputs(tmp_path) / "checkpoint-2")
@@ -277,6 +278,7 @@ def test_after_a_nan_half_the_learning_rate_takes_effect_at_once(tiny, tmp_path,
     assert told["settings"]["learning_rate"] == 1.5e-3
 
 
+@pytest.mark.slow
 def test_a_base_folder_with_other_weights_is_noticed(tiny, tmp_path):
     shutil.copytree(tiny(tmp_path)["base_model"], tmp_path / "base")
     code, shown = run(tiny, tmp_path, "kill_at", 4, base_model=str(tmp_path / "base"))
@@ -332,6 +334,7 @@ def test_early_stopping_goes_on_counting_after_a_kill(tiny, tmp_path):
     assert logged(tmp_path / "killed", "eval_loss") == losses
 
 
+@pytest.mark.slow
 def test_changed_rows_stop_and_a_finished_run_gives_way(tiny, tmp_path, undisturbed):
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
     rows = [json.dumps({"prompt": f"{n}?", "completion": "yes"}) for n in range(6)]
@@ -346,6 +349,7 @@ def test_changed_rows_stop_and_a_finished_run_gives_way(tiny, tmp_path, undistur
     assert len(list(outputs(tmp_path).glob("*.zip"))) == 2
 
 
+@pytest.mark.slow
 def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_path):
     code, shown = run(tiny, tmp_path, "nan_at", 2)
     assert code == 2
@@ -365,7 +369,14 @@ def test_nan_stops_at_its_step_with_the_last_good_checkpoint_named(tiny, tmp_pat
     assert "checkpoint-2" in shown and "resume = 'anyway'" in shown
 
 
-@pytest.mark.parametrize("step", [3, 4, 6], ids=["after an epoch", "inside one", "last"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(3, id="after an epoch", marks=pytest.mark.slow),
+        pytest.param(4, id="inside one"),
+        pytest.param(6, id="last", marks=pytest.mark.slow),
+    ],
+)
 def test_the_stop_button_drops_the_step_and_the_cell_continues(tiny, tmp_path, undisturbed, step):
     code, shown = run(tiny, tmp_path, "stop_at", step, again="## 11.")
     assert code == 0, shown
@@ -377,6 +388,7 @@ def test_the_stop_button_drops_the_step_and_the_cell_continues(tiny, tmp_path, u
     assert result_of(tmp_path) == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_first_step_there_is_nothing_to_save(tiny, tmp_path, undisturbed):
     code, shown = run(tiny, tmp_path, "stop_at", 1, again="## 11.")
     assert code == 0, shown
@@ -384,6 +396,7 @@ def test_stopped_in_the_first_step_there_is_nothing_to_save(tiny, tmp_path, undi
     assert "Starting at step 0" in shown and result_of(tmp_path) == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_a_step_of_a_minute_is_dropped_at_sigterm_and_the_state_before_it_saved_in_seconds(
     tiny, tmp_path, undisturbed
 ):
@@ -445,6 +458,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.slow
 def test_disk_full_in_a_save(tiny, small_disk, tmp_path, half, undisturbed):
     shutil.copytree(half / "outputs", small_disk / "outputs")
     before = checksums(outputs(small_disk) / "checkpoint-2")
