@@ -1,6 +1,6 @@
 """Section 1: what is missing is installed, and what is loaded is held at its version.
 
-Needs the standard library and the helper alone, because it runs before torch is there.
+Needs the standard library alone, because it runs before anything else is there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-from qlora_helpers import UserError
 
 
 def quiet() -> None:
@@ -64,6 +62,15 @@ def loaded_pins() -> list[str]:
     return sorted(f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in names)
 
 
+def plain_error() -> type[BaseException]:
+    """`UserError`; where pydantic, which the helper needs, is not there yet, what ends a cell."""
+    with contextlib.suppress(ImportError):
+        from qlora_helpers import UserError
+
+        return UserError
+    return SystemExit
+
+
 def run_pip(*arguments: str) -> None:
     """Run pip for this kernel's Python; raises `UserError` with its last words if it fails.
 
@@ -74,7 +81,7 @@ def run_pip(*arguments: str) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(
+        raise plain_error()(
             f"pip {' '.join(arguments)} failed:\n{(done.stdout + done.stderr).strip()[-1500:]}\n"
             "Check that this machine reaches the internet (Kaggle: Settings › Internet; is there a "
             "proxy that refuses?), restart the kernel, Run all."

@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import packaging
 import pytest
 
 from finetune.setup import (
@@ -213,3 +214,33 @@ def test_the_torchao_that_breaks_merging_is_removed(shelf):
     install_missing(ask(shelf, "numpy"))
     assert installed("torchao") is None
     assert is_torchao_available() is False
+
+
+def in_a_bare_environment(folder, code, **environment):
+    """What the set-up says in a Python with `packaging` alone, as Jupyter's kernel brings it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "bare"], check=True)
+    (folder / "has").mkdir()
+    (folder / "has" / "packaging").symlink_to(Path(packaging.__file__).parent)
+    path = os.pathsep.join([str(ROOT), str(folder / "has")])
+    command = [folder / "bare" / "bin" / "python", "-c", f"import finetune.setup as setup\n{code}"]
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_an_environment_without_pip_and_pydantic_gets_what_is_missing(shelf):
+    wheel(shelf, "qlora_probe", "1.5")
+    code = (
+        "setup.remove_old_torchao = lambda: None\n"
+        f"print(setup.install_missing({str(ask(shelf, 'qlora_probe'))!r}))\n"
+        "import qlora_probe"
+    )
+    done = in_a_bare_environment(shelf, code)
+    assert done.stdout.strip() == "['qlora_probe']" and done.returncode == 0, done.stderr
+
+
+def test_a_proxy_that_refuses_is_one_sentence(tmp_path):
+    code = "setup.install_pinned(['qlora_probe>=1'])"
+    refusing = {"HTTPS_PROXY": "http://127.0.0.1:9", "PIP_RETRIES": "0", "PIP_TIMEOUT": "5"}
+    done = in_a_bare_environment(tmp_path, code, **refusing)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is there a proxy that refuses?" in done.stderr
