@@ -79,10 +79,14 @@ def serving(command: list[str], folder: Path, port: int, seconds: int = 60, **en
 
 
 def llama(page: Path, number: int, port: int, python: str = sys.executable):
-    """llama.cpp by the page's `number`-th block of Python, on another port."""
+    """llama.cpp by the page's `number`-th block of Python, on another port.
+
+    And on one thread: several wait for each other in loops, for minutes where others compute, too.
+    """
     code = blocks(page.read_text(), "python")[number]
     assert "params.port = 4096, 8000" in code
-    code = code.replace("4096, 8000", f"4096, {port}")
+    one = "params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1"
+    code = code.replace("4096, 8000", f"4096, {port}\n{one}")
     return serving([python, "-c", code], page.parent, port)
 
 
