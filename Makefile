@@ -14,11 +14,11 @@ RUN_DEFAULTS := BASE_MODEL=embedded DATA='data_examples/*.jsonl' RUN_NAME=triage
 
 .PHONY: run launch test lint readme clean
 
-run: $(VENV)/ready
+run: $(VENV)/installed
 	$(PY) -m finetune.headless --make $(RUN_DEFAULTS)
 
 # The notebook's cells as a script in one process a GPU: make launch GPUS=2 BASE_MODEL=… DATA=…
-launch: $(VENV)/ready
+launch: $(VENV)/installed
 	$(PY) -m finetune.launch --make $(RUN_DEFAULTS)
 
 # Two processes of one thread each, files in their order: reordered, the longest would come last.
@@ -32,12 +32,17 @@ lint: $(VENV)/ready
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-$(VENV)/ready: requirements.txt tests/requirements.txt tests/stacks/$(STACK).txt
+# What a run needs; without compiling all of it in advance it is there in half the time.
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c tests/stacks/$(STACK).txt
+$(VENV)/installed: requirements.txt tests/stacks/$(STACK).txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: give another as PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check \
-	  -r requirements.txt -r tests/requirements.txt -c tests/stacks/$(STACK).txt \
-	  $(if $(filter newest,$(STACK)),jupyterlab playwright xllamacpp)
+	$(PIP) -r requirements.txt papermill nbconvert ipykernel gguf
+	touch $@
+
+# What the tests need besides.
+$(VENV)/ready: $(VENV)/installed tests/requirements.txt
+	$(PIP) -r requirements.txt -r tests/requirements.txt $(if $(filter newest,$(STACK)),jupyterlab playwright xllamacpp)
 	touch $@
 
 readme: $(VENV)/ready

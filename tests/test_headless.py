@@ -65,7 +65,7 @@ def settings_of_make(tmp_path_factory):
             "--silent",
             "--no-print-directory",
             "-o",
-            f"{Path(sys.executable).parents[1]}/ready",
+            f"{Path(sys.executable).parents[1]}/installed",
             "run",
         ]
         environment_now = environment | {"PYTHONPATH": str(ROOT)} | more
