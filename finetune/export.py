@@ -98,12 +98,16 @@ def converters(settings: Settings) -> Path:
     return folder
 
 
-def convert(settings: Settings, script: str, *arguments: str | Path) -> None:
-    """Run one of llama.cpp's converters; raises `UserError` with its last words if it fails."""
+def convert(settings: Settings, script: str, file: Path, *arguments: str | Path) -> None:
+    """Write `file` by one of llama.cpp's converters.
+
+    Raises `UserError` with its last words if it fails.
+    """
     if importlib.util.find_spec("sentencepiece") is None:
         install_pinned(["sentencepiece"])
-    print(f"Writing {Path(arguments[-1]).name} by llama.cpp's {script} …")
+    print(f"Writing {file.name} by llama.cpp's {script} …")
     command = [sys.executable, str(converters(settings) / script), *map(str, arguments)]
+    command += ["--outfile", str(file)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, env=offline)
     if done.returncode:
@@ -129,8 +133,7 @@ def to_gguf(settings: Settings, folder: Path, file: Path) -> None:
             (work / "tokenizer_config.json").unlink()
             shutil.copy(folder / "tokenizer_config.json", work)
             edit_json(work / "tokenizer_config.json", add_prefix_space=False)
-        options = ("--outtype", settings.gguf, "--outfile", file)
-        convert(settings, "convert_hf_to_gguf.py", work, *options)
+        convert(settings, "convert_hf_to_gguf.py", file, work, "--outtype", settings.gguf)
 
 
 LLAMA = """import xllamacpp  # llama.cpp as a package; any build of llama.cpp does
@@ -203,8 +206,8 @@ def export_gguf(
             print(f"No GGUF of the adapter alone, but of the merged model: {why}.")
         elif base:
             whole = base_gguf(settings, base)
-            options = ("--base", base, "--outtype", "f32", "--outfile", work / "adapter-f32.gguf")
-            convert(settings, "convert_lora_to_gguf.py", settings.final_model, *options)
+            file, options = work / "adapter-f32.gguf", ("--base", base, "--outtype", "f32")
+            convert(settings, "convert_lora_to_gguf.py", file, settings.final_model, *options)
             where = os.path.relpath(whole, folder)
             models["The adapter, on the dequantised base"] = where, "adapter-f32.gguf"
             write_modelfile(work / "Modelfile.adapter", tokenizer, where, "./adapter-f32.gguf")

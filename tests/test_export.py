@@ -321,7 +321,7 @@ def test_a_converter_that_fails_says_its_last_words(cfg_of, tmp_path, monkeypatc
     (tmp_path / "convert.py").write_text("raise SystemExit('no such architecture')")
     monkeypatch.setattr("finetune.export.converters", lambda _: tmp_path)
     with pytest.raises(UserError, match="no such architecture\nThe adapter is safe: "):
-        convert(cfg, "convert.py")
+        convert(cfg, "convert.py", tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
