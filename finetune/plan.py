@@ -180,6 +180,7 @@ def planned_before(settings: Settings, about: Record) -> dict[str, Any] | None:
     path = settings.run_dir / "plan.json"
     if settings.resume == "never" or not path.exists():
         return None
+    # Compared name by name: a newer release may know more that matters.
     saved = json.loads(path.read_text(encoding="utf-8"))
     was = saved["about"]
     changed = [
@@ -213,6 +214,7 @@ def measure_plan(
         "why": trials.why(chosen),
         "table": [trial.row(tokens, step, trial is chosen) for trial in trials.tried],
     }
+    # Kept before the first step, so that a run that is cut off continues by the same cut.
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(measured, indent=1) + "\n"
     (settings.run_dir / "plan.json").write_text(text, encoding="utf-8")
