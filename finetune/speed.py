@@ -212,6 +212,7 @@ def fuse_lora(model: PeftModel) -> Callable[[], str]:
     Without gradients, with the adapter off or merged, and with dropout, PEFT's own code runs.
     """
     layers, ran = [m for m in model.modules() if isinstance(m, LoraLinear4bit)], set[int]()
+    # On the instances: PEFT's class, and other models' layers, stay as they are.
     for layer in layers:
         layer.forward = functools.partial(_lora_forward, layer, layer.forward, ran)
     return lambda: f"fused LoRA in {len(ran)} of {len(layers)} layers" if ran else ""
@@ -280,6 +281,7 @@ def own_attention(model: PeftModel) -> str:
 def attend_by(model: PeftModel, name: str) -> None:
     """Compute attention by "varlen" (`varlen_attention`), or by one of transformers' own."""
     vars(model)["_own_attention"] = own_attention(model)
+    # transformers finds a function of attention and its mask by one name.
     AttentionInterface.register("varlen", varlen_attention)
     AttentionMaskInterface.register("varlen", varlen_mask)
     with reversibly(model):
