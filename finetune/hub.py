@@ -12,17 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http as http
 
 from finetune.files import SEAL, file_hash, files_of, read_seal
-from finetune.machine import chain, short
+from finetune.machine import T, chain, short
 from qlora_helpers import Settings, UserError
-
-T = TypeVar("T")
 
 
 def _colab_token() -> tuple[str | None, str]:

@@ -71,7 +71,7 @@ def smollm(tmp_path_factory, defaults, smollm_path):
             "merged_dir": str(root / "merged"),
             "model_cache": str(root / "cache"),
             "run_name": "shown",
-            "max_new_tokens": 12,
+            "max_new_tokens": 24,
             "merge": True,
             "export": ["base", "gguf"],
         }
