@@ -3,14 +3,17 @@ the settings table and the tree.
 
     python tests/readme.py [content/model_outputs/triage]
 
-With a run's folder the picture of its report is taken anew, too.
+With a run's folder its picture is taken anew, too.
 """
 
 import ast
+import html
 import json
 import re
 import subprocess
 import sys
+import tempfile
+import textwrap
 from pathlib import Path
 
 from papermill.iorw import load_notebook_node
@@ -63,22 +66,57 @@ def replace(text: str, name: str, body: str) -> str:
     return re.sub(pattern, lambda m: m[1] + body + m[2], text, flags=re.S)
 
 
+def shown(answers: list[dict]) -> list[dict]:
+    """The shortest rows: three answered rightly, each wanting another answer, and a wrong one."""
+    ordered = sorted(answers, key=lambda row: len(row["prompt"]))
+    right = [row for row in ordered if row["after"] == row["reference"]]
+    kinds = {row["reference"].partition(";")[0]: row for row in reversed(right)}
+    wrong = [row for row in ordered if row["after"] != row["reference"]]
+    return [*[row for row in right if row in kinds.values()][:3], *wrong[:1]]
+
+
+def page(folder: Path) -> str:
+    """HTML of a run at a glance: scores, a few answers before and after, curves."""
+    result = json.loads((folder / "run.json").read_text())["results"]
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    before, after = result["before"], result["after"]
+    right = [round(score["exact_match"] * result["rows"]) for score in (before, after)]
+    rows = "".join(
+        f"<tr><td>{html.escape(row['prompt'])}"
+        f"<td class=b>{html.escape(textwrap.shorten(row['before'], 60, placeholder=' …'))}"
+        f"<td>{'✓' if row['after'] == row['reference'] else '✗'} {html.escape(row['after'])}"
+        for row in shown(answers)
+    )
+    return (
+        "<meta charset=utf-8><style>body{font:15px sans-serif;margin:14px;width:1120px}"
+        "td,th{text-align:left;vertical-align:top;padding:5px 10px;border-top:1px solid #ddd}"
+        "table{border-collapse:collapse;width:640px}.b{color:#777}"
+        "div{display:flex;align-items:center}img{width:470px;height:332px;object-fit:cover;object-position:left}</style>"
+        f"<h3>{result['rows']} rows that it never saw: {right[0]} answered exactly before, "
+        f"{right[1]} after. Loss {before['validation_loss']:.2f} → {after['validation_loss']:.2f}"
+        f"</h3><div><table><tr><th>asked<th>before<th>after{rows}</table>"
+        f"<img src='{(folder / 'curves.png').absolute().as_uri()}'></div>"
+    )
+
+
+def take_picture(folder: Path) -> None:
+    """Draw `page` into the README's picture, by Chromium."""
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place) / "page.html"
+        source.write_text(page(folder), encoding="utf-8")
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1150,420"]
+        options.append("--force-device-scale-factor=2")
+        picture = f"--screenshot={ROOT / 'tests' / 'readme' / 'run.png'}"
+        subprocess.run(["chromium", *options, picture, source.as_uri()], check=True)
+
+
 def main() -> None:
     """Write README.md anew."""
     readme = ROOT / "README.md"
     text = replace(readme.read_text(), "settings", settings_table())
     text = replace(text, "tree", tree())
     if len(sys.argv) > 1:
-        report = Path(sys.argv[1]) / "report.html"
-        browser = [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--hide-scrollbars",
-            "--window-size=1150,1480",
-        ]
-        picture = f"--screenshot={ROOT / 'tests' / 'readme' / 'report.png'}"
-        subprocess.run([*browser, picture, report.absolute().as_uri()], check=True)
+        take_picture(Path(sys.argv[1]))
     readme.write_text(text)
 
 
