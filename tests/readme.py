@@ -91,7 +91,7 @@ def page(folder: Path) -> str:
         "<meta charset=utf-8><style>body{font:15px sans-serif;margin:14px;width:1120px}"
         "td,th{text-align:left;vertical-align:top;padding:5px 10px;border-top:1px solid #ddd}"
         "table{border-collapse:collapse;width:640px}.b{color:#777}"
-        "div{display:flex;align-items:center}img{width:470px;height:332px;object-fit:cover;object-position:left}</style>"
+        "div{display:flex;align-items:center}img{width:455px;height:332px;object-fit:cover;object-position:left}</style>"
         f"<h3>{result['rows']} rows that it never saw: {right[0]} answered exactly before, "
         f"{right[1]} after. Loss {before['validation_loss']:.2f} → {after['validation_loss']:.2f}"
         f"</h3><div><table><tr><th>asked<th>before<th>after{rows}</table>"
