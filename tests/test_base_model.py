@@ -72,6 +72,7 @@ def test_both_spellings_of_the_rope_base_are_kept(smollm_path):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000
 
 
+@pytest.mark.slow
 def test_an_interrupted_preparation_leaves_nothing_half_made(tmp_path, monkeypatch, settings):
     def stop(*_):
         raise KeyboardInterrupt

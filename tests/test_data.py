@@ -257,6 +257,7 @@ def test_what_was_written_is_read(read, tmp_path_factory, pairs, newline, bom, e
     assert texts(read(file)) == rows
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, read):
     with (tmp_path / "rows.jsonl").open("wb") as stream:
         for n in range(15_000):

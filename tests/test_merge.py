@@ -230,6 +230,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_both_transformers_majors_load_it_alike(base, tmp_path, mistral_tokenizer):
     scaling = {
         "rope_type": "linear",

@@ -306,7 +306,10 @@ print(json.dumps(answers))
 @pytest.mark.parametrize("python", pythons())
 @pytest.mark.parametrize(
     ("folder", "absent"),
-    [("merged", ["peft", "bitsandbytes"]), ("first/final_model", ["matplotlib", "tensorboard"])],
+    [
+        pytest.param("merged", ["peft", "bitsandbytes"], marks=pytest.mark.slow),
+        ("first/final_model", ["matplotlib", "tensorboard"]),
+    ],
 )
 def test_the_cards_own_lines_answer_as_the_notebook_did(twice, base, python, folder, absent):
     rows = [
@@ -344,6 +347,7 @@ get_ipython().extension_manager.loaded.add("tensorboard")
 """
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Colab has 5")
 def test_on_colab_secret_and_tensorboard_are_used_and_the_token_is_not_shown(
     tmp_path, committed, base
 ):

@@ -290,6 +290,7 @@ def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
     assert "← chosen" in plan._repr_html_() and str(plan) in plan._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
     planning, capsys, monkeypatch
 ):
@@ -496,7 +497,9 @@ class OutOfMemory(PlannedTrainer):
         return loss
 
 
-@pytest.mark.parametrize("cut", [Cut(8, False, "sdpa"), Cut(8, True, "sdpa")])
+@pytest.mark.parametrize(
+    "cut", [Cut(8, False, "sdpa"), pytest.param(Cut(8, True, "sdpa"), marks=pytest.mark.slow)]
+)
 def test_when_memory_runs_out_the_step_is_done_in_halves_and_says_so_once(
     planning, built, tmp_path, capsys, cut
 ):

@@ -585,6 +585,7 @@ def forwards(model):
     return found
 
 
+@pytest.mark.slow
 def test_no_other_room_replaces_anything(settings, smollm_tokenizer, tmp_path):
     """After each function that is given a model: its classes, forwards and hooks as before."""
     base = tiny_base(tmp_path / "base", smollm_tokenizer)

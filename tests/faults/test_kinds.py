@@ -21,7 +21,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k == "talks" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_a_run_over_each_kind_of_rows_ends_in_its_report(tiny, tmp_path, kind):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, KINDS[kind])))
     settings = tiny(tmp_path, data_files=str(tmp_path / "rows.jsonl"), max_length=64, epochs=1)

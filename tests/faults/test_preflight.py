@@ -527,6 +527,7 @@ def test_the_adapter_is_sealed_copied_and_pushed_before_the_first_answer(tiny, t
     assert hub.asked("/commit/") == 2
 
 
+@pytest.mark.slow
 def test_what_fails_later_leaves_the_pushed_adapter_whole(tiny, tmp_path):
     """Each section after the push fails once, and is run again."""
     code, shown, hub, run = pushed_run(tiny, tmp_path, "fail_once_in", LATER)

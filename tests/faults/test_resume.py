@@ -69,7 +69,9 @@ def test_killed_in_a_step(tiny, tmp_path, undisturbed, half, step):
     assert result_of(tmp_path) == undisturbed[0]
 
 
-@pytest.mark.parametrize("step", [2, 6], ids=["first epoch", "last step"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(2, marks=pytest.mark.slow), 6], ids=["first epoch", "last step"]
+)
 def test_a_checkpoint_made_by_time_inside_an_epoch_is_continued_from(
     tiny, tmp_path, undisturbed, step
 ):
@@ -96,6 +98,7 @@ def continued(tiny, folder, undisturbed) -> None:
     assert result_of(folder) == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_killed_at_the_last_file_but_the_seal(tiny, tmp_path, undisturbed, half):
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     code, shown = run(tiny, tmp_path, "kill_in_save", 4, "checksums.json.writing")
@@ -226,7 +229,9 @@ def test_a_damaged_optimizer_does_not_change_the_result(tiny, tmp_path, undistur
     assert result_of(tmp_path) == undisturbed[0]
 
 
-@pytest.mark.parametrize("kept", ["final_model", "checkpoint-6"])
+@pytest.mark.parametrize(
+    "kept", ["final_model", pytest.param("checkpoint-6", marks=pytest.mark.slow)]
+)
 def test_a_finished_run_is_not_trained_again(tiny, tmp_path, undisturbed, kept):
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
     for path in [*checkpoints(outputs(tmp_path)), outputs(tmp_path) / "final_model"]:
@@ -293,6 +298,7 @@ def test_a_base_folder_with_other_weights_is_noticed(tiny, tmp_path):
     assert code == 2 and "does not fit (the weights in the base model's folder are others)" in shown
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_trained_on_for_more_epochs_when_asked(tiny, tmp_path, undisturbed):
     shutil.copytree(undisturbed[1], tmp_path / "on")
     sums = checksums(outputs(tmp_path / "on") / "final_model")
@@ -439,8 +445,9 @@ def moments_undisturbed(tiny, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 resumes no two CPU processes")
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("number", "after"), [(signal.SIGTERM, 3.3), (signal.SIGKILL, 4.6)])
+@pytest.mark.parametrize(
+    ("number", "after", "processes"), [(signal.SIGTERM, 3.3, 2), (signal.SIGKILL, 4.6, 1)]
+)
 def test_interrupted_at_some_moment(tiny, tmp_path, moments_undisturbed, processes, number, after):
     moments.one(tiny, tmp_path, moments_undisturbed[processes], number, after, processes)
 
