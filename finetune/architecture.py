@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +22,8 @@ def check_architecture(settings: Settings, token: str | None) -> Iterator[Line]:
     name = settings.base_model
     if name == "embedded":
         return
-    where = str(local_base(name) or name)
     try:
-        config = AutoConfig.from_pretrained(where, token=token, cache_dir=cache_of(settings))
+        config = read_config(settings, token)
     except Exception as error:
         if "trust_remote_code" in str(error):
             told = "choose a base model that transformers knows"
@@ -42,6 +40,12 @@ def check_architecture(settings: Settings, token: str | None) -> Iterator[Line]:
         told = f"if a row has more tokens, set max_length = {ends}"
         yield "!", f"the positions of {name} end at {ends:,}, before max_length: {told}"
     yield from check_targets(settings, config)
+
+
+def read_config(settings: Settings, token: str | None) -> PretrainedConfig:
+    """The base model's config, from its folder or the Hub; raises what transformers does."""
+    where = str(local_base(settings.base_model) or settings.base_model)
+    return AutoConfig.from_pretrained(where, token=token, cache_dir=cache_of(settings))
 
 
 def why_untrainable(config: PretrainedConfig) -> str:
@@ -86,17 +90,28 @@ def check_targets(settings: Settings, config: PretrainedConfig) -> Iterator[Line
 
 
 def linear_layers(config: PretrainedConfig) -> list[str]:
-    """The paths of the linear layers of a model of this config, made without weights.
+    """The paths of the linear layers of a model of this config; none if it cannot be made."""
+    model = without_weights(config)
+    kinds = (nn.Linear, Conv1D)
+    return [path for path, m in model.named_modules() if isinstance(m, kinds)] if model else []
 
-    Empty if it cannot be made so.
-    """
+
+def count_weights(settings: Settings, token: str | None) -> int:
+    """How many weights the base model has, by its config; 0 if that cannot be told."""
+    try:
+        model = without_weights(read_config(settings, token))
+    except Exception:  # `check_architecture` and `check_base_model` tell why
+        return 0
+    return sum(weight.numel() for weight in model.parameters()) if model else 0
+
+
+def without_weights(config: PretrainedConfig) -> nn.Module | None:
+    """A model of this config whose weights take no memory; None if it cannot be made so."""
     values = config.to_dict()
     values.pop("quantization_config", None)  # None in its place would break transformers 4.57
     config = type(config).from_dict(values)
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except Exception:
-        return []
-    kinds = (nn.Linear, Conv1D)
-    return [path for path, module in model.named_modules() if isinstance(module, kinds)]
+        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import netrc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import torch
@@ -18,7 +17,7 @@ from finetune.access import (
     check_merged,
     check_push,
 )
-from finetune.architecture import check_architecture
+from finetune.architecture import check_architecture, count_weights
 from finetune.backup import drive_folder, what_is_there
 from finetune.base_adapter import adapter_config, adapter_folder
 from finetune.base_model import cache_of
@@ -26,7 +25,7 @@ from finetune.files import checkpoints
 from finetune.folders import check_disks, check_folders
 from finetune.hub import hub_api, status_of
 from finetune.lock import claim
-from finetune.machine import is_spread, processes, resolve_precision, short
+from finetune.machine import computing_type, is_spread, processes, resolve_precision, short
 from finetune.sources import HUB
 from qlora_helpers import Settings, UserError, listed, local_base, locate
 
@@ -35,7 +34,7 @@ def check_machine(settings: Settings) -> Iterator[Line]:
     """The GPU and its precision, and what is left of an earlier run of the same name."""
     if torch.cuda.is_available():
         yield check_gpu(settings)
-    elif is_small(settings.base_model):
+    elif is_small(settings):
         yield "✓", "no GPU, and none needed for a base model this small"
     else:
         yield (
@@ -90,28 +89,40 @@ def check_gpu(settings: Settings) -> Line:
     return "✓", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {precision}"
 
 
+def written_gb(settings: Settings, token: str | None) -> tuple[float, float]:
+    """GiB of the base model's weights in 16 bits, and in the type that a merge writes.
+
+    They are counted, since on disk they may be in 4 bits or in 32. Where they cannot be, what is on
+    disk is taken for 16 bits.
+    """
+    weights = count_weights(settings, token) or base_model_gb(settings, token)[0] * 2**29
+    kind = computing_type(resolve_precision(settings.bf16)[0])
+    return weights / 2**29, weights * kind.itemsize / 2**30
+
+
 def check_room(settings: Settings, token: str | None) -> Iterator[Line]:
     """Free disk for download, checkpoints and the merge, and main memory for the merge."""
-    base, download, source = base_model_gb(settings, token)
+    _, download, source = base_model_gb(settings, token)
+    sixteen, whole = written_gb(settings, token)
     # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B
     # model's 14.5 GB. Three are kept, and the adapter with its zip.
-    saved = 3.7 * (0.05 + 0.02 * base * settings.lora_r / 32)
+    saved = 3.7 * (0.05 + 0.02 * sixteen * settings.lora_r / 32)
     needs = {"checkpoints and adapter": (settings.run_dir, saved)}
     if download:
         needs[f"download of the base model, {source},"] = cache_of(settings), download
     if settings.merges:
-        needs["merged model"] = locate(settings.merged_dir).resolve(), base
-    exported = {"f32": 2, "q8_0": 0.53}.get(settings.gguf, 1) * base * bool(settings.gguf)
+        needs["merged model"] = locate(settings.merged_dir).resolve(), whole
+    exported = {"f32": 2, "q8_0": 0.53}.get(settings.gguf, 1) * sixteen * bool(settings.gguf)
     if settings.export:
         told = "dequantised base model" if "base" in settings.export else "converters"
-        needs[told] = settings.cache_dir, (base + exported) * ("base" in settings.export) + 0.1
+        needs[told] = settings.cache_dir, (whole + exported) * ("base" in settings.export) + 0.1
     if settings.gguf and settings.merges:
         needs["GGUF"] = settings.run_dir, exported
     yield from check_disks(needs)
     if settings.merges:
         # Written shard by shard; the check loads it whole, onto the GPU where there is one, what
         # does not fit to disk.
-        held = 4 + (0 if torch.cuda.is_available() else 1.3 * base)
+        held = 4 + (0 if torch.cuda.is_available() else 1.3 * whole)
         memory = psutil.virtual_memory().total / 2**30
         text = f"{memory:.1f} GB of main memory, and the merge holds about {held:.1f} GB"
         less = "set merge = False and export = [], or take a machine with more"
@@ -182,11 +193,11 @@ def check_logger(settings: Settings) -> Iterator[Line]:
         yield "✗", f"report_to = 'wandb' has no key here: {told}"
 
 
-def is_small(base_model: str) -> bool:
-    """Whether a CPU can train this base model: the embedded one, or weights under 4 GB."""
-    folder = local_base(base_model) or Path(base_model)
-    weights = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    return base_model == "embedded" or 0 < sum(weights) < 4 * 2**30
+def is_small(settings: Settings) -> bool:
+    """Whether a CPU can train this base model: the embedded one, or a folder's of 2 billion."""
+    if not local_base(settings.base_model):
+        return settings.base_model == "embedded"
+    return 0 < count_weights(settings, None) < 2e9
 
 
 def preflight(settings: Settings, token: str | None) -> None:
@@ -204,7 +215,8 @@ def preflight(settings: Settings, token: str | None) -> None:
         lines += check_architecture(settings, token)
     lines += [*check_data(settings, token), *check_adapter(settings)]
     lines += [*check_backup(settings, token)]
-    merged = check_merged(settings, token, base_model_gb(settings, token)[0])
+    size = written_gb(settings, token)[1] if settings.merge == "push" else 0.0
+    merged = check_merged(settings, token, size)
     lines += [check_push(settings, token), *merged, *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:

@@ -31,7 +31,7 @@ from finetune.export import (
 from finetune.merge import merge_adapter
 from finetune.save import save_adapter
 from finetune.scores import compare
-from finetune.sixteen_bits import on_16_bits
+from finetune.sixteen_bits import on_16_bits, why_not_measured
 from finetune.template import usable
 from finetune.tokens import encode_prompt
 from qlora_helpers import Settings, UserError
@@ -177,6 +177,22 @@ def test_what_the_16_bit_base_costs_is_measured_and_told(
     told = f"{found['right']} of 20 held-out answers were exactly right in place of 20"
     assert told in " ".join(card.split())
     assert "may answer otherwise" in " ".join(model_card(cfg, RUN).split())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_a_base_that_computes_in_32_bits_takes_twice_the_memory(
+    cfg_of, mistral_tokenizer, tmp_path, monkeypatch, dtype, size
+):
+    base = tiny_base(tmp_path / "base", mistral_tokenizer)
+    cfg, model = cfg_of(base_model=base), tiny_tuned(base).to(dtype)
+    weights = sum(
+        p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(base).parameters()
+    )
+    for part, fits in ((0.98, False), (1.02, True)):
+        # The adapter's own weights are counted, too.
+        free = 0.5 + part * 1.2 * size * weights / 2**30
+        monkeypatch.setattr("finetune.sixteen_bits.free_memory_size", lambda free=free: free)
+        assert (why_not_measured(cfg, model) == "") == fits
 
 
 def test_it_is_told_why_the_16_bit_base_was_not_asked(

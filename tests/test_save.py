@@ -377,7 +377,7 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
     weights.parent.mkdir()
     weights.touch()
     os.truncate(weights, 3 * 2**40)  # a sparse file: 3 TB, more than this machine has
-    lines = list(check_room(settings(base_model=str(weights.parent), merge=True), None))
+    lines = list(check_room(settings(base_model=str(weights.parent), merge=True, bf16=True), None))
     assert [mark for mark, _ in lines] == ["✗", "✗"]
     assert "merged model 3072.0)" in lines[0][1] and "download" not in lines[0][1]
     assert "the merge holds about 3997.6 GB: set merge = False" in lines[1][1]

@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+from mistral import mistral_config
 
 from finetune.access import check_merged
 from finetune.files import seal
 from finetune.folders import folder_settings
 from finetune.hub import HERE
 from finetune.merge import write_shards
-from finetune.preflight import check_room
+from finetune.preflight import check_room, preflight
 from finetune.save import push_merged
+from qlora_helpers import UserError
 
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -87,6 +89,55 @@ def test_its_size_and_its_repository_are_told_before_training(settings, hub):
     assert cfg.needs_hub and not list(check_merged(settings(merge=True), TOKEN, 14.5))
 
 
+def save_config(folder, **more):
+    """Of Mistral-7B."""
+    config = mistral_config().to_dict() | {"model_type": "mistral"}
+    (folder / "config.json").write_text(json.dumps(config | more))
+
+
+def room(cfg, monkeypatch):
+    """What preflight counts on disks, GiB by its name, and its other lines."""
+    found = {}
+
+    def remember(needs):
+        found.update({name: round(size, 1) for name, (_, size) in needs.items()})
+        return iter(())
+
+    monkeypatch.setattr("finetune.preflight.check_disks", remember)
+    return found, [text for _, text in check_room(cfg, None)]
+
+
+@pytest.mark.parametrize("stored", [4.1, 14.5, 29.0], ids=["4 bits", "16 bits", "32 bits"])
+@pytest.mark.parametrize(("bf16", "written"), [(True, 13.5), (False, 27.0)])
+def test_what_a_merge_writes_goes_by_its_weights_and_not_by_their_size_on_disk(
+    settings, tmp_path, monkeypatch, stored, bf16, written
+):
+    """On a CPU `bf16 = False` computes in 32 bits."""
+    four = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    save_config(tmp_path, **four if stored < 5 else {})
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(int(stored * 2**30))
+    asked = {"export": ["base", "gguf:q8_0"], "merge": "push"}
+    cfg = settings(base_model=str(tmp_path), bf16=bf16, **asked)
+    found, (memory,) = room(cfg, monkeypatch)
+    assert found == {
+        "checkpoints and adapter": 1.2,
+        "merged model": written,
+        "dequantised base model": round(written + 0.53 * 13.5 + 0.1, 1),
+        "GGUF": 7.2,
+    }
+    if not torch.cuda.is_available():
+        assert f"the merge holds about {21.6 if bf16 else 39.1} GB" in memory
+
+
+def test_the_size_that_is_pushed_is_the_one_that_is_written(settings, tmp_path, hub, capsys):
+    save_config(tmp_path)
+    asked = {"merge": "push", "push_to_hub": False, "bf16": True, "output_dir": str(tmp_path)}
+    with pytest.raises(UserError):  # there are no weights
+        preflight(settings(base_model=str(tmp_path), run_name="mine", **asked), TOKEN)
+    assert "the merged model, 13.5 GB: will push to ada/mine-merged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -104,15 +155,8 @@ def test_room_for_what_is_exported_is_counted(settings, tmp_path, changes, told,
     weights.parent.mkdir()
     with weights.open("wb") as file:
         file.truncate(2**30)
-    cfg = settings(base_model=str(weights.parent), **changes)
-    found = {}
-
-    def remember(needs):
-        found.update({name: round(size, 1) for name, (_, size) in needs.items()})
-        return iter(())
-
-    monkeypatch.setattr("finetune.preflight.check_disks", remember)
-    list(check_room(cfg, None))
+    cfg = settings(base_model=str(weights.parent), bf16=True, **changes)
+    found, _ = room(cfg, monkeypatch)
     found.pop("checkpoints and adapter")
     assert found == told
     assert ("merged_dir" in folder_settings(cfg)) == ("merged model" in told)
