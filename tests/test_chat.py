@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from finetune.answers import AnswerStreamer, read_answer
 from finetune.audit import audit_labels
 from finetune.card import how_to_ask
-from finetune.chat import control_ids
+from finetune.chat import control_ids, encode_asked, encode_talks
 from finetune.lengths import fit_length
 from finetune.save import write_for_others
 from finetune.template import usable
@@ -223,7 +227,13 @@ TEMPLATES = {
         "does not end an answer in the tokenizer's EOS, <|im_end|>",
     ),
     "broken": ("{% for", "it does not take these turns"),
-    "what follows an end": (CHATML.replace("BODY", BODY) + "{{ 'Go on.' }}", "it "),
+    "what follows all": (CHATML.replace("BODY", BODY) + "{{ 'Go on.' }}", OTHERWISE),
+    "what follows an end": (
+        CHATML.replace("BODY", BODY).replace(
+            "{% endfor %}", "{{ 'Go on.' if message['role'] == 'assistant' }}{% endfor %}"
+        ),
+        "does not end an answer in the tokenizer's EOS, <|im_end|>",
+    ),
 }
 
 
@@ -243,6 +253,41 @@ def test_what_is_asked_of_the_trained_model_may_hold_no_control_token(tokenizer)
     with pytest.raises(UserError, match=r"cannot be asked.*control token"):
         encode_prompt(tokenizer, f"a{forged}b")
     assert encode_prompt(tokenizer, "a b")
+
+
+def test_conversations_of_other_roles_have_control_tokens_of_their_own(smollm_tokenizer):
+    """SmolLM2's template begins with a system text of its own where the row has none."""
+    tokenizer = tuned(smollm_tokenizer, None)
+    starts = [[("system", "s"), ("user", "a")], [("user", "s"), ("user", "a")]]
+    for talks in (starts, starts[::-1]):
+        assert len(encode_asked(tokenizer, talks)) == 2
+        whole = [[*talk, ("assistant", "b", True)] for talk in talks]
+        assert len(encode_talks(tokenizer, whole, whole=False)) == 2
+
+
+def test_a_length_that_the_tokenizer_was_saved_with_cuts_nothing(smollm_tokenizer):
+    tokenizer = tuned(smollm_tokenizer, None)
+    talks = [[("user", "one two three four five six"), ("assistant", "seven eight", True)]]
+    wanted = encode_talks(tokenizer, talks, whole=False)
+    tokenizer.backend_tokenizer.enable_truncation(30)
+    tokenizer.backend_tokenizer.enable_padding(length=90)
+    assert encode_talks(tokenizer, talks, whole=False) == wanted and len(wanted[0][0]) > 30
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_no_control_token():
+    words = {"<unk>": 0, "</s>": 1, "u": 2, "a": 3, "know": 4}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    )
+    own.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}"
+        "{{ '</s> ' if m['role'] == 'assistant' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
+    )
+    assert control_ids(own) == {1}
+    assert encode_asked(own, [[("user", "know this")]]) == [[2, 4, 0, 3]]
 
 
 PLANTED = {
