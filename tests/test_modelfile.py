@@ -48,6 +48,7 @@ TALKS = [
     [USER, ANSWER, USER, ANSWER, {"role": "user", "content": "And?"}],
     [{"role": "system", "content": "s"}, USER, ANSWER, USER],
     [USER, ANSWER],
+    [USER, {"role": "system", "content": "Be brief from now on."}],
 ]
 
 
