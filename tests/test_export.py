@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 import types
@@ -183,7 +184,8 @@ def test_what_the_16_bit_base_costs_is_measured_and_told(
 def test_a_base_that_computes_in_32_bits_takes_twice_the_memory(
     cfg_of, mistral_tokenizer, tmp_path, monkeypatch, dtype, size
 ):
-    base = tiny_base(tmp_path / "base", mistral_tokenizer)
+    wide = {"hidden_size": 256, "intermediate_size": 2048}  # so that packed weights tell
+    base = tiny_base(tmp_path / "base", mistral_tokenizer, **wide)
     cfg, model = cfg_of(base_model=base), tiny_tuned(base).to(dtype)
     weights = sum(
         p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(base).parameters()
@@ -193,6 +195,8 @@ def test_a_base_that_computes_in_32_bits_takes_twice_the_memory(
         free = 0.5 + part * 1.2 * size * weights / 2**30
         monkeypatch.setattr("finetune.sixteen_bits.free_memory_size", lambda free=free: free)
         assert (why_not_measured(cfg, model) == "") == fits
+    monkeypatch.setattr("finetune.sixteen_bits.is_spread", lambda: True)
+    assert why_not_measured(cfg, model) == "several GPUs hold this model in parts"
 
 
 def test_it_is_told_why_the_16_bit_base_was_not_asked(
@@ -338,6 +342,78 @@ def test_a_converter_that_fails_says_its_last_words(cfg_of, tmp_path, monkeypatc
     monkeypatch.setattr("finetune.export.converters", lambda _: tmp_path)
     with pytest.raises(UserError, match="no such architecture\nThe adapter is safe: "):
         convert(cfg, "convert.py", tmp_path / "model.gguf")
+
+
+WRITES_ITS_ARGUMENTS = """import pathlib, sys
+pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(str(sys.argv))
+"""
+
+
+@pytest.fixture
+def no_converting(tmp_path, monkeypatch):
+    """Converters that write what they were given, at once."""
+    for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+        (tmp_path / name).write_text(WRITES_ITS_ARGUMENTS)
+    monkeypatch.setattr("finetune.export.converters", lambda _: tmp_path)
+
+
+@pytest.fixture
+def run_of(cfg_of, tiny_mistral, no_converting):
+    """Exports a run on the tiny Mistral: its settings, its folder, the base's."""
+
+    def export(**changes):
+        cfg = cfg_of(base_model=tiny_mistral, **{"export": ["base", "gguf"]} | changes)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_mistral)
+        tokenizer = usable(tokenizer, tiny_mistral, cfg.cache_dir)
+        model = tiny_tuned(tiny_mistral)
+        saved(cfg, model, tokenizer)
+        base = export_base(cfg, model)
+        return export_gguf(cfg, tokenizer, base, base if cfg.merges else None), base
+
+    return export
+
+
+def test_an_adapters_files_name_the_bases_from_where_they_stand(run_of):
+    folder, base = run_of()
+    whole = base.with_name(f"{base.name}-gguf-f16") / f"{base.name}-f16.gguf"
+    told = (folder / "Modelfile.adapter").read_text().splitlines()
+    assert told[1] == "ADAPTER ./adapter-f32.gguf" and (folder / "adapter-f32.gguf").is_file()
+    page = (folder / "README.md").read_text()
+    for path in (told[0].removeprefix("FROM "), re.search('model.path = "(.+)"', page)[1]):
+        assert not Path(path).is_absolute() and (folder / path).resolve() == whole
+    given = (folder / "adapter-f32.gguf").read_text()
+    assert f"'--base', '{base}', '--outtype', 'f32'" in given and "final_model" in given
+    assert "'--outtype', 'f16'" in whole.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"use_rslora": True}, "llama.cpp takes alpha / r for the strength of an rsLoRA"),
+        ({"use_dora": True}, "llama.cpp knows no DoRA"),
+    ],
+)
+def test_an_adapter_whose_strength_llama_cpp_gets_wrong_is_exported_merged(
+    run_of, changes, why, capsys
+):
+    folder, _ = run_of(**changes)
+    assert f"No GGUF of the adapter alone, but of the merged model: {why}." in (
+        capsys.readouterr().out
+    )
+    assert (folder / "merged-f16.gguf").is_file() and not (folder / "adapter-f32.gguf").exists()
+    assert "dequantised" not in (folder / "README.md").read_text()
+
+
+def test_the_bases_gguf_is_made_once_and_again_when_the_base_is_another(run_of, tiny_mistral):
+    _, base = run_of(run_name="one")
+    (file,) = base.with_name(f"{base.name}-gguf-f16").glob("*.gguf")
+    file.chmod(0o600)  # what is made anew has the usual mode
+    run_of(run_name="two")
+    assert file.stat().st_mode & 0o777 == 0o600
+    changed = tiny_base(Path(tiny_mistral).parent / "again", build_mistral(), seed=9)
+    shutil.copy(f"{changed}/model.safetensors", tiny_mistral)
+    run_of(run_name="three")
+    assert file.stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize(
