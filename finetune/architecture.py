@@ -98,6 +98,8 @@ def linear_layers(config: PretrainedConfig) -> list[str]:
 
 def count_weights(settings: Settings, token: str | None) -> int:
     """How many weights the base model has, by its config; 0 if that cannot be told."""
+    if settings.base_model == "embedded":  # no name on the Hub; its folder may not be made yet
+        return 0
     try:
         model = without_weights(read_config(settings, token))
     except Exception:  # `check_architecture` and `check_base_model` tell why

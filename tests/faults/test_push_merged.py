@@ -130,6 +130,11 @@ def test_what_a_merge_writes_goes_by_its_weights_and_not_by_their_size_on_disk(
         assert f"the merge holds about {21.6 if bf16 else 39.1} GB" in memory
 
 
+def test_of_the_embedded_model_the_hub_is_asked_nothing(settings, hub, monkeypatch):
+    found, _ = room(settings(base_model="embedded", bf16=True, merge=True), monkeypatch)
+    assert found["merged model"] == 0.3 and not hub.requests
+
+
 def test_the_size_that_is_pushed_is_the_one_that_is_written(settings, tmp_path, hub, capsys):
     save_config(tmp_path)
     asked = {"merge": "push", "push_to_hub": False, "bf16": True, "output_dir": str(tmp_path)}
