@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from finetune.access import Line
-from finetune.base_model import cache_of
+from finetune.base_model import cache_of, cached_where
 from qlora_helpers import Settings, local_base
 
 
@@ -43,9 +43,15 @@ def check_architecture(settings: Settings, token: str | None) -> Iterator[Line]:
 
 
 def read_config(settings: Settings, token: str | None) -> PretrainedConfig:
-    """The base model's config, from its folder or the Hub; raises what transformers does."""
-    where = str(local_base(settings.base_model) or settings.base_model)
-    return AutoConfig.from_pretrained(where, token=token, cache_dir=cache_of(settings))
+    """The base model's config, from folder, cache or the Hub; raises what transformers does."""
+    folder = local_base(settings.base_model)
+    cached = not folder and cached_where(settings) is not None
+    return AutoConfig.from_pretrained(
+        str(folder or settings.base_model),
+        token=token,
+        cache_dir=cache_of(settings),
+        local_files_only=cached,  # else a Hub that cannot be reached is tried for half a minute
+    )
 
 
 def why_untrainable(config: PretrainedConfig) -> str:

@@ -89,21 +89,25 @@ def check_gpu(settings: Settings) -> Line:
     return "✓", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {precision}"
 
 
-def written_gb(settings: Settings, token: str | None) -> tuple[float, float]:
+def written_gb(settings: Settings, token: str | None, known: bool) -> tuple[float, float]:
     """GiB of the base model's weights in 16 bits, and in the type that a merge writes.
 
-    They are counted, since on disk they may be in 4 bits or in 32. Where they cannot be, what is on
-    disk is taken for 16 bits.
+    They are counted, since on disk they may be in 4 bits or in 32. Where its config is not `known`,
+    what is on disk is taken for 16 bits.
     """
-    weights = count_weights(settings, token) or base_model_gb(settings, token)[0] * 2**29
+    counted = count_weights(settings, token) if known else 0
+    weights = counted or base_model_gb(settings, token)[0] * 2**29
     kind = computing_type(resolve_precision(settings.bf16)[0])
     return weights / 2**29, weights * kind.itemsize / 2**30
 
 
-def check_room(settings: Settings, token: str | None) -> Iterator[Line]:
-    """Free disk for download, checkpoints and the merge, and main memory for the merge."""
+def check_room(settings: Settings, token: str | None, known: bool = True) -> Iterator[Line]:
+    """Free disk for download, checkpoints and the merge, and main memory for the merge.
+
+    `known` is whether the base model's config can be had.
+    """
     _, download, source = base_model_gb(settings, token)
-    sixteen, whole = written_gb(settings, token)
+    sixteen, whole = written_gb(settings, token, known)
     # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B
     # model's 14.5 GB. Three are kept, and the adapter with its zip.
     saved = 3.7 * (0.05 + 0.02 * sixteen * settings.lora_r / 32)
@@ -210,12 +214,13 @@ def preflight(settings: Settings, token: str | None) -> None:
     if not any(mark == "✗" for mark, _ in lines):
         claim(settings.run_dir)
     base = check_base_model(settings, token)
-    lines += [*check_room(settings, token), base]
-    if base[0] == "✓":
+    known = base[0] == "✓"
+    lines += [*check_room(settings, token, known), base]
+    if known:
         lines += check_architecture(settings, token)
     lines += [*check_data(settings, token), *check_adapter(settings)]
     lines += [*check_backup(settings, token)]
-    size = written_gb(settings, token)[1] if settings.merge == "push" else 0.0
+    size = written_gb(settings, token, known)[1] if settings.merge == "push" else 0.0
     merged = check_merged(settings, token, size)
     lines += [check_push(settings, token), *merged, *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))

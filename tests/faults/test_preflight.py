@@ -17,7 +17,7 @@ import torch
 from hub import Hub
 from mistral import mistral_config
 
-from finetune import access, folders, lock, preflight
+from finetune import access, architecture, folders, lock, preflight
 from finetune.base_model import base_model_path, cache_of, cached_gb, cached_where
 from finetune.lock import release
 from finetune.save import push_adapter
@@ -174,6 +174,31 @@ def test_without_a_hub_a_whole_copy_in_either_cache_is_used_and_not_counted(
     )
     assert cached_gb(cfg) == 2 / 2**10
     assert access.base_model_gb(cfg, None) == (2 / 2**10, 0.0, "in the cache")
+
+
+def test_a_copy_in_the_cache_is_counted_without_asking_the_hub(settings, hub, tmp_path):
+    cached(tmp_path / "ours")
+    (config,) = tmp_path.rglob("config.json")
+    config.write_text(json.dumps(mistral_config().to_dict() | {"model_type": "mistral"}))
+    cfg = settings(model_cache=str(tmp_path / "ours"), bf16=True)
+    assert not list(architecture.check_architecture(cfg, TOKEN))
+    assert architecture.count_weights(cfg, TOKEN) == 7_248_023_552
+    assert not hub.requests
+    changed = cfg.model_copy(update={"target_modules": ["query"]})
+    assert "mistral has no query" in next(architecture.check_architecture(changed, TOKEN))[1]
+
+
+def test_a_hub_that_cannot_be_asked_is_not_asked_for_a_config(
+    settings, no_hub, tmp_path, monkeypatch, capsys
+):
+    def refuse(*_, **__):
+        raise AssertionError("transformers would try for half a minute")
+
+    monkeypatch.setattr(architecture, "read_config", refuse)
+    cfg = settings(model_cache=str(tmp_path), output_dir=str(tmp_path / "out"), merge="push")
+    with pytest.raises(UserError):  # no GPU, no data
+        preflight.preflight(cfg, TOKEN)
+    assert "taking it for a 7B model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json", "model-2.safetensors"])

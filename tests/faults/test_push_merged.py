@@ -136,10 +136,13 @@ def test_of_the_embedded_model_the_hub_is_asked_nothing(settings, hub, monkeypat
 
 
 def test_the_size_that_is_pushed_is_the_one_that_is_written(settings, tmp_path, hub, capsys):
-    save_config(tmp_path)
+    (base := tmp_path / "base").mkdir()
+    save_config(base)
+    for name in ("model.safetensors", "tokenizer.json"):
+        (base / name).write_bytes(b"x")
     asked = {"merge": "push", "push_to_hub": False, "bf16": True, "output_dir": str(tmp_path)}
-    with pytest.raises(UserError):  # there are no weights
-        preflight(settings(base_model=str(tmp_path), run_name="mine", **asked), TOKEN)
+    with pytest.raises(UserError):  # there are no rows
+        preflight(settings(base_model=str(base), run_name="mine", **asked), TOKEN)
     assert "the merged model, 13.5 GB: will push to ada/mine-merged" in capsys.readouterr().out
 
 
