@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import which
 
@@ -40,7 +40,13 @@ def jupyterlab(folder: Path):
 
 
 def code_cells(path: Path) -> list:
-    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    """The file's code cells; it is read again where JupyterLab was in the middle of saving it."""
+    for _ in range(50):
+        with suppress(json.JSONDecodeError):
+            cells = json.loads(path.read_text())["cells"]
+            return [cell for cell in cells if cell["cell_type"] == "code"]
+        time.sleep(0.1)
+    raise AssertionError(f"no notebook: {path.read_text()[:200]!r}")
 
 
 def test_run_all_cells_by_the_menu(tmp_path, mistral_tokenizer):
