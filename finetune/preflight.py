@@ -198,10 +198,10 @@ def check_logger(settings: Settings) -> Iterator[Line]:
 
 
 def is_small(settings: Settings) -> bool:
-    """Whether a CPU can train this base model: the embedded one, or a folder's of 2 billion."""
+    """Whether a CPU can train this base model: the embedded one, or one of few weights here."""
     if not local_base(settings.base_model):
         return settings.base_model == "embedded"
-    return 0 < count_weights(settings, None) < 2e9
+    return 0 < count_weights(settings, None) < 2e9  # as many as take 4 GB in 16 bits
 
 
 def preflight(settings: Settings, token: str | None) -> None:
