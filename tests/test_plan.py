@@ -7,6 +7,7 @@ import json
 import math
 import random
 import weakref
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ from architectures import random_model
 from computing import FLAT, PADDED, close, in_nf4, rows, tiny, with_lora
 from safetensors.torch import load_file
 from tiny import tiny_base, tiny_tuned
+from tqdm.auto import tqdm
 
 from finetune.answers import validation_loss
 from finetune.batches import Collator, Cut, StepSampler, own_lengths, split_batch, with_void_row
@@ -908,6 +910,8 @@ def test_every_long_wait_shows_how_far_it_is_in_the_first_process(
     planning, monkeypatch, tmp_path, capsys, rank
 ):
     monkeypatch.setattr("finetune.machine.BAR_AFTER", 0)
+    # Drawn at every step, however fast the ways are tried.
+    monkeypatch.setattr("finetune.machine.tqdm", partial(tqdm, mininterval=0))
     model, data, cfg = tiny(), rows(16), planning(data_files=str(ROOT / "data_examples/*.jsonl"))
     monkeypatch.setenv("RANK", rank)
     write_rows(({"prompt": "a"} for _ in range(600)), tmp_path / "rows.arrow")
