@@ -4,12 +4,14 @@ for GitHub.
 
 import functools
 import http.server
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -101,20 +103,38 @@ def test_code_of_another_version_that_lies_there_is_not_used(cell, github, tmp_p
     assert "0.1" in room.read_text()
 
 
-def test_an_archive_that_was_cut_short_leaves_nothing_to_run(cell, github, tmp_path):
+def damaged(whole):
+    """An archive's bytes, damaged in ways that `zipfile` tells by different errors."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        largest = max(archive.infolist(), key=lambda file: file.compress_size)
+    stream = largest.header_offset + 30 + len(largest.filename)
+    yield "cut short", whole[: len(whole) // 2]
+    yield "a proxy's page", b"<html>Sign in to the network</html>"
+    yield "empty", b"PK\5\6" + bytes(18)
+    yield "another byte", whole[: stream + 99] + b"?" + whole[stream + 100 :]
+    yield "no stream", whole[:stream] + b"\xff" * 50 + whole[stream + 50 :]
+    yield "packed otherwise", re.sub(rb"(?<=PK\x01\x02.{6})..", b"\xff\xff", whole, flags=re.S)
+
+
+def test_an_archive_that_was_damaged_leaves_nothing_to_run(cell, github, tmp_path):
     url, folder = github
     file = folder / f"v{finetune.VERSION}.zip"
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    assert "could not be fetched (File is not a zip file)" in run(cell, tmp_path / "here", url)
-    broken = bytearray(whole)
-    broken[len(whole) // 3] ^= 255
-    file.write_bytes(broken)
-    said = run(cell, tmp_path / "here", url)
-    assert "could not be fetched (" in said and said.startswith("http://127")
-    assert not (tmp_path / "here" / f".finetune-mistral-{finetune.VERSION}").exists()
+    for kind, bad in damaged(whole):
+        file.write_bytes(bad)
+        said = run(cell, tmp_path / "here", url)
+        assert said.startswith("http://127") and "could not be fetched (" in said, (kind, said)
+        assert not (tmp_path / "here" / f".finetune-mistral-{finetune.VERSION}").exists()
     file.write_bytes(whole)
     assert "/.finetune-mistral-" in run(cell, tmp_path / "here", url)
+
+
+def test_examples_that_the_user_has_changed_stay(cell, github, tmp_path):
+    run(cell, tmp_path / "here", github[0])
+    examples = tmp_path / "here" / "data_examples" / "support_triage.jsonl"
+    examples.write_text("mine")
+    run(cell, tmp_path / "here", github[0])
+    assert examples.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
