@@ -97,7 +97,8 @@ class RowReader:
         which = "All" if total <= KEPT else f"The first {KEPT:,}"
         text = f"{total:,} line(s) cannot be used ({kinds}). {which} are in {self.rejected}"
         if any(kind.startswith("no '") for kind in self.kinds):
-            text += f"\nKnown are: {', '.join(map('/'.join, ROW_FORMATS))}."
+            text += f"\nKnown are: {', '.join(map('/'.join, ROW_FORMATS))}. "
+            text += "Of a sheet, rename its columns to prompt and completion."
         if on_bad_rows == "stop" or "formats are mixed" in self.kinds:
             raise UserError(listed(f"{text}\nNothing was trained. The first ones:", self.first))
         print(listed(f"Skipped: {text}", self.first[:3]))

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from finetune.fields import JSON, LONGEST_LINE, Doubled
 from finetune.machine import short
+from finetune.rows import MEANT, ROW_FORMATS
 
 HEAD = 2**16  # bytes that are looked at to tell what a file is
 BOM = codecs.BOM_UTF8
@@ -33,6 +34,8 @@ NOT_DATA = {
     b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
     b"Rar!": "a RAR archive: unpack it",
 }
+
+KNOWN = {*itertools.chain(*ROW_FORMATS), *MEANT}  # what a table's columns may be called
 
 Source = tuple[str, Any]  # where a row stands (file:line or file:row n), and its line or object
 
@@ -213,9 +216,7 @@ def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     separator = max(",;\t|", key=heading.count)
     try:
         table = csv.reader(text, delimiter=separator)
-        names = [cell.strip() for cell in next(table, [])]
-        for number, cells in enumerate(filter(None, table), 1):
-            yield f"{name}:row {number}", table_row(names, cells)
+        yield from table_rows(next(table, []), table, name)
     except (csv.Error, UnicodeError) as error:
         raise NotData(f"broken CSV: {error}") from None
 
@@ -229,11 +230,34 @@ def encoding_of(head: bytes) -> str:
     return "utf-8-sig"
 
 
+def table_rows(
+    heading: Sequence[object], rows: Iterable[Sequence[object]], name: str
+) -> Iterator[Source]:
+    """The rows of a table that are not blank, counted from the one under the heading.
+
+    A name that a format has in small letters may be written otherwise in the heading.
+    """
+    names = [str(cell).strip() or f"column {n}" for n, cell in enumerate(heading, 1)]
+    names = [name.lower() if name.lower() in KNOWN else name for name in names]
+    for number, cells in enumerate(rows, 1):
+        if not all(map(is_blank, cells)):
+            yield f"{name}:row {number}", table_row(names, cells)
+
+
+def is_blank(cell: object) -> bool:
+    """Whether nothing stands in a cell."""
+    return cell is None or cell == ""
+
+
 def table_row(names: Sequence[str], cells: Sequence[object]) -> Any:
-    """A row by its columns' names; a `ValueError` if it has more cells than the heading."""
-    if len(cells) > len(names):
+    """A row by its columns' names, without blank cells of columns that no format knows.
+
+    A `ValueError` if something stands where there is no heading.
+    """
+    if not all(map(is_blank, cells[len(names) :])):
         return ValueError(f"too many cells: {len(cells)} under a heading of {len(names)}")
-    row = Doubled(itertools.zip_longest(names, cells))
+    pairs = [*itertools.zip_longest(names, cells[: len(names)])]
+    row = Doubled((name, cell) for name, cell in pairs if name in KNOWN or not is_blank(cell))
     row.doubled = [name for n, name in enumerate(names) if name in names[:n]]
     return row
 
@@ -243,7 +267,7 @@ def excel_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     as_it_is = {"keep_default_na": False}  # a cell that says NA or None is text
     try:
         book = pandas.read_excel(
-            io.BytesIO(stream.read()), sheet_name=None, dtype=object, **as_it_is
+            io.BytesIO(stream.read()), sheet_name=None, header=None, dtype=object, **as_it_is
         )
     except ImportError:
         raise NotData(
@@ -253,11 +277,11 @@ def excel_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
         raise NotData(
             f"a zip archive, or an Excel file that cannot be read ({short(error)})"
         ) from None
-    full = [sheet for sheet, table in book.items() if len(table)]
+    full = [sheet for sheet, table in book.items() if len(table) > 1]
     if len(full) > 1:
         print(f"! {name}: only the sheet {full[0]!r} is read, not {', '.join(full[1:])}")
-    for number, row in enumerate(book[full[0]].to_dict("records") if full else [], 1):
-        yield f"{name}:row {number}", {str(key): value for key, value in row.items()}
+    heading, *rows = book[full[0]].to_numpy().tolist() if full else [[]]
+    yield from table_rows(heading, rows, name)
 
 
 def parquet_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:

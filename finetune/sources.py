@@ -15,6 +15,7 @@ from finetune.machine import short
 from qlora_helpers import Settings, UserError, locate, on_colab
 
 HUB = "hf:"
+UPLOADS = "/content/data/*.jsonl"  # the setting as it comes: a sheet in that folder will do, too
 # Files of a Hub's data set that can hold rows, or say which files are its training split.
 DATA_KINDS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet", "gz", "xlsx")
 
@@ -41,11 +42,17 @@ def files_of_name(name: str) -> list[Path]:
     place = locate(name)
     if place.is_file():
         return [place]
-    if place.is_dir():
-        files = sorted(path for path in place.iterdir() if path.suffix[1:] in DATA_KINDS)
-    else:
-        files = matching(place)
+    files = data_in(place) if place.is_dir() else matching(place)
+    if not files and name == UPLOADS:
+        files = data_in(place.parent)
     return [file for file in files if file.is_file() and not is_output(file)]
+
+
+def data_in(folder: Path) -> list[Path]:
+    """The files of a folder that can hold rows, by name, without hidden ones and Excel's locks."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    shown = (path for path in found if not path.name.startswith((".", "~$")))
+    return [path for path in shown if path.suffix[1:].lower() in DATA_KINDS]
 
 
 def matching(pattern: Path) -> list[Path]:
@@ -76,11 +83,13 @@ def no_file(name: str) -> str:
     folder = next(part for part in place.parents if part.is_dir())
     there = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())]
     shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    other = [f"To read {file.name}: data_files = '{file}'. " for file in data_in(folder)[:1]]
     return (
         f"No file matches data_files = {name!r} (looked in {place}).\n"
         f"In {folder} there is: {shown or 'nothing'}.\n"
-        'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line. '
-        "On Colab: the folder on the left edge, right-click 'data', Upload. "
+        f"{''.join(other)}"
+        'Put your JSONL there, one {"prompt": "...", "completion": "..."} a line, or a sheet with '
+        "these two columns. On Colab: the folder on the left edge, right-click 'data', Upload. "
         "Or try the examples: data_files = 'data_examples/*.jsonl'."
     )
 
@@ -91,7 +100,7 @@ def offer_upload() -> None:
 
     folder = locate("/content/data")
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"There is no data in {folder} yet: choose your file, or several.")
+    print(f"Nothing matches data_files yet: choose your file or files, which go to {folder}.")
     for name, content in files.upload().items():
         (folder / Path(name).name).write_bytes(content)
 

@@ -186,6 +186,64 @@ def test_the_header_has_the_bases_licence_where_it_is_known(defaults):
     assert "base_model_relation: finetune" in card_of(defaults, merged=True)
 
 
+def test_a_card_tells_its_runs_own_numbers(defaults):
+    result = {"rows": 37, "sixteen_bits": {"right": 2, "rows": 36, "ours": 33, "same": 4}}
+    for when, loss, right in (("before", 6.5, 0.0), ("after", 0.25, 0.5)):
+        result[when] = {"exact_match": right, "validation_loss": loss}
+    changes = {"lora_r": 7, "lora_alpha": 9, "batch_size": 3, "gradient_accumulation": 5}
+    changes |= {"learning_rate": 3e-4, "seed": 11, "base_adapter": "ada/earlier", "bf16": False}
+    run = RUN | {"results": result, "base_revision": "c0ffee"}
+    plain, merged = (card_of(defaults, merged, run, **changes) for merged in (False, True))
+    for card in (plain, merged):
+        assert "r 7, alpha 9, learning rate 0.0003,\n15 examples a step, seed 11." in card
+        assert "revision c0ffee, trained with 4-bit NF4 (QLoRA) on a CPU.\nTraining went" in card
+        assert 'the adapter ada/earlier, which is what "before" means.' in card
+        assert "| on 37 held-out rows | before | after |" in card
+        assert "| exact answers | 0% | 50% |\n| loss (nats a token) | 6.500 | 0.250 |" in card
+        assert "(SHA-256 of their tokens): `f00d`" in card
+    assert "\nlibrary_name: peft\n" in plain and "\nlibrary_name: transformers\n" in merged
+    told = "on its 16-bit weights 2 of 36 held-out answers were exactly right in place of 33, and 4"
+    assert f"{told} were the same" in " ".join(plain.split())
+    for code in blocks(plain, "python"):
+        assert 'revision="c0ffee", quantization_config=nf4, dtype="float32"' in code
+        assert "bnb_4bit_use_double_quant=True" in code
+    assert "Training went on" not in card_of(defaults) and "revision" not in card_of(defaults)[:400]
+    assert "It has not been asked the held-out rows yet." in card_of(defaults)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "roles", [["user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user"]]
+)
+def test_the_python_that_asks_is_of_the_rows_own_shape(defaults, merged, roles):
+    run = RUN | {"roles": [*dict.fromkeys(roles)]}
+    ours, chats = (
+        blocks(card_of(defaults, merged, run, prompt_format=form, max_new_tokens=77), "python")[0]
+        for form in ("question-answer", "chat")
+    )
+    said = re.search(r"messages = (\[.+\])", ours)[1]
+    assert [message["role"] for message in json.loads(said)] == roles
+    assert "max_new_tokens=77)\n" in ours and 'removesuffix("### End").rstrip())' in ours
+    assert "removesuffix" not in chats and ours.count("\n") == chats.count("\n")
+    for code in (ours, chats):
+        compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("base_model", "note"),
+    [
+        ("embedded", "  # a folder, made as this card says"),
+        ("/home/me/bases/mine", "  # the base model's folder"),
+        ("ada/tiny", ""),
+    ],
+)
+def test_a_base_that_no_hub_has_is_told_as_a_folder(defaults, base_model, note):
+    card = card_of(defaults, base_model=base_model)
+    assert re.search(r'\nbase = "[^"]+"(.*)\n', card)[1] == note
+    assert ("embedded)" in card) == ("prepare_embedded" in card) == (base_model == "embedded")
+    assert "prepare_embedded" not in card_of(defaults, True, base_model=base_model)
+
+
 READ = """
 import sys, json, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])

@@ -506,6 +506,64 @@ def test_on_colab_somebody_without_data_is_offered_an_upload(tmp_path, read, mon
     assert (tmp_path / "content" / "data" / "mine.jsonl").read_text() == JSONL
 
 
+def test_a_sheet_in_the_notebooks_own_folder_is_read_without_a_setting(tmp_path, read, monkeypatch):
+    monkeypatch.setattr("qlora_helpers.content_root", lambda: tmp_path / "content")
+    data = tmp_path / "content" / "data"
+    data.mkdir(parents=True)
+    for name in ("~$Kunden.xlsx", ".hidden.csv", "._Kunden.xlsx", "notes.txt"):
+        (data / name).write_text("prompt,completion\nno,no\n")
+    with pytest.raises(UserError, match="No file matches"):
+        read("/content/data/*.jsonl")
+    excel(rows=ROWS)(data / "Kunden.XLSX")
+    assert read("/content/data/*.jsonl") == read("/content/data") == TEXTS
+    with pytest.raises(UserError, match=r"To read Kunden\.XLSX: data_files = .*Kunden.XLSX"):
+        read("/content/data/train*.jsonl")
+    (data / "rows.jsonl").write_text(LINES[0])
+    assert read("/content/data/*.jsonl") == TEXTS[:1]
+
+
+HEADED = [["Prompt ", "COMPLETION", None, "Note", None], ["q1", "a1", None, None, None]]
+HEADED += [[None] * 5, ["q2", "a2", None, "late", None], [None] * 5]
+
+
+@pytest.mark.parametrize("kind", ["xlsx", "csv"])
+def test_a_sheet_as_people_keep_it(tmp_path, settings, capsys, kind):
+    """Headings in capitals, blank rows between and after, columns in which nothing stands."""
+    file, table = tmp_path / f"a.{kind}", pandas.DataFrame(HEADED)
+    if kind == "xlsx":
+        table.to_excel(file, index=False, header=False)
+    else:
+        table.to_csv(file, index=False, header=False)
+    rows = read_rows(settings(data_files=str(file), output_dir=str(tmp_path / "out")))
+    assert rows["prompt"] == ["q1", "q2"] and rows["completion"] == ["a1", "a2"]
+    assert rows["where"] == [f"a.{kind}:row 1", f"a.{kind}:row 3"]
+    assert f"2 rows (prompt/completion) from a.{kind}. Not used: 'Note' in 1\n" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("kind", ["xlsx", "csv"])
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ([["prompt", "Prompt", "completion"], ["a", "b", "c"]], "the same key stands twice"),
+        ([["prompt", "completion"], ["a", "b", "", "c"]], "too many cells: 4 under a heading"),
+        ([["prompt", "completion"], ["", "b"]], "row 1: 'prompt' is empty"),
+        ([["Frage", "Antwort"], ["a", "b"]], "rename its columns to prompt and completion"),
+    ],
+)
+def test_a_sheet_that_cannot_be_meant_is_refused(tmp_path, read, kind, table, told):
+    file = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        file.write_text("\n".join(map(",".join, table)))
+    elif len({*map(len, table)}) > 1:
+        pytest.skip("a sheet's rows are all as wide as its widest")
+    else:
+        pandas.DataFrame(table).to_excel(file, index=False, header=False)
+    with pytest.raises(UserError, match=told):
+        read(str(file))
+
+
 def test_truncate_keeps_the_instruction_and_newest_turns(tmp_path, settings, smollm_tokenizer):
     words = " ".join(f"w{n}" for n in range(200))
     rows = [
