@@ -104,7 +104,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
     gradient_checkpointing: bool | Literal["auto"]
     memory_limit_gb: float = Field(ge=0)
     bf16: bool | Literal["auto"]
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**32)
     keep_best: bool
     early_stopping_patience: int = Field(ge=0)
     use_rslora: bool
@@ -210,9 +210,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
     def summary(self, precision: str) -> str:
         """What follows from the cell: numbers, paths; `precision` in words."""
-        length = (
-            f"{self.max_steps} steps at most" if self.max_steps > 0 else f"{self.epochs:g} epochs"
-        )
+        length = f"{self.max_steps} steps" if self.max_steps > 0 else f"{self.epochs:g} epochs"
         scale = self.lora_alpha / (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
         batch = f"{self.batch_size} × {self.gradient_accumulation}"
         return "\n".join(

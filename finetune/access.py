@@ -119,13 +119,24 @@ def check_copies(settings: Settings, token: str | None) -> Line:
     if not token:
         return "✗", "backup_to = 'hub' needs the secret HF_TOKEN; or set 'drive' or 'none'"
     try:
-        user = hub_api(token).whoami()
+        api = hub_api(token)
+        user = api.whoami()
         repo = hub_repo_id(settings, user["name"]) + "-checkpoints"
-        told = "✓", f"checkpoints are copied to the private repository {repo}"
-        return check_writing(user, repo) or told
+        return check_writing(user, repo) or check_private(api, repo)
     except Exception as error:
         line = refused(error, "may not write to the Hub, which backup_to = 'hub' needs")
         return line or ("?", f"no Hub ({type(error).__name__}): copying checkpoints will be tried")
+
+
+def check_private(api: HfApi, repo: str) -> Line:
+    """Whether the repository for checkpoints is private, or will be."""
+    try:
+        if not api.model_info(repo).private:
+            told = "make it private in its settings on the Hub, or choose another hub_repo"
+            return "✗", f"{repo}, to which checkpoints are copied, exists and is PUBLIC: {told}"
+    except RepositoryNotFoundError:
+        pass
+    return "✓", f"checkpoints are copied to the private repository {repo}"
 
 
 def check_writing(user: Record, repo: str) -> Line | None:

@@ -146,9 +146,12 @@ class OnHub:
 
     def fetch(self, name: str, run_dir: Path) -> None:
         """Download one into a run's folder."""
-        for file in self.files():
-            if file.startswith(f"{name}/"):
-                self.download(file, run_dir)
+        with new_folder(run_dir / name, purpose_of(name), aside=True) as work:
+            for file in self.files():
+                if file.startswith(f"{name}/"):
+                    self.download(file, work / "fetched")
+            shutil.copytree(work / "fetched" / name, work, dirs_exist_ok=True)
+            shutil.rmtree(work / "fetched")
 
 
 def backup_repo(settings: Settings, api: HfApi) -> str:

@@ -1,4 +1,4 @@
-"""Section 11: callbacks of a training: checkpoints sealed, faults told, speed logged."""
+"""Section 11: callbacks of a training: checkpoints sealed, faults told, stopped when asked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ from transformers import (
 )
 
 from finetune.backup import back_up
-from finetune.checkpoints import count_on, last_good_checkpoint, require_finite, state_hashes
+from finetune.checkpoints import (
+    SAVE_SECONDS,
+    count_on,
+    last_good_checkpoint,
+    require_finite,
+    state_hashes,
+)
 from finetune.files import (
     BEING_WRITTEN,
     Record,
@@ -43,7 +49,6 @@ from finetune.identity import fingerprint
 from finetune.machine import RandomStates, here, peak_memory, processes, random_states, versions
 from qlora_helpers import Settings, UserError, base_name
 
-SAVE_SECONDS = 20 * 60  # an epoch on a T4 can take a night
 SAVE_SHARE = 0.05  # of the time, at most, goes into saves and copies inside an epoch
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 ONE_PRESS = 2  # seconds in which a launcher passes on a signal that this process has already
@@ -307,7 +312,7 @@ def safe_training(settings: Settings, trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
         trainer.remove_callback(callback)
         trainer.evaluating = contextlib.nullcontext
-    if callback.stopped:
+    if callback.asked:
         step = trainer.state.global_step
         told = f"Stopped at step {step:,} of {trainer.state.max_steps:,}, and saved." * (step > 0)
         told = told or "Stopped before the end of the first step: there is nothing to save yet."

@@ -43,6 +43,8 @@ from finetune.lock import claim
 from finetune.machine import here, main_first, processes
 from qlora_helpers import Settings, UserError, listed
 
+SAVE_SECONDS = 20 * 60  # between two checkpoints: an epoch on a T4 can take a night
+
 
 def last_good_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint; those that are not whole are moved aside, with the reason.

@@ -26,6 +26,7 @@ from finetune.files import (
     seal,
     telling_if_full,
     why_unusable,
+    zip_of,
 )
 from finetune.identity import base_weights
 from finetune.merge import merged_weights, write_shards
@@ -232,10 +233,9 @@ def base_gguf(settings: Settings, base: Path) -> Path:
 
 def take_with_you(settings: Settings, address: str | None) -> None:
     """Say where everything is, and what next; on Colab the browser is given zip and report."""
-    zips = sorted(settings.run_dir.glob(f"{settings.run_name}-*.zip"))
     places = {
         "Adapter": settings.final_model,
-        "As a zip": zips[-1] if zips else None,
+        "As a zip": zip_of(settings.final_model),
         "On the Hub": address,
         "Report": settings.run_dir / "report.html",
         "Merged model": locate(settings.merged_dir) if settings.merges else None,
@@ -243,8 +243,9 @@ def take_with_you(settings: Settings, address: str | None) -> None:
     }
     print("Done.\n" + "\n".join(f"{name:13} {place}" for name, place in places.items() if place))
     print(
-        "Next: change a number in section 2 and Run all again (compare_runs tells two runs apart); "
-        "wrong answers are mended best by more rows like those that it got wrong."
+        "Next: change a number in section 2, give it a new run_name, and Run all again "
+        "(finetune.report.compare_runs tells two runs apart); wrong answers are mended best by "
+        "more rows like those that it got wrong."
     )
     if on_colab():
         from google.colab import files

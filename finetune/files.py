@@ -247,9 +247,7 @@ def zip_folder(folder: Path, run: str) -> Path | None:
     An earlier zip of the same adapter is replaced. None, and said, if the disk has no room.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    weights = read_seal(folder)["files"]["adapter_model.safetensors"]
-    same = [path for path in folder.parent.glob(f"{run}-*.zip") if zipped_adapter(path) == weights]
-    place = same[0] if same else unused(folder.with_name(f"{run}-{stamp}.zip"))
+    place = zip_of(folder) or unused(folder.with_name(f"{run}-{stamp}.zip"))
     work = scratch(folder.with_name(f"{folder.name}.zip"))
     try:
         Path(shutil.make_archive(str(work / "adapter"), "zip", folder)).replace(place)
@@ -259,6 +257,13 @@ def zip_folder(folder: Path, run: str) -> Path | None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return place
+
+
+def zip_of(folder: Path) -> Path | None:
+    """The zip beside a sealed adapter's folder that holds this adapter; None if there is none."""
+    weights = read_seal(folder).get("files", {}).get("adapter_model.safetensors")
+    found = sorted(folder.parent.glob("*.zip"))
+    return next((path for path in found if weights and zipped_adapter(path) == weights), None)
 
 
 def zipped_adapter(path: Path) -> str | None:

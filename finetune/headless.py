@@ -27,7 +27,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from traitlets.config import Config
 
-from finetune.lock import require_unused
+from finetune.lock import FILE, require_unused
 from qlora_helpers import Settings, UserError
 
 NOTEBOOK = Path(__file__).parents[1] / "finetune_mistral.ipynb"
@@ -87,7 +87,7 @@ def python_value(text: str) -> Any:
     """`text` as Python reads it, or itself where Python cannot."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError):
         return text
 
 
@@ -122,6 +122,8 @@ def execute(settings: Mapping[str, object], folder: Path | None = None) -> nbfor
     require_unused(cfg.run_dir)
     folder = folder or cfg.run_dir
     folder.mkdir(parents=True, exist_ok=True)
+    if folder == cfg.run_dir:
+        (folder / FILE).touch()  # it is a run's from here on, though preflight may refuse it
     notebook = parameterize_notebook(notebook, settings)
     place = {"metadata": {"path": str(Path.cwd())}}
     # At SIGINT and SIGTERM training saves a checkpoint; only then the kernel is killed.

@@ -74,6 +74,9 @@ def _typed_token() -> tuple[str | None, str]:
         return None, ""
 
 
+FROM_A_SECRET: set[str] = set()  # tokens that `sign_in` has put into the environment
+
+
 def sign_in(needed: bool = True) -> str | None:
     """Put a Hugging Face token into this process's environment, and say where it was found.
 
@@ -82,6 +85,8 @@ def sign_in(needed: bool = True) -> str | None:
     enough for a public or local base model. The token itself is never printed, and never given to
     git.
     """
+    if os.environ.get("HF_TOKEN") in FROM_A_SECRET:  # the secret may have been replaced since
+        del os.environ["HF_TOKEN"]
     sources = {
         "the environment": lambda: (os.environ.get("HF_TOKEN"), ""),
         "Colab's secrets": _colab_token,
@@ -94,6 +99,8 @@ def sign_in(needed: bool = True) -> str | None:
         token, hint = find()
         if token and token.strip():
             os.environ["HF_TOKEN"] = token.strip()
+            if source.endswith("secrets"):
+                FROM_A_SECRET.add(token.strip())
             print(f"Hugging Face token found in {source}.")
             return token.strip()
         if hint and needed:
@@ -199,7 +206,8 @@ def ensure_repo(api: HfApi, repo: str, private: bool) -> None:
     with_retries(lambda: api.create_repo(repo, private=private, exist_ok=True))
     if private and not with_retries(lambda: api.model_info(repo)).private:
         raise UserError(
-            f"{repo} exists and is public, and hub_private is True: choose another hub_repo"
+            f"{repo} exists and is public, and should be private: make it so on the Hub, or choose "
+            "another hub_repo"
         )
 
 

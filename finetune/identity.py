@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def other_release(was: Record, now: Record) -> list[str]:
 def trains_on(was: Record, now: Record) -> bool:
     """Whether two runs differ in their length alone, and the second is the longer."""
     same = all(was.get(name) == now.get(name) for name in now | was if name not in LENGTH)
-    return same and any(now[name] > was[name] for name in LENGTH)
+    ends = [told["max_steps"] if told["max_steps"] > 0 else math.inf for told in (was, now)]
+    return same and (now["epochs"] > was["epochs"] or ends[1] > ends[0])
 
 
 def require_same_shape(was: Record, now: Record, folder: Path) -> None:

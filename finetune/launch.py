@@ -30,7 +30,7 @@ from traitlets.config import Config
 
 from finetune.headless import NOTEBOOK, arguments, defaults, parse
 from finetune.machine import is_sharded
-from qlora_helpers import Settings
+from qlora_helpers import Settings, UserError
 
 MODULE = "finetune.launch"
 
@@ -71,12 +71,19 @@ def launcher(gpus: str, fsdp: str) -> list[str]:
 def main() -> None:
     """In a launched process: the cells. Else launch `GPUS` of them; say what to do if they fail."""
     given = dict(argument.partition("=")[::2] for argument in arguments())
-    gpus, fsdp = given.pop("GPUS", "2"), given.pop("FSDP", "").removesuffix("False")
+    gpus, fsdp = given.pop("GPUS", "2"), given.pop("FSDP", "False")
+    fsdp = "" if fsdp == "False" else fsdp
     words = [f"{name}={value}" for name, value in given.items()]
     settings = parse(words, known := defaults())
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         run_cells(settings)
         return
+    if not gpus.isdecimal() or int(gpus) < 1:
+        raise SystemExit(f"GPUS={gpus}: how many GPUs train, as a number: GPUS=2")
+    try:
+        folder = Settings.from_cell(known | settings).run_dir
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     # The launcher would leave each process one thread, and all cores make FSDP's 4-bit weights.
     threads = max(1, len(os.sched_getaffinity(0)) // int(gpus))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -91,8 +98,7 @@ def main() -> None:
         raise SystemExit(
             "\nA process ended before its time, so all were ended; what it said stands above. "
             "Nothing that was saved is lost: run this again, with as many GPUs or fewer, and it "
-            "continues from the last whole checkpoint in "
-            f"{Settings.from_cell(known | settings).run_dir}"
+            f"continues from the last whole checkpoint in {folder}"
         )
 
 

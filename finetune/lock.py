@@ -53,6 +53,8 @@ def is_run(folder: Path) -> bool:
 
 def require_own(folder: Path) -> None:
     """Raise `UserError` if a run in `folder` would write over files that are not a run's."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir / run_name is {folder}, a file: choose another run_name")
     theirs = sorted(name for name in WRITTEN if (folder / name).exists())
     if theirs and not is_run(folder):
         raise UserError(
@@ -93,7 +95,9 @@ class Claim:
         while not self.over.wait(BEAT):
             try:
                 self.beat()
-            except (OSError, ValueError):  # the disk is full or gone, or the file is closed
+            except OSError:  # the disk is full, or Drive away for a moment
+                continue
+            except ValueError:  # the file is closed
                 return
 
     def release(self) -> None:
@@ -136,12 +140,13 @@ def read(file: IO[str]) -> Record:
         found = json.loads(file.read())
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    known = isinstance(found, dict) and isinstance(found.get("time"), int | float)
+    return found if known else {}
 
 
 def held_by_another(told: Record, locks: bool) -> Record:
     """`told` if another machine's heartbeat is fresh, or without `locks` another process's."""
-    if time.time() - told.get("time", 0) > STALE:
+    if abs(time.time() - told.get("time", 0)) > STALE:  # another machine's clock may be ahead
         return {}
     if told.get("host") != socket.gethostname():
         return told

@@ -17,6 +17,7 @@ from pandas import DataFrame
 from peft import PeftModel
 
 from finetune.batches import Cut, row_lengths, steps_of
+from finetune.checkpoints import SAVE_SECONDS
 from finetune.files import Record
 from finetune.machine import is_spread, memory_limit, processes, resolve_precision, versions
 from finetune.speed import checkpointable, own_attention
@@ -110,7 +111,8 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
         # `seconds` are of all rows once; a run may take parts of an epoch.
         steps_per_epoch=per_epoch,
         steps=steps,
-        warmup_steps=math.ceil(steps * settings.warmup_ratio),
+        # A rate that rises is 0 in its first step: the only one is not to be lost.
+        warmup_steps=min(math.ceil(steps * settings.warmup_ratio), steps - 1),
         logging_steps=max(1, steps // 100),
         tokens_per_second=sum(lengths) / seconds if seconds else 0.0,
         seconds=seconds * steps / per_epoch,
@@ -133,13 +135,13 @@ def require_known(model: PeftModel, data: Dataset) -> None:
 
 def at_risk(settings: Settings, seconds: float) -> str:
     """What is lost if Colab or Kaggle takes the machine away; empty with copies, and elsewhere."""
-    if settings.backup_to != "none" or not (on_colab() or on_kaggle()) or not seconds:
+    if settings.backup_to != "none" or not (on_colab() or on_kaggle()) or seconds <= SAVE_SECONDS:
         return ""
     whose = "Colab" if on_colab() else "Kaggle"
     return (
         f"! Nothing is copied elsewhere: if {whose} takes this machine away, up to "
         f"{seconds / 60:,.0f} minutes of training are lost. With backup_to = 'drive' or 'hub' in "
-        "section 2 it would be 20."
+        f"section 2 it would be {SAVE_SECONDS // 60}."
     )
 
 
@@ -181,8 +183,11 @@ def planned_before(settings: Settings, about: Record) -> dict[str, Any] | None:
     if settings.resume == "never" or not path.exists():
         return None
     # Compared name by name: a newer release may know more that matters.
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    was = saved["about"]
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        was = dict(saved["about"])
+    except (ValueError, KeyError, TypeError):  # it was cut short
+        return None
     changed = [
         f"{name}: {was.get(name)} then, {now} now"
         for name, now in about.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 from collections.abc import Iterator
 
 import psutil
@@ -27,21 +28,24 @@ from finetune.hub import hub_api, status_of
 from finetune.lock import claim
 from finetune.machine import computing_type, is_spread, processes, resolve_precision, short
 from finetune.sources import HUB
-from qlora_helpers import Settings, UserError, listed, local_base, locate
+from qlora_helpers import Settings, UserError, listed, locate
 
 
-def check_machine(settings: Settings) -> Iterator[Line]:
-    """The GPU and its precision, and what is left of an earlier run of the same name."""
+def check_machine(settings: Settings, token: str | None, known: bool) -> Iterator[Line]:
+    """The GPU and its precision, and what is left of an earlier run of the same name.
+
+    `known` is whether the base model's config can be had.
+    """
     if torch.cuda.is_available():
         yield check_gpu(settings)
-    elif is_small(settings):
+    elif is_small(settings, token, known):
         yield "✓", "no GPU, and none needed for a base model this small"
     else:
         yield (
             "✗",
             f"no GPU, and {settings.base_model} would need days without one. Colab: Runtime › "
             "Change runtime type › T4 GPU or better. To try the notebook without: base_model = "
-            "'embedded'",
+            "'embedded', learning_rate = 6e-4",
         )
     yield from check_other_gpus()
     if settings.memory_limit_gb and not torch.cuda.is_available():
@@ -72,19 +76,20 @@ def check_other_gpus() -> Iterator[Line]:
 def check_gpu(settings: Settings) -> Line:
     """Whether this torch has kernels for this GPU: newer ones leave out a P100, for example."""
     gpu, (major, minor) = torch.cuda.get_device_properties(0), torch.cuda.get_device_capability()
-    built = [arch.partition("_") for arch in torch.cuda.get_arch_list()]
-    numbers = [(kind, int("".join(filter(str.isdecimal, text)))) for kind, _, text in built]
+    built = [re.fullmatch(r"(sm|compute)_(\d+)[a-z]?", arch) for arch in torch.cuda.get_arch_list()]
+    numbers = [(found[1], int(found[2])) for found in built if found]  # AMD's are called otherwise
     mine = 10 * major + minor
     runs = any(
         n <= mine if kind == "compute" else n // 10 == major and n <= mine for kind, n in numbers
     )
     if numbers and not runs:
-        least = min(n for _, n in numbers)
-        return (
-            "✗",
-            f"{gpu.name} (compute capability {major}.{minor}) is too old for this torch, whose "
-            f"kernels begin at {least // 10}.{least % 10}: choose another GPU (Kaggle: T4 × 2)",
-        )
+        least, most = min(n for _, n in numbers), max(n for _, n in numbers)
+        told = f"{gpu.name} (compute capability {major}.{minor}) is too"
+        if mine > most:
+            end = f"{most // 10}.{most % 10}: install a newer torch, or choose another GPU"
+            return "✗", f"{told} new for this torch, whose kernels end at {end}"
+        begin = f"{least // 10}.{least % 10}: choose another GPU (Kaggle: T4 × 2)"
+        return "✗", f"{told} old for this torch, whose kernels begin at {begin}"
     precision, _ = resolve_precision(settings.bf16)
     return "✓", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB, computing in {precision}"
 
@@ -109,8 +114,10 @@ def check_room(settings: Settings, token: str | None, known: bool = True) -> Ite
     _, download, source = base_model_gb(settings, token)
     sixteen, whole = written_gb(settings, token, known)
     # A checkpoint holds the adapter in fp32 and AdamW's two moments: 0.33 GB for r = 32 beside a 7B
-    # model's 14.5 GB. Three are kept, and the adapter with its zip.
-    saved = 3.7 * (0.05 + 0.02 * sixteen * settings.lora_r / 32)
+    # model's 14.5 GB, three times that on all its layers. Three are kept while a fourth is written,
+    # and the adapter with its zip.
+    layers = 3.1 if settings.target_modules == "all-linear" else len(settings.target_modules) / 4
+    saved = 4.7 * (0.05 + 0.02 * sixteen * settings.lora_r / 32 * layers)
     needs = {"checkpoints and adapter": (settings.run_dir, saved)}
     if download:
         needs[f"download of the base model, {source},"] = cache_of(settings), download
@@ -197,11 +204,11 @@ def check_logger(settings: Settings) -> Iterator[Line]:
         yield "✗", f"report_to = 'wandb' has no key here: {told}"
 
 
-def is_small(settings: Settings) -> bool:
-    """Whether a CPU can train this base model: the embedded one, or one of few weights here."""
-    if not local_base(settings.base_model):
-        return settings.base_model == "embedded"
-    return 0 < count_weights(settings, None) < 2e9  # as many as take 4 GB in 16 bits
+def is_small(settings: Settings, token: str | None, known: bool) -> bool:
+    """Whether a CPU can train this base model: the embedded one, or one of few weights."""
+    if settings.base_model == "embedded":
+        return True
+    return known and 0 < count_weights(settings, token) < 2e9  # as many as take 4 GB in 16 bits
 
 
 def preflight(settings: Settings, token: str | None) -> None:
@@ -210,11 +217,11 @@ def preflight(settings: Settings, token: str | None) -> None:
     Raises `UserError` if any line is ✗, or if another process has this run's folder, which is held
     from here on. A `?` is what cannot be known offline, a `!` what you may want to know.
     """
-    lines = [*check_folders(settings), *check_machine(settings)]
-    if not any(mark == "✗" for mark, _ in lines):
-        claim(settings.run_dir)
     base = check_base_model(settings, token)
     known = base[0] == "✓"
+    lines = [*check_folders(settings), *check_machine(settings, token, known)]
+    if not any(mark == "✗" for mark, _ in lines):
+        claim(settings.run_dir)
     lines += [*check_room(settings, token, known), base]
     if known:
         lines += check_architecture(settings, token)
@@ -225,4 +232,6 @@ def preflight(settings: Settings, token: str | None) -> None:
     lines += [check_push(settings, token), *merged, *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:
+        if any("this token" in text for text in failed):
+            os.environ.pop("HF_TOKEN", None)  # so that section 3 asks for another
         raise UserError(listed("Before training can start:", failed))

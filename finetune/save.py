@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -209,20 +208,18 @@ def push_adapter(
         why = "there is no token" if settings.push_to_hub else "push_to_hub is off"
         print(f"Not pushed, because {why}. The adapter is in {folder}")
         return None
-    private = False
     try:
         if why := why_unusable(folder, "adapter"):
             raise UserError(f"{folder} is not whole ({why}): run the cell that saves it again")
         api = hub_api(token)
         repo = hub_repo_id(settings, with_retries(api.whoami)["name"])
         ensure_repo(api, repo, settings.hub_private)
-        private = True
         commit_folder(api, repo, folder, list(files))
     except Exception as error:
         print(
-            f"Not pushed: {short(error)}\nNothing is lost: the adapter is in {folder}. To push it"
+            f"Not pushed: {short(error)}\nNothing is lost: the adapter is in {folder}. To push it "
+            "later, run this cell again."
         )
-        print("later, run this cell again." if not private else later(repo, folder, files))
         return None
     print(f"On the Hub: {api.endpoint}/{repo}")
     return f"{api.endpoint}/{repo}"
@@ -232,13 +229,6 @@ def push_card(settings: Settings, token: str | None, address: str | None) -> Non
     """Upload the card and the manifest anew, where the adapter has been pushed (`address`)."""
     if address:
         push_adapter(settings, token, CARD_FILES)
-
-
-def later(repo: str, folder: Path, files: Sequence[str]) -> str:
-    """How to push by hand to a repository that was seen to be as private as it should be."""
-    parts = " ".join(f"--include {shlex.quote(part)}" for part in files)
-    line = f"hf upload {shlex.quote(repo)} {shlex.quote(str(folder))} . {parts}"
-    return f"later, run this cell again; or in a terminal:\n  {line}"
 
 
 def push_merged(settings: Settings, token: str | None) -> str | None:

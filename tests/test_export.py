@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import peft
@@ -445,11 +446,25 @@ def test_the_last_section_says_where_everything_is_and_colab_downloads_it(
 ):
     cfg = cfg_of(run_name="mine", export=["gguf"])
     cfg.run_dir.mkdir(parents=True)
-    for name in ("mine-20260101-000000.zip", "mine-20260301-000000.zip", "report.html"):
-        (cfg.run_dir / name).touch()
+    (cfg.run_dir / "report.html").touch()
+    digests = {
+        "20260101": "before",
+        "20260301": "this",
+        "20260401": "another",
+    }  # the clock went back
+    for day, digest in digests.items():
+        with zipfile.ZipFile(cfg.run_dir / f"mine-{day}-000000.zip", "w") as packed:
+            told = {"files": {"adapter_model.safetensors": digest}}
+            packed.writestr("checksums.json", json.dumps(told))
+    (cfg.run_dir / "mine-of-my-own.zip").touch()
+    cfg.final_model.mkdir()
+    sealed = {"purpose": "adapter", "run": "mine"} | {
+        "files": {"adapter_model.safetensors": "this"}
+    }
+    (cfg.final_model / "checksums.json").write_text(json.dumps(sealed))
     take_with_you(cfg, "https://hub/ada/mine")
     out = capsys.readouterr().out
-    assert "mine-20260301-000000.zip" in out and "20260101" not in out
+    assert "mine-20260301-000000.zip" in out and out.count(".zip") == 1
     assert (
         f"Merged model  {cfg.merged_dir}" in out and f"GGUF          {cfg.run_dir / 'gguf'}" in out
     )

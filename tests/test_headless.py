@@ -234,6 +234,14 @@ def test_a_mistake_is_told_in_its_own_words_alone_and_an_error_with_its_line(
     assert (run / "notebook.html").exists()
 
 
+def test_a_first_run_that_was_refused_does_not_stand_in_the_seconds_way(with_cells, tmp_path):
+    with_cells("raise ValueError('refused')")
+    for _ in range(2):
+        with pytest.raises(CellExecutionError, match="refused"):
+            execute({"run_name": "mine", "output_dir": "runs"})
+    assert (tmp_path / "runs" / "mine" / "notebook.html").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"run_name": "../up"}, "run_name = '../up'"), ({}, r"did not write \(notebook\.html\)")],

@@ -112,3 +112,20 @@ def test_a_run_is_named_by_its_beginning():
     assert run_of(one) != run_of(other)
     turned = {"fingerprint": dict(reversed(one["fingerprint"].items()))}
     assert run_of(one) == run_of(json.loads(json.dumps(turned)))
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "longer"),
+    [
+        ((5, -1), (5, 10), False),
+        ((5, 10), (5, -1), True),
+        ((5, 10), (5, 11), True),
+        ((5, 11), (5, 10), False),
+        ((5, -1), (6, -1), True),
+        ((5, -1), (5, -1), False),
+    ],
+)
+def test_a_run_of_all_epochs_is_longer_than_one_of_some_steps(was, now, longer):
+    was, now = ({"epochs": epochs, "max_steps": steps, "seed": 1} for epochs, steps in (was, now))
+    assert identity.trains_on(was, now) == longer
+    assert not identity.trains_on(was, now | {"seed": 2})

@@ -4,6 +4,7 @@ in one.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,22 @@ def test_as_many_processes_are_launched_as_were_asked_for(started):
         assert words[-4:] == ["--module", "finetune.launch", "EPOCHS=2", "DATA=a=b c"]
         assert f"--num_processes={gpus or 2}" in words and ("--multi_gpu" in words) == several
         assert "--config_file" not in words and told["QLORA_SPREAD"] is None
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("GPUS=two", "GPUS=two: how many GPUs train, as a number"),
+        ("GPUS=0", "GPUS=0: how many GPUs train"),
+        ("EPOCHS=-1", "epochs = -1: input should be greater than 0"),
+    ],
+)
+def test_what_cannot_be_launched_is_told_before_anything_starts(monkeypatch, word, told):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(sys, "argv", ["launch", word])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was launched"))
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        main()
 
 
 def test_processes_share_the_cores_unless_the_user_has_said_how(started):

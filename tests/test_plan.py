@@ -358,6 +358,8 @@ def test_a_model_over_several_gpus_trains_as_set_with_all_layers_recomputed(
         ({"epochs": 5, "max_steps": 0}, 30, 3),
         ({"epochs": 5, "max_steps": 12, "warmup_ratio": 0.25}, 12, 3),
         ({"epochs": 20, "warmup_ratio": 0.0}, 120, 0),
+        ({"epochs": 5, "max_steps": 1}, 1, 0),  # the only step is not lost to a rate of 0
+        ({"epochs": 5, "max_steps": 3, "warmup_ratio": 1.0}, 3, 2),
     ],
 )
 def test_the_warm_up_is_a_share_of_all_steps(planning, changes, steps, warm_up):
@@ -866,6 +868,15 @@ def test_a_plan_that_needs_more_than_is_free_now_is_made_anew(planning, monkeypa
     assert "memory: 21.0 GB were used then, 20.5 may be now" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["", '{"about": {"GPU": "T4', "[]", "{}", '{"about": null}'])
+def test_a_plan_that_was_cut_short_is_made_anew(planning, text):
+    cfg, model, data = planning(), tiny(), rows(16)
+    cfg.run_dir.mkdir(parents=True)
+    (cfg.run_dir / "plan.json").write_text(text)
+    assert make_plan(cfg, model, data).table
+    assert json.loads((cfg.run_dir / "plan.json").read_text())["table"]
+
+
 def test_rows_beyond_the_base_models_positions_are_told_before_training(planning):
     model, data = tiny(), rows(20, longest=60)
     lengths = sorted(len(row["input_ids"]) for row in data)
@@ -884,6 +895,7 @@ def test_a_run_without_copies_is_told_what_it_risks_in_minutes(
 ):
     for name in ("on_colab", "on_kaggle"):
         monkeypatch.setattr(f"finetune.plan.{name}", lambda name=name: name == place)
+    assert not at_risk(settings(backup_to=backup_to), 19 * 60)  # no more than with copies
     told = at_risk(settings(backup_to=backup_to), 5400)
     assert bool(told) == (place != "elsewhere" and backup_to == "none")
     if told:

@@ -182,7 +182,7 @@ def test_what_follows_from_the_cell_is_printed(settings):
 
 @pytest.mark.parametrize(
     ("max_steps", "length"),
-    [(-1, "2.5 epochs"), (0, "2.5 epochs"), (1, "1 steps at most"), (20, "20 steps at most")],
+    [(-1, "2.5 epochs"), (0, "2.5 epochs"), (1, "1 steps"), (20, "20 steps")],
 )
 def test_the_length_that_is_printed_is_the_one_that_counts(settings, max_steps, length):
     text = settings(epochs=2.5, max_steps=max_steps).summary("")

@@ -53,6 +53,21 @@ def test_the_environment_comes_first(monkeypatch, colab, capsys):
     assert "the environment" in capsys.readouterr().out
 
 
+def test_a_secret_that_was_replaced_is_read_again_and_a_typed_token_stays(
+    monkeypatch, colab, capsys
+):
+    colab("hf_old")
+    assert sign_in() == "hf_old"
+    colab("hf_new")
+    assert sign_in() == os.environ["HF_TOKEN"] == "hf_new"
+    assert capsys.readouterr().out.count("Colab's secrets") == 2
+    colab("SecretNotFoundError")
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: "hf_typed")
+    assert sign_in() == "hf_typed"
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: pytest.fail("asked again"))
+    assert sign_in() == "hf_typed"
+
+
 def test_this_notebooks_secret_goes_before_a_token_stored_once(monkeypatch, colab, capsys):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_stored")
     colab(None)

@@ -15,6 +15,7 @@ and bandwidth ours is.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -114,12 +115,11 @@ def measure(way: str, kind: str, seconds: float) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     tokenizer.pad_token = tokenizer.eos_token
     data, watch = speed.rows(kind), stopwatch(seconds)
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     usual = speed.recipe
 
     def recipe(**changes):
-        kind = {"bf16": bf16, "fp16": not bf16, "num_train_epochs": 1000}
-        return usual(**kind | {"logging_strategy": "no", "lr_scheduler_type": "constant"} | changes)
+        fixed = {"num_train_epochs": 1000, "logging_strategy": "no"}
+        return usual(**fixed | {"lr_scheduler_type": "constant"} | changes)
 
     speed.recipe = recipe
     trainer, _ = speed.trainer_for(way, str(MODEL), data, tokenizer, 0, watch)
@@ -138,6 +138,7 @@ def in_a_process(way: str, options) -> dict:
     command = [sys.executable, __file__, "--one", way, "--data", options.data]
     command += ["--seconds", str(options.seconds)]
     quiet = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    quiet["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     done = subprocess.run(command, capture_output=True, text=True, env=quiet)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     if lines:
@@ -170,8 +171,11 @@ def main() -> None:
 
     from finetune.machine import free_cache, versions
 
-    if not (MODEL / "config.json").exists():
-        make_model(MODEL, options.tokenizer)
+    if not MODEL.exists():
+        part = MODEL.with_name(f"{MODEL.name}.part")  # whole, or not at all
+        shutil.rmtree(part, ignore_errors=True)
+        make_model(part, options.tokenizer)
+        part.rename(MODEL)
     rate, bandwidth = speed.rates()
     card, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / 2**30
     free_cache()

@@ -73,6 +73,14 @@ def rows(kind: str):
     return datasets.Dataset.from_list([{"input_ids": i, "labels": [-100, *i[1:]]} for i in ids])
 
 
+def precision():
+    """What this card computes in, and its torch type: bf16, or fp16 where it has none."""
+    from finetune.machine import computing_type, resolve_precision
+
+    name, _ = resolve_precision("auto")
+    return name, computing_type(name)
+
+
 def nf4():
     """The recipe's quantisation."""
     import torch
@@ -84,20 +92,19 @@ def nf4():
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16 if is_sharded() else torch.uint8,
+        bnb_4bit_compute_dtype=precision()[1],
+        bnb_4bit_quant_storage=precision()[1] if is_sharded() else torch.uint8,
     )
 
 
 def base_model(path: str):
     """The base in 4 bits on the GPU; under FSDP in main memory."""
-    import torch
     import transformers
 
     from finetune.base_model import placement, ready_to_shard
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=nf4(), dtype=torch.bfloat16, device_map=placement()
+        path, quantization_config=nf4(), dtype=precision()[1], device_map=placement()
     )
     ready_to_shard(model)
     return model
@@ -141,7 +148,8 @@ def recipe(**changes):
         "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
-        "bf16": True,
+        "bf16": precision()[0] == "bf16",
+        "fp16": precision()[0] == "fp16",
         "logging_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
@@ -195,7 +203,7 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch, targe
     cfg = Settings(**settings(path, limit))
     model = lora(base_model(path), targets)
     start = time.perf_counter()
-    used = use_fast_kernels(model, data, "bf16")
+    used = use_fast_kernels(model, data, precision()[0])
     print(f"compared in {time.perf_counter() - start:.0f} s; {used}", file=sys.stderr)
     start = time.perf_counter()
     plan = make_plan(cfg, model, data)
@@ -302,12 +310,12 @@ def measure(way: str, kind: str, path: str, limit: float, targets: str) -> dict:
 
 
 def rates() -> tuple[float, float]:
-    """This card's bf16 matrix rate (FLOP/s) and copy bandwidth (bytes/s, read and written),
+    """This card's 16-bit matrix rate (FLOP/s) and copy bandwidth (bytes/s, read and written),
     measured.
     """
     import torch
 
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    a = torch.randn(8192, 8192, device="cuda", dtype=precision()[1])
     b, c = torch.ones(2, 2**29, device="cuda")
 
     def seconds(work, n=20):

@@ -234,6 +234,18 @@ def in_save(step: int, act) -> None:
     Trainer._save_checkpoint = save
 
 
+def signal_in_save(step: int, number: int) -> None:
+    """A signal, once, while the checkpoint of `step` is being written."""
+    sent = []
+
+    def send(folder: Path, names: frozenset[str]) -> None:
+        if names and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    in_save(step, send)
+
+
 def kill_in_save(step: int, name: str) -> None:
     """SIGKILL as soon as the checkpoint of `step` has a file of this name."""
     in_save(step, lambda folder, names: kill() if name in names else None)
@@ -400,6 +412,7 @@ FAULTS = {
     for fault in (
         kill_at,
         kill_in_save,
+        signal_in_save,
         copy_in_save,
         stop_at,
         nan_at,

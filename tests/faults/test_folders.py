@@ -664,13 +664,17 @@ def test_of_several_processes_the_first_holds_the_run(tmp_path, holder, monkeypa
     assert checksums(outputs(tmp_path)) == before and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("ago", "held"), [(5, True), (lock.STALE - 5, True), (lock.STALE + 5, 0)])
+@pytest.mark.parametrize(
+    ("ago", "held"),
+    [(5, True), (lock.STALE - 5, True), (lock.STALE + 5, 0), (-5, True), (-3600, 0)],
+)
 def test_another_machine_is_seen_by_its_heartbeat(tmp_path, ago, held):
     told = {"host": "another-machine", "pid": 7, "time": time.time() - ago}
     (tmp_path / lock.FILE).write_text(json.dumps(told))
     if not held:
         claim(tmp_path)
         return
+    ago = max(0, ago)  # of a clock that is ahead
     seen = f"process 7 on another-machine, seen ({ago}|{ago + 1}) s ago"
     with pytest.raises(UserError, match=seen):
         claim(tmp_path)
@@ -686,6 +690,41 @@ def test_the_heart_beats_until_the_folder_is_released(tmp_path, monkeypatch):
     assert first["pid"] == os.getpid()
     release()
     assert (tmp_path / lock.FILE).read_text() == ""
+
+
+def test_the_heart_goes_on_after_a_beat_that_could_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    claim(tmp_path)
+    held, left = lock.HELD[tmp_path], [OSError(5, "Drive is away"), OSError(28, "full")]
+    beat = held.beat
+
+    def failing():
+        if left:
+            raise left.pop()
+        beat()
+
+    monkeypatch.setattr(held, "beat", failing)
+    first = json.loads((tmp_path / lock.FILE).read_text())
+    until = time.monotonic() + 30
+    while json.loads((tmp_path / lock.FILE).read_text() or "{}").get("time") == first["time"]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    release()
+
+
+@pytest.mark.parametrize(
+    "told", ['{"host": "another", "pid": 7, "time": null}', '{"host": "another", "pid": 7}', "[]"]
+)
+def test_a_heartbeat_that_tells_no_time_holds_nothing(tmp_path, told):
+    (tmp_path / lock.FILE).write_text(told)
+    claim(tmp_path)
+    release()
+
+
+def test_a_run_whose_folder_is_a_file_is_refused_by_name(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UserError, match=r"output_dir / run_name is .*mine, a file: choose"):
+        claim(tmp_path / "mine")
 
 
 # -------- disks ---------------------------------------------------------------------------

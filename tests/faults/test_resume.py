@@ -419,6 +419,15 @@ def test_a_step_of_a_minute_is_dropped_at_sigterm_and_the_state_before_it_saved_
 
 
 @pytest.mark.slow
+def test_a_signal_in_the_last_save_ends_the_run_there(tiny, tmp_path, undisturbed):
+    code, shown = run(tiny, tmp_path, "signal_in_save", 6, int(signal.SIGTERM))
+    assert code == -signal.SIGTERM, shown
+    assert "Stopped at step 6 of 6, and saved. This process is being ended." in shown
+    code, shown = run(tiny, tmp_path)
+    assert code == 0 and result_of(tmp_path) == undisturbed[0], shown
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 2, 3], ids=["before the first step", "second", "last"])
 def test_an_evaluation_is_dropped_at_sigterm_and_made_up_for(tiny, tmp_path, undisturbed, number):
     code, shown = run(tiny, tmp_path, "signal_in_evaluation", number)
