@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -92,8 +92,9 @@ def draw_sample(
 
     Says how many references are longer than an answer may be.
     """
-    drawn = data.shuffle(settings.seed).select(range(min(settings.sample_rows, len(data))))
-    rows = [row for row in drawn if row["prompt"]]
+    asking = [number for number, prompt in enumerate(data["prompt"]) if prompt]
+    drawn = data.select(asking).shuffle(settings.seed)
+    rows = list(drawn.select(range(min(settings.sample_rows, len(drawn)))))
     end = str if is_chat(tokenizer) else format_answer
     wanted = tokenize(tokenizer, [end(row["completion"]) for row in rows], places=False)
     lengths, most = [len(one.ids) + 1 for one in wanted], settings.max_new_tokens
@@ -225,11 +226,12 @@ def validation_loss(
     all of which must call this) share the rows. Computed as in training: in the base model's type.
     """
     share = itertools.islice(examples, processes()[0] % ranks, None, ranks)
+    many = -(-len(examples) // ranks) if isinstance(examples, Sized) else None
     kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     sums = torch.zeros(2, dtype=torch.float64)
     with autocast(kinds.get(model.dtype, "fp32")):
         found = trained_logits(model, share, evaluation_tokens(model))
-        for logits, ids in progress(found, "Validation loss", " rows"):
+        for logits, ids in progress(found, "Validation loss", " rows", many):
             loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
             sums += torch.tensor([loss.item(), len(ids)])
     if ranks > 1:

@@ -46,7 +46,15 @@ from finetune.files import (
     why_unusable,
 )
 from finetune.identity import fingerprint
-from finetune.machine import RandomStates, here, peak_memory, processes, random_states, versions
+from finetune.machine import (
+    RandomStates,
+    duration,
+    here,
+    peak_memory,
+    processes,
+    random_states,
+    versions,
+)
 from qlora_helpers import Settings, UserError, base_name
 
 SAVE_SHARE = 0.05  # of the time, at most, goes into saves and copies inside an epoch
@@ -114,18 +122,15 @@ class KeepSafe(TrainerCallback):
 
     def diverged(self, what: str, step: int) -> None:
         """Raise `UserError` about `what` is not finite, with the last good checkpoint."""
-        whole = (
-            path
-            for path in checkpoints(self.settings.run_dir)
-            if not why_unusable(path, "checkpoint")
-        )
+        found = checkpoints(self.settings.run_dir)
+        whole = next((path for path in found if not why_unusable(path, "checkpoint")), None)
         raise UserError(
             f"Training stopped at step {step}: {what} is not finite. The last good checkpoint: "
-            f"{next(whole, 'none')}\n{self.advice(step)}"
+            f"{whole or 'none'}\n{self.advice(step, whole)}"
         )
 
-    def advice(self, step: int) -> str:
-        """What to do about a loss or gradient that is not finite."""
+    def advice(self, step: int, whole: Path | None) -> str:
+        """What to do about a loss or gradient that is not finite; `whole` is a good checkpoint."""
         if self.fp16 and not step:
             return (
                 "This base model's numbers are too large for fp16, which ends at 65,504: no "
@@ -133,10 +138,17 @@ class KeepSafe(TrainerCallback):
                 "base_model."
             )
         fp16 = " (or take a GPU with native bf16: fp16 ends at 65,504)" * self.fp16
+        if not step:
+            return (
+                "Nothing was trained yet, so no learning_rate helps: the base model (or "
+                "base_adapter) computes it so. Choose another."
+            )
+        lower = f"Lower learning_rate (half is a good start){fp16} and run all again"
+        if not whole:
+            return f"{lower}."
         return (
-            f"Lower learning_rate (half is a good start){fp16} and run all again: "
-            "with resume = 'anyway' it continues from that checkpoint, "
-            "with a new run_name it begins anew."
+            f"{lower}: with resume = 'anyway' it continues from that checkpoint, with a new "
+            "run_name it begins anew."
         )
 
     def on_pre_optimizer_step(
@@ -292,7 +304,7 @@ def safe_training(settings: Settings, trainer: Trainer) -> Iterator[None]:
     """
     callback = KeepSafe(settings, fingerprint(settings, trainer), trainer)
     trainer.add_callback(callback)
-    start, step = time.monotonic(), trainer.state.global_step
+    start = time.monotonic()
     trainer.evaluating = callback.evaluating
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, callback.ask) for number in SIGNALS} if main else {}
@@ -320,6 +332,5 @@ def safe_training(settings: Settings, trainer: Trainer) -> Iterator[None]:
             print(f"{told} This process is being ended.", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
         raise UserError(f"{told} Run this cell again to continue.")
-    if trainer.state.global_step > step:
-        minutes = (time.monotonic() - start) / 60
-        print(f"{minutes:.1f} minutes, peak memory {peak_memory():.1f} GB")
+    if callback.trained:
+        print(f"{duration(time.monotonic() - start)}, peak memory {peak_memory():.1f} GB")

@@ -9,7 +9,7 @@ from finetune.files import Record
 from finetune.hub import FETCH, HERE
 from finetune.machine import computing_type, resolve_precision
 from finetune.modelfile import STOP
-from finetune.scores import score_lines
+from finetune.scores import rows_of, score_lines
 from qlora_helpers import END_MARKER, Settings, is_local
 
 LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -89,7 +89,7 @@ def score_table(result: Record) -> str:
     if "after" not in result:
         return "It has not been asked the held-out rows yet."
     lines = ["| {score} | {before} | {after} |".format(**line) for line in score_lines(result)]
-    head = [f"| on {result['rows']} held-out rows | before | after |", "|---|---|---|"]
+    head = [f"| on {rows_of(result)} | before | after |", "|---|---|---|"]
     return "\n".join(head + lines)
 
 

@@ -99,6 +99,9 @@ class Streaming(NotebookClient):
         content = msg["content"]
         if msg["msg_type"] == "stream" and content["name"] == "stdout":
             print(content["text"], end="", flush=True)
+        shown = content.get("data", {}).get("text/plain", "")
+        if msg["msg_type"] == "execute_result" and not shown.startswith("<"):  # the plan
+            print(shown, flush=True)
         bar = re.search(r"\[\s*\d+/\d+ [^\]]*\]", content.get("data", {}).get("text/html", ""))
         if bar and bar[0] != getattr(self, "_bar", None):
             self._bar = bar[0]
@@ -185,7 +188,7 @@ def main() -> None:
             "and it continues from the last whole checkpoint."
         ) from None
     run = Settings.from_cell(known | settings)
-    print(f"Curves:   {run.run_dir / 'curves.png'}\nAdapter:  {run.final_model}")
+    print(f"Curves:   {run.run_dir / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -60,10 +60,22 @@ def main_first(function: Callable) -> Callable:
     return run
 
 
-def progress(work: Iterable[T], what: str, unit: str = "it") -> Iterable[T]:
-    """`work`, with a bar that shows how far it is, after `BAR_AFTER` seconds."""
+def progress(
+    work: Iterable[T], what: str, unit: str = "it", total: int | None = None
+) -> Iterable[T]:
+    """`work`, with a bar that shows how far it is, after `BAR_AFTER` seconds.
+
+    `total` is how many there are, where `work` does not say.
+    """
     other = processes()[0] > 0  # the first process alone talks
-    return tqdm(work, desc=what, unit=unit, delay=BAR_AFTER, leave=False, disable=other)
+    return tqdm(work, what, total, unit=unit, delay=BAR_AFTER, leave=False, disable=other)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:

@@ -13,13 +13,20 @@ import pyarrow.compute as pc
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from pandas import DataFrame
 from peft import PeftModel
 
 from finetune.batches import Cut, row_lengths, steps_of
 from finetune.checkpoints import SAVE_SECONDS
 from finetune.files import Record
-from finetune.machine import is_spread, memory_limit, processes, resolve_precision, versions
+from finetune.machine import (
+    duration,
+    is_spread,
+    memory_limit,
+    processes,
+    resolve_precision,
+    versions,
+)
+from finetune.report import plan_table
 from finetune.speed import checkpointable, own_attention
 from finetune.trials import Trials
 from qlora_helpers import Settings, UserError, base_name, listed, on_colab, on_kaggle
@@ -53,7 +60,7 @@ class Plan:
         if not self.table:
             return text
         speed = f"{self.tokens_per_second:,.0f} tokens/s"
-        return f"{text}\nAbout {self.seconds / 60:.1f} minutes at {speed}, peak {self.peak:.1f} GB"
+        return f"{text}\nAbout {duration(self.seconds)} at {speed}, peak {self.peak:.1f} GB"
 
     # For print(plan), and where a page cannot show HTML.
     __repr__ = __str__
@@ -61,11 +68,7 @@ class Plan:
     def _repr_html_(self) -> str:
         if not self.table:
             return f"<pre>{self}</pre>"
-        style = DataFrame(self.table).style.hide(axis="index").hide("chosen", axis="columns")
-        style = style.format(precision=1, thousands=",", na_rep="")
-        # The text is dark on the green in dark mode, too.
-        mark = ["background-color: #d7f0dd; color: #111" * row["chosen"] for row in self.table]
-        return f"<pre>{self}</pre>" + style.apply(lambda column: mark).to_html()
+        return f"<pre>{self}</pre>{plan_table(self.table)}"
 
 
 def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:

@@ -16,7 +16,7 @@ from pandas import DataFrame, Series, concat, json_normalize
 
 from finetune.files import Record, file_hash, telling_if_full
 from finetune.readers import places_of
-from finetune.scores import score_lines, show_comparison
+from finetune.scores import rows_of, score_lines, show_comparison, verdict
 from finetune.sources import find_files
 from qlora_helpers import Settings
 
@@ -35,10 +35,10 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
     if not found:
         return "No validation loss was measured."
     (best, epoch), (last, end) = min(found), found[-1]
-    if best > start:
+    if best >= start or f"{best:.3f}" == f"{start:.3f}":
         return (
-            f"Nothing was learned: validation loss never fell below {start:.3f}. "
-            "Lower learning_rate."
+            f"Nothing was learned: validation loss never fell below {start:.3f}. Lower "
+            "learning_rate if it rose, else raise it or train longer."
         )
     if epoch == end:
         return (
@@ -48,6 +48,8 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
     kept = f"epoch {epoch:.3g} is kept"
     if not keep_best:
         kept = f"epoch {end:.3g} is kept, because keep_best is off"
+    if f"{best:.3f}" == f"{last:.3f}":
+        return f"Validation loss fell no further after epoch {epoch:.3g} ({best:.3f}); {kept}."
     return (
         f"Overfitting: validation loss rose after epoch {epoch:.3g}, "
         f"from {best:.3f} to {last:.3f}; {kept}."
@@ -73,7 +75,8 @@ def plot_curves(
     grid = [["loss", name] for name in side]  # the losses on the left, as high as all the others
     axes = figure.subplot_mosaic(grid, width_ratios=[2, 1], sharex=True)
     steps, losses = history(log, "loss")
-    axes["loss"].plot(steps, losses, color="#4c78a8", alpha=0.3, label="training")
+    point = "o" if len(steps) == 1 else ""  # a line of one point cannot be seen
+    axes["loss"].plot(steps, losses, color="#4c78a8", alpha=0.3, marker=point, label="training")
     smooth = Series(losses, dtype=float).ewm(alpha=0.3).mean()
     axes["loss"].plot(steps, smooth, color="#4c78a8", label="training, smoothed")
     measured = history(log, "eval_loss")
@@ -84,7 +87,7 @@ def plot_curves(
     axes["loss"].set(ylabel="loss (nats a token)", xlabel="step")
     axes["loss"].legend()
     for name, label in side.items():
-        axes[name].plot(*history(log, name), color="#54a24b")
+        axes[name].plot(*history(log, name), color="#54a24b", marker=point)
         axes[name].set_ylabel(label)
     axes["tokens_per_second"].set_xlabel("step")
     positive = [value for value in (*losses, *measured[1]) if value > 0]
@@ -102,9 +105,13 @@ def plot_curves(
 
 
 def mark_kept(axes: Axes, steps: list[float], losses: list[float], keep_best: bool) -> None:
-    """Write each epoch's validation loss at its point, and a ring around the one that is kept."""
+    """Write epochs' validation losses at their points, and a ring around the one that is kept.
+
+    Of many epochs every second, third, … and the last.
+    """
     trained = [(loss, step) for step, loss in zip(steps, losses, strict=True) if step]
-    for loss, step in trained:
+    every = 1 + len(trained) // 16
+    for loss, step in trained[(len(trained) - 1) % every :: every]:
         place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 9}
         axes.annotate(f"{loss:.3f}", (step, loss), color="#b35900", **place)
     if trained:
@@ -169,24 +176,26 @@ def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dic
     learned = html.escape(what_it_learned(log, settings.keep_best))
     created = run["created"][:16].replace("T", " ")
     made = {name: value for name, value in run.items() if not isinstance(value, (dict, list))}
-    made.pop("run", None)
-    plan = {name: value for name, value in run["plan"].items() if name != "table"}
+    made = {name: value for name, value in made.items() if name != "run" and value}
+    plan = {n: v for n, v in run["plan"].items() if not isinstance(v, float) and n != "table"}
     plan |= plan.pop("cut", {})
-    trials = DataFrame(run["plan"].get("table", [])).drop(columns="chosen", errors="ignore")
+    trials = run["plan"].get("table", [])
     settings_now = list(run["settings"].items())
     half = (len(settings_now) + 1) // 2
     left, right = lines(dict(settings_now[:half])), lines(dict(settings_now[half:]))
     parts = {
-        f"Scores on {result['rows']} held-out rows": scores,
+        f"Scores on {rows_of(result)}": f"<p>{verdict(table, result)}</p>{scores}",
         "Curves": f"<p>{learned}</p>"
         '<img alt="losses, learning rate, gradient norm, speed" '
         f'src="data:image/png;base64,{curves}">',
-        "Answers to held-out rows": show_comparison(table, result, len(table)).to_html(),
+        "Answers to held-out rows": show_comparison(table, result, len(table), 4000).to_html(),
         "Settings": f'<div class="pair">{left}{right}</div>',
-        "Plan": lines(plan) + trials.to_html(index=False, border=0, na_rep=""),
+        "Plan": lines(plan) + (plan_table(trials) if trials else ""),
         "Data": lines(run["data"]),
         "Made with": f'<div class="pair">{lines(made)}{lines(run["versions"])}</div>',
     }
+    if not len(table):
+        del parts["Answers to held-out rows"]
     body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items())
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
@@ -194,6 +203,15 @@ def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dic
         f"<style>{REPORT_STYLE}</style>\n<h1>{settings.run_name}</h1>\n"
         f"<p>{html.escape(settings.base_model)}, {created} UTC</p>\n{body}\n</html>\n"
     )
+
+
+def plan_table(tried: Sequence[Record]) -> str:
+    """The ways that a plan has tried as a table in HTML, the chosen one green."""
+    style = DataFrame(tried).convert_dtypes().style.hide(axis="index")
+    style = style.hide("chosen", axis="columns").format(precision=1, thousands=",", na_rep="")
+    # The text is dark on the green in dark mode, too.
+    mark = ["background-color: #d7f0dd; color: #111" * row["chosen"] for row in tried]
+    return style.apply(lambda column: mark).to_html()
 
 
 def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
@@ -206,6 +224,7 @@ def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         left_out = ("log", "answers", "created", "trainer_state")
         kept = {name: value for name, value in run.items() if name not in left_out}
+        run["plan"].pop("table", None)  # every way that was tried
         columns.append(json_normalize(kept).iloc[0].rename(folder.name))
     both = concat(columns, axis=1)
     names = both.index

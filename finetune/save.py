@@ -206,7 +206,7 @@ def push_adapter(
     folder = settings.final_model
     if not settings.push_to_hub or not token:
         why = "there is no token" if settings.push_to_hub else "push_to_hub is off"
-        print(f"Not pushed, because {why}. The adapter is in {folder}")
+        print(f"Not pushed, because {why}.")
         return None
     try:
         if why := why_unusable(folder, "adapter"):

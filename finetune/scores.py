@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,18 @@ def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answ
     )
 
 
+def percent(share: float) -> str:
+    """A share as a percentage; all and nothing are said of all and nothing alone."""
+    return f"{share:.0%}" if share in (0, 1) else f"{min(max(share, 0.01), 0.99):.0%}"
+
+
 # How the scores are named and printed wherever they are shown.
-SCORES = {
-    "exact_match": ("exact answers", ".0%"),
-    "f1": ("words in common (F1)", ".0%"),
-    "stopped": ("stopped by itself", ".0%"),
-    "validation_loss": ("loss (nats a token)", ".3f"),
-    "perplexity": ("perplexity", ".4g"),
+SCORES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "exact_match": ("exact answers", percent),
+    "f1": ("words in common (F1)", percent),
+    "stopped": ("stopped by itself", percent),
+    "validation_loss": ("loss (nats a token)", "{:.3f}".format),
+    "perplexity": ("perplexity", "{:.4g}".format),
 }
 
 
@@ -68,11 +73,12 @@ def words_in_common(answer: str, reference: str) -> float:
 
 
 def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of `SCORES` under `"before"` and `"after"`, and under `"rows"` how many rows.
+    """The numbers of `SCORES` under `"before"` and `"after"`, and under `"rows"` how many answered.
 
-    `losses` holds the `validation_loss` before and after.
+    `losses` holds the `validation_loss` before and after, and of how many `"rows"`: whole texts are
+    asked nothing, and of many rows some are asked.
     """
-    result: dict[str, Any] = {"rows": len(table)}
+    result: dict[str, Any] = {"rows": len(table), "loss_rows": losses.get("rows", len(table))}
     for when in ("before", "after"):
         pairs = list(zip(table[when], table["reference"], strict=True))
         result[when] = (
@@ -94,11 +100,20 @@ def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
 
 def score_lines(result: Record) -> list[dict[str, str]]:
     """Name, before and after of every score in `result`, as text."""
+    rows, of_loss = result["rows"], result.get("loss_rows", result["rows"])
+    others = f", over {of_loss:,} rows" if rows not in (0, of_loss) else ""
     return [
-        {"score": name} | {when: format(result[when][key], form) for when in ("before", "after")}
+        {"score": name + others * (key in ("validation_loss", "perplexity"))}
+        | {when: form(result[when][key]) for when in ("before", "after")}
         for key, (name, form) in SCORES.items()
         if key in result["after"]
     ]
+
+
+def rows_of(result: Record) -> str:
+    """What the scores are of, in words: the rows that were asked, or whole texts."""
+    many = result["rows"] or result.get("loss_rows", 0)
+    return f"{many:,} held-out {'row' if result['rows'] else 'text'}{'s' * (many != 1)}"
 
 
 def is_right(table: DataFrame, when: str) -> Any:
@@ -117,17 +132,23 @@ def verdict(table: DataFrame, result: Record) -> str:
     return f"{right} of {len(table)} answers are exactly right (before: {before}){others}."
 
 
-def show_comparison(table: DataFrame, result: Record, rows: int = 10) -> Any:
+def middle_out(text: str, most: int) -> str:
+    """A text, a long one without its middle."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
+def show_comparison(table: DataFrame, result: Record, rows: int = 10, most: int = 300) -> Any:
     """Rows of `compare` as a styled table, those not right first, scores in its caption.
 
-    Exact answers are green.
+    Exact answers are green; of texts of more than `most` characters the middle is left out.
     """
     table = table.iloc[np.argsort(is_right(table, "after").to_numpy(), kind="stable")]
     lines = ("{score} {before} → {after}".format(**line) for line in score_lines(result))
-    rows_asked = f"{result['rows']} held-out rows" if result["rows"] else "Held-out texts"
-    caption = " · ".join([rows_asked, *lines])
+    some = [f"{rows} are shown, all are in the report"] * (len(table) > rows)
+    caption = " · ".join([rows_of(result), *lines, *some])
     shown = table[["prompt", "reference", "before", "after"]].head(rows)
-    shown = shown.map(lambda text: text if len(text) <= 300 else text[:299] + "…")
+    shown = shown.map(lambda text: middle_out(text, most))
     stopped = table[["stopped_before", "stopped_after"]].head(rows)
     stopped = stopped.map(lambda itself: "yes" if itself else "no").astype(str)
     shown["stopped by itself"] = stopped["stopped_before"] + " → " + stopped["stopped_after"]

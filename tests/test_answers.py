@@ -3,6 +3,7 @@
 import copy
 import re
 
+import datasets
 import pytest
 import torch
 from tiny import tiny_base, tiny_tuned
@@ -21,7 +22,15 @@ from finetune.answers import (
     validation_loss,
 )
 from finetune.report import history, plot_curves
-from finetune.scores import compare, scores, show_comparison, verdict, words_in_common
+from finetune.scores import (
+    compare,
+    rows_of,
+    score_lines,
+    scores,
+    show_comparison,
+    verdict,
+    words_in_common,
+)
 from finetune.tokens import encode_rows
 from qlora_helpers import UserError
 
@@ -134,7 +143,7 @@ def test_the_table_shows_the_scores_and_keeps_html_out():
     )
     html = show_comparison(table, scores(table, LOSSES)).to_html()
     assert (
-        "1 held-out rows · exact answers 0% → 100%" in html
+        "1 held-out row · exact answers 0% → 100%" in html
         and "6.000 → 1.250" in html
         and "no → yes" in html
     )
@@ -149,9 +158,11 @@ def test_the_table_shows_the_first_rows_shortened_and_marks_exact_answers_after_
     table = compare(rows, before, after)
     html = show_comparison(table, scores(table, LOSSES)).to_html()
     assert "p10." in html and "p2." not in html and "p11." not in html
-    assert f">{'y' * 300}<" in html and f">{'z' * 299}…<" in html
+    assert f">{'y' * 300}<" in html and f">{'z' * 150} … {'z' * 150}<" in html
+    assert "10 are shown, all are in the report" in html
     assert "#d7f0dd" not in html
-    everything = show_comparison(table, scores(table, LOSSES), 12).to_html()
+    everything = show_comparison(table, scores(table, LOSSES), 12, 4000).to_html()
+    assert f">{'z' * 301}<" in everything and "are shown" not in everything
     green = next(rule for rule in everything.split("}") if "#d7f0dd" in rule)
     assert re.findall(r"_row(\d+)_col(\d+)", green) == [("10", "3"), ("11", "3")]
     assert everything.index("p10.") < everything.index("p2.") < everything.index("p11.")
@@ -348,8 +359,30 @@ def test_the_verdict_counts_right_and_wrong_and_shows_the_wrong_first():
 
 def test_of_whole_texts_the_loss_alone_is_shown():
     table = table_of()
-    result = scores(table, {"before": 2.0, "after": 1.0})
+    result = scores(table, {"rows": 3, "before": 2.0, "after": 1.0})
     assert result["after"].keys() == {"validation_loss", "perplexity"} and result["rows"] == 0
     assert verdict(table, result) == "Loss on held-out texts: 2.000 before, 1.000 after."
     page = show_comparison(table, result).to_html()
-    assert "Held-out texts" in page and "exact" not in page
+    assert "3 held-out texts · loss (nats a token) 2.000 → 1.000" in page and "exact" not in page
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "told"),
+    [(199, 200, "99%"), (200, 200, "100%"), (1, 300, "1%"), (0, 300, "0%"), (2, 3, "67%")],
+)
+def test_all_and_nothing_are_said_of_all_and_nothing_alone(right, of, told):
+    table = table_of(*[("a", "a")] * right, *[("b", "x")] * (of - right))
+    result = scores(table, {"rows": 1234, "before": 1.0, "after": 0.5})
+    lines = {line["score"]: line["after"] for line in score_lines(result)}
+    assert lines["exact answers"] == lines["words in common (F1)"] == told
+    assert lines["loss (nats a token), over 1,234 rows"] == "0.500"
+    assert rows_of(result) == f"{of} held-out rows"
+
+
+def test_of_texts_and_questions_together_the_questions_are_asked(smollm_tokenizer, settings):
+    rows = [{"prompt": "", "completion": f"t{n}"} for n in range(30)]
+    rows += [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
+    data = datasets.Dataset.from_list(rows)
+    for asked, many in ((2, 2), (50, 3)):
+        found = draw_sample(data, smollm_tokenizer, settings(sample_rows=asked))
+        assert len({row["prompt"] for row in found} - {""}) == len(found) == many

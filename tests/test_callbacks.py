@@ -106,8 +106,10 @@ def test_what_overflows_in_fp16_is_told_as_that_by_its_first_loss(cfg, fp16, ste
     assert ("fp16, which ends at 65,504: no learning_rate helps" in str(told.value)) == (
         fp16 and not step
     )
-    assert ("Lower learning_rate" in str(told.value)) == (not fp16 or step > 0)
+    assert ("Lower learning_rate" in str(told.value)) == (step > 0)
     assert ("fp16" in str(told.value)) == fp16
+    assert "The last good checkpoint: none" in str(told.value)
+    assert "continues from that checkpoint" not in str(told.value)
 
 
 @pytest.mark.parametrize("fp16", [False, True])

@@ -182,9 +182,11 @@ print("Grüße,", end=" "); print(run_name, epochs)
 def test_what_cells_print_and_how_far_training_is_is_shown_as_it_happens(
     with_cells, tmp_path, capsys
 ):
-    with_cells(BAR)
+    plan = "from pandas import DataFrame; DataFrame([{'steps': 63}])"
+    with_cells(BAR, plan, "DataFrame([{'steps': 63}]).style")
     notebook = execute({"run_name": "mine", "epochs": 7}, tmp_path / "elsewhere")
     shown = capsys.readouterr().out
+    assert "   steps\n0     63\n" in shown and "<pandas" not in shown
     steps = [line for line in shown.splitlines() if "/12" in line]
     assert [step.partition("/")[0].strip("[ ") for step in steps] == ["3", "4", "12"]
     assert "Grüße, mine 7\n" in shown and "nothing to act on" not in shown
@@ -222,9 +224,7 @@ def test_a_mistake_is_told_in_its_own_words_alone_and_an_error_with_its_line(
     run = tmp_path / "out" / "mine"
     if not code:
         main()
-        curves, adapter = capsys.readouterr().out.splitlines()[-2:]
-        assert curves == f"Curves:   {run / 'curves.png'}"
-        assert adapter == f"Adapter:  {run / 'final_model'}"
+        assert capsys.readouterr().out.splitlines()[-1] == f"Curves:   {run / 'curves.png'}"
         return
     with pytest.raises(SystemExit) as caught:
         main()

@@ -173,7 +173,16 @@ def log_of(*losses):
         (
             (2, 6, 7),
             True,
-            "Nothing was learned: validation loss never fell below 2.000. Lower learning_rate.",
+            "Nothing was learned: validation loss never fell below 2.000. Lower learning_rate if "
+            "it rose, else raise it or train longer.",
+        ),
+        ((7.262, 7.262), True, "Nothing was learned: validation loss never fell below 7.262. .*"),
+        ((7.2621, 7.2619), True, "Nothing was learned: .*"),
+        ((2, 2, 2), True, "Nothing was learned: validation loss never fell below 2.000. .*"),
+        (
+            (3, 1.5001, 1.5003),
+            True,
+            r"Validation loss fell no further after epoch 1 \(1.500\); epoch 1 is kept.",
         ),
         ((), True, "No validation loss was measured."),
     ],
@@ -418,7 +427,10 @@ def test_the_report_holds_every_answer_setting_and_number_under_its_title(report
         assert run[key] and not run[key].keys() - set(names), title
         assert title == "Made with" or set(names) <= run[key].keys() | {""}
     planned = set(re.findall(r"<th>(.*?)</th>", parts["Plan"]))
-    assert {*run["plan"], *run["plan"]["cut"]} - {"cut", "table"} <= planned
+    figures = {"tokens_per_second", "seconds", "peak"}  # the table has them
+    assert {*run["plan"], *run["plan"]["cut"]} - {"cut", "table"} - figures <= planned
+    assert "13 of 13 answers are exactly right" in parts["Scores on 13 held-out rows"]
+    assert ">None<" not in page and not figures & planned
     assert {"created", "device"} <= set(re.findall(r"<th>(.*?)</th>", parts["Made with"]))
     assert "&lt;i&gt;base&lt;/i&gt;" in page and "<i>" not in page
 
@@ -470,3 +482,26 @@ def test_runs_differ_in_rows_and_in_what_only_one_of_them_has_but_not_in_their_h
         "fingerprint.training rows"
     ]
     assert table.loc["settings.new_option", "rank-16"] == 7
+
+
+@pytest.mark.parametrize("epochs", [1, 15, 16, 50])
+def test_losses_of_many_epochs_are_written_where_there_is_room(tmp_path, monkeypatch, epochs):
+    figures = []
+    monkeypatch.setattr(
+        "finetune.report.Figure", lambda **o: figures.append(Figure(**o)) or figures[-1]
+    )
+    log = [{"step": n, "eval_loss": 1 + n / 1000} for n in range(epochs + 1)]
+    plot_curves([*log, {"step": 1, "loss": 1.5}], tmp_path / "c.png", "run")
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    assert len(texts) == min(epochs, 15) if epochs < 16 else 8 <= len(texts) <= 16
+    assert texts[-1] == f"{1 + epochs / 1000:.3f}" and texts == sorted(texts)
+    assert figures[0].axes[0].lines[0].get_marker() == "o"  # a single step can be seen
+
+
+def test_the_report_of_whole_texts_has_no_answers_and_speaks_of_texts(reported):
+    cfg, _, run = reported[0]
+    table = compare([], [], [])
+    run = run | {"results": scores(table, {"rows": 7, "before": 2.0, "after": 1.5})}
+    page = report_page(cfg, run, table, run["log"])
+    assert "<h2>Scores on 7 held-out texts</h2>" in page and "Answers to" not in page
+    assert "Loss on held-out texts: 2.000 before, 1.500 after." in page

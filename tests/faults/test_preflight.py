@@ -364,12 +364,12 @@ def test_another_models_files_in_the_repository_are_named(settings, hub):
 def test_without_a_token_pushing_is_skipped_with_a_line(settings, capsys):
     assert access.check_push(settings(), None)[0] == "!"
     assert push_adapter(settings(), None) is None
-    assert capsys.readouterr().out.startswith("Not pushed, because there is no token. The adapter")
+    assert capsys.readouterr().out.startswith("Not pushed, because there is no token.\n")
 
 
 def test_with_pushing_off_a_token_changes_nothing(settings, hub, capsys):
     assert push_adapter(settings(push_to_hub=False), TOKEN) is None
-    assert capsys.readouterr().out.startswith("Not pushed, because push_to_hub is off. The adapter")
+    assert capsys.readouterr().out.startswith("Not pushed, because push_to_hub is off.\n")
     assert not hub.requests
 
 
