@@ -182,11 +182,14 @@ def held_out_before(settings: Settings) -> frozenset[str]:
 
 
 @main_first
-def record_held_out(held: Dataset, settings: Settings) -> None:
+def record_held_out(held: Dataset, settings: Settings, trained: Dataset | None = None) -> None:
     """Write the hashes of the held-out prompts into the run's folder, to go with its adapter.
 
+    Where rows were split one by one, not those of questions that are `trained`, too: such rows are
+    drawn again by themselves.
     Texts stay here: a hash (48 bits of SHA-256) tells a prompt that one has, and no other.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(sorted(set(prompt_keys(held)))) + "\n"
+    keys = {*prompt_keys(held)} - {*(prompt_keys(trained) if trained else ())}
+    text = json.dumps(sorted(keys)) + "\n"
     (settings.run_dir / HELD_OUT).write_text(text, encoding="utf-8")

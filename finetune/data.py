@@ -79,7 +79,7 @@ class RowReader:
         if self.kinds.total() > KEPT:
             return
         entry = {"line": where, "reason": reason, "text": text}
-        with self.rejected.open("a", encoding="utf-8") as stream:
+        with self.rejected.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def report(self, on_bad_rows: str) -> None:

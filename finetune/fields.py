@@ -15,6 +15,8 @@ Fields = Mapping[str, Any]  # a row as its file has it: values by the names of f
 
 LONGEST_LINE = 2**20  # bytes, about a quarter of a million tokens; what is longer is no row
 
+UNSEEN = "\0\u200b\u200c\u200d\u2060\ufeff"  # NUL, and what takes no room
+
 # What JSON calls a value that should have been text; what is not here is null.
 JSON_NAMES = {bool: "true or false", list: "a list", dict: "an object"}
 
@@ -86,21 +88,26 @@ def checked_object(row: object) -> dict[str, Any]:
 
 
 def is_empty(value: object) -> bool:
-    """Whether nothing stands in a field: null, NaN, no text, or a list or object of nothing."""
+    """Whether nothing stands in a field: null, NaN, no text, or a list or object of nothing.
+
+    In a table's cell these are written out.
+    """
     if isinstance(value, str):
-        return not value.strip() or isinstance(value, NoNumber)
+        return value.strip() in ("", "[]", "{}") or isinstance(value, NoNumber)
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ([], {})
 
 
 def checked_text(value: object, name: str) -> str:
     """`value` as text with something in it, numbers as they stand; else raises `ValueError`."""
     number = isinstance(value, (int, float, decimal.Decimal, datetime.date))
-    if number and not isinstance(value, bool) and not is_empty(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        value = NoNumber("Infinity" if value else "NaN")
+    elif number and not isinstance(value, bool) and not is_empty(value):
         return str(value)
     if not isinstance(value, str) or isinstance(value, NoNumber):
         kind = value if isinstance(value, NoNumber) else JSON_NAMES.get(type(value), "null")
         raise ValueError(f"{name} is {kind}: it must be text in quotes")
-    if not value.strip():
+    if not value.strip().strip(UNSEEN).strip():
         raise ValueError(f"{name} is empty")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{name} holds half of a surrogate pair: a broken emoji?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from datasets import Dataset
 from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data import drop_duplicates, hash_of, prompt_keys
 from finetune.machine import main_first
 from finetune.tokens import encode_examples, encode_rows, tokenize
 from qlora_helpers import Settings, UserError, readable_turns
@@ -67,6 +69,43 @@ def shorter_row(tokenizer: PreTrainedTokenizerBase, row: dict, max_length: int) 
     return {"prompt": readable_turns(talk), "turns": turns}
 
 
+def first_question(row: Mapping[str, Any]) -> str:
+    """A row's first question, as it stands now: what was shortened may have lost its own."""
+    talk = json.loads(row["turns"]) if row.get("turns") else []
+    return next((text for role, text, _ in talk if role == "user"), row["prompt"])
+
+
+def unmixed(rows: Dataset) -> Dataset:
+    """Rows of which some were shortened: none twice, and those that ask the same under one key.
+
+    By their old keys `split_rows` would put them on both sides.
+    """
+    if "key" not in rows.column_names:
+        return rows
+    keys, asked = prompt_keys(rows), rows.select_columns(["prompt", "turns"])
+    now = [hash_of(first_question(row)) if row["prompt"] else key
+           for key, row in zip(keys, asked, strict=True)]  # fmt: skip
+    together = keys_together(keys, now)
+    return drop_duplicates(rows.remove_columns("key").add_column("key", together))
+
+
+def keys_together(keys: Sequence[str], now: Sequence[str]) -> list[str]:
+    """One key for all rows that share a question, be it the first one before or after shortening.
+
+    `keys` and `now` are the hashes of these, `[rows]`.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for was, other in zip(keys, now, strict=True):
+        parent[root(other)] = root(was)
+    return [root(key) for key in keys]
+
+
 @main_first
 def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
     """Encoded rows of at most `max_length` tokens; the others are left out or shortened.
@@ -101,6 +140,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
         if len(texts):
             again = encode_rows(texts, tokenizer, settings.completion_only_loss)
             kept = datasets.concatenate_datasets([kept, again])
+            kept = unmixed(kept)
     if not len(kept):
         raise UserError(
             f"Every row is longer than max_length = {max_length}: raise it in section 2."

@@ -37,7 +37,17 @@ def _starts_with_space(prompt: str, completion: str) -> bool:
     return prompt != "" and completion[0].isspace()
 
 
+FOREIGN = re.compile(r"\[/?INST\]|<\|(im_start|im_end|user|assistant|system|eot_id|endoftext)\|>")
+
+
+def _holds_another_format(prompt: str, completion: str) -> bool:
+    return FOREIGN.search(prompt) is not None or FOREIGN.search(completion) is not None
+
+
 NOTES = {
+    "hold another format's markers ([INST], <|im_start|>, …), which are trained as plain text": (
+        _holds_another_format
+    ),
     "hold a marker of the prompt format": _holds_marker,
     "may have a prompt that ends in the middle of a word": _splits_word,
     "have a completion that begins with the whole prompt": _repeats_prompt,

@@ -10,6 +10,9 @@ import io
 import itertools
 import json
 import os
+import re
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +38,8 @@ NOT_DATA = {
     b"Rar!": "a RAR archive: unpack it",
 }
 
+# An object whose first list holds objects and is no conversation.
+HOLDS_LIST = re.compile(rb'{[^][{}]*"(?!messages|conversations|prompt|history)\w+"\s*:\s*\[\s*{')
 KNOWN = {*itertools.chain(*ROW_FORMATS), *MEANT}  # what a table's columns may be called
 
 Source = tuple[str, Any]  # where a row stands (file:line or file:row n), and its line or object
@@ -50,10 +55,15 @@ def places_of(files: Sequence[Path]) -> dict[Path, str]:
 def sources(files: Sequence[Path], wrong: list[str]) -> Iterator[Source]:
     """Every row of some files, with its place; what of the files is no data is added to `wrong`."""
     for file, name in places_of(files).items():
+        count = 0
         try:
-            yield from rows_in(file, name)
+            for count, row in enumerate(rows_in(file, name), 1):  # noqa: B007
+                yield row
         except NotData as error:
             wrong.append(f"{name}: {error}")
+        else:
+            if not count and len(files) > 1:
+                print(f"! {name} holds no rows")
 
 
 class NotData(Exception):
@@ -80,8 +90,10 @@ def rows_in(file: Path, name: str) -> Iterator[Source]:
                 head = stream.read(HEAD)
                 stream.seek(0)
             yield from reader_of(file, head)(stream, name, head)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise NotData(f"a gzip file that is cut short or damaged ({error})") from None
+    except PermissionError:
+        raise NotData("it may not be read: change its permissions") from None
 
 
 def reader_of(file: Path, head: bytes) -> Any:
@@ -93,9 +105,10 @@ def reader_of(file: Path, head: bytes) -> Any:
         return parquet_rows
     if head.startswith(TABLES[1]):
         return excel_rows
-    if {".csv", ".tsv"} & {suffix.lower() for suffix in file.suffixes[-2:]}:
+    if Path(file.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv"):
         return csv_rows
-    if start.startswith(b"[") or start.split(b"\n", 1)[0].strip() == b"{":
+    spread = start.startswith(b"[") or start.split(b"\n", 1)[0].strip() == b"{"
+    if spread or HOLDS_LIST.match(start):
         return json_rows
     return line_rows
 
@@ -183,7 +196,7 @@ def held_list(rows: list | dict[str, Any]) -> tuple[str, list[Any]]:
         return "", rows
     lists = {key: value for key, value in rows.items() if isinstance(value, list)}
     held = [key for key, value in lists.items() if value and isinstance(value[0], dict)]
-    known = {"prompt", "completion", "messages", "conversations"} & rows.keys()
+    known = KNOWN & rows.keys()
     return (f"{held[0]} ", rows[held[0]]) if len(held) == 1 and not known else ("", [rows])
 
 
@@ -210,22 +223,35 @@ def is_json(line: str) -> bool:
 
 def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     """The rows of a table with a heading, by its separator: comma, semicolon, tab or bar."""
-    text = io.TextIOWrapper(stream, encoding_of(head), errors="strict", newline="")
+    encoding = encoding_of(head)
+    if encoding == "cp1252":
+        print(f"! {name} is not UTF-8, and is read as Windows-1252: look at the first row, below")
+    text = io.TextIOWrapper(stream, encoding, errors="strict", newline="")
     csv.field_size_limit(LONGEST_LINE)
     heading = head.removeprefix(BOM).split(b"\n")[0].decode("utf-8", "replace")
     separator = max(",;\t|", key=heading.count)
     try:
-        table = csv.reader(text, delimiter=separator)
+        table = csv.reader(text, delimiter=separator, strict=True)
         yield from table_rows(next(table, []), table, name)
-    except (csv.Error, UnicodeError) as error:
-        raise NotData(f"broken CSV: {error}") from None
+    except csv.Error as error:
+        told = 'is a quote not closed, or not written twice ("") within a text?'
+        raise NotData(f"broken CSV at line {table.line_num}: {error}; {told}") from None
+    except UnicodeError as error:
+        raise NotData(f"neither UTF-8 nor Windows-1252 ({error}): save it as UTF-8") from None
 
 
 def encoding_of(head: bytes) -> str:
-    """UTF-8, or what Windows writes where the file's beginning is not that."""
+    """UTF-8, or what Windows writes where the file's beginning is not that.
+
+    Raises `NotData` where some of it is UTF-8, whose bytes would be signs that no text has side by
+    side, and where a quarter is not ASCII, as in no language that is written in Windows-1252.
+    """
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        other = sum(byte > 127 for byte in head) > len(head) / 4
+        if other or re.search(rb"[\xc3-\xf4][\x80-\xbf]", head):
+            raise NotData(f"not UTF-8 at byte {error.start + 1}: save it as UTF-8") from None
         return "cp1252"
     return "utf-8-sig"
 
@@ -240,7 +266,8 @@ def table_rows(
     names = [str(cell).strip() or f"column {n}" for n, cell in enumerate(heading, 1)]
     names = [name.lower() if name.lower() in KNOWN else name for name in names]
     for number, cells in enumerate(rows, 1):
-        if not all(map(is_blank, cells)):
+        again = [*cells] == [*heading]  # of a file that was put together from several
+        if not all(map(is_blank, cells)) and not again:
             yield f"{name}:row {number}", table_row(names, cells)
 
 
@@ -287,9 +314,13 @@ def excel_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
 def parquet_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     """The rows of a Parquet file, some hundred at a time."""
     try:
-        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(256)
+        table = pyarrow.parquet.ParquetFile(stream)
+        names = Counter(table.schema_arrow.names)
+        if twice := [name for name in names if names[name] > 1]:
+            raise NotData(f"two columns are called {twice[0]!r}: rename one")
+        batches = table.iter_batches(256)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
             yield f"{name}:row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise NotData(f"a Parquet file that cannot be read ({short(error)})") from None

@@ -89,7 +89,7 @@ def require_usable(row: Fields, keys: Sequence[str], used: set[str]) -> None:
     if name := next((n for n in MEANT if n not in used and not is_empty(row.get(n))), ""):
         form = "/".join(keys)
         raise ValueError(f"{name!r} beside {form}, which has no place for it: put it into the text")
-    if isinstance(row.get("label"), bool):
+    if str(row.get("label")).lower() in ("true", "false"):
         raise ValueError(
             "'label' is true or false: are these preferences (KTO)? They would be trained as if "
             "all were right; if it means something else, rename it"
@@ -134,5 +134,5 @@ def with_system(row: Fields, turns: list[Turn]) -> list[Turn]:
     there = [name for name in SYSTEM if not is_empty(row.get(name))]
     texts = [checked_text(row[name], repr(name)) for name in there]
     if len(texts) + sum(turn.role == "system" for turn in turns) > 1:
-        raise ValueError("two system texts: in a field and in a turn")
+        raise ValueError("two system texts: a row may have one")
     return [Turn("system", text) for text in texts] + turns

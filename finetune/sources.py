@@ -60,7 +60,10 @@ def matching(pattern: Path) -> list[Path]:
     parts = pattern.parts
     first = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     base, rest = Path(*parts[:first]), parts[first:]
-    found = base.glob(str(Path(*rest))) if rest else []
+    try:
+        found = [*base.glob(str(Path(*rest)))] if rest else []
+    except ValueError:  # '**' within a name, which Python 3.11 refuses
+        found = []
     hidden = any(part.startswith(".") for part in rest)
     return sorted(
         path
@@ -80,7 +83,7 @@ def is_output(file: Path) -> bool:
 def no_file(name: str) -> str:
     """What to say of a name that names no file: what there is instead."""
     place = locate(name)
-    folder = next(part for part in place.parents if part.is_dir())
+    folder = next(part for part in (place, *place.parents) if part.is_dir())
     there = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())]
     shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     other = [f"To read {file.name}: data_files = '{file}'. " for file in data_in(folder)[:1]]

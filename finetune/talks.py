@@ -41,30 +41,52 @@ MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 USED = {"role", "from", "content", "value", *MARKS}
 
 
-def parts_as_text(value: object) -> object:
-    """A turn's content that is a list of text parts, as one text; anything else as it is."""
+def parts_as_text(value: object, unused: set[str], key: str) -> object:
+    """A turn's content that is a list of text parts, as one text; anything else as it is.
+
+    What a part holds besides is added to `unused`, under `key`. Raises `ValueError` for a part
+    that is no text.
+    """
     if not isinstance(value, list) or not value:
         return value
     texts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text", part.get("value")) if isinstance(part, dict) else part
+        held = part.keys() - {"type", "text", "value"} if isinstance(part, dict) else set()
+        more = {name for name in held if not is_empty(part[name])}
+        kind = next((name for name in REFUSED if name in more), kind)
         if kind != "text" or not isinstance(text, str):
             raise ValueError(f"a turn holds a part that is no text: {kind!r}")
+        unused.update(f"{key}[].content[].{name}" for name in more)
         texts.append(text)
     return "".join(texts)
+
+
+def one_of(turn: Fields, name: str, other: str) -> Any:
+    """What stands under either of two names; raises `ValueError` for different things under both.
+
+    A role may be spelled in both ways ("user" and "human").
+    """
+    there = [turn[each] for each in (name, other) if not is_empty(turn.get(each))]
+    meant = {str(ROLES.get(str(value), value)) for value in there}
+    if len(meant) > 1:
+        raise ValueError(f"a turn has {name!r} and {other!r}, which differ")
+    return there[0] if there else turn.get(name, turn.get(other))
 
 
 def read_turn(turn: object, unused: set[str], key: str) -> Turn | None:
     """One turn of `key`'s list; None for an empty system text. Raises `ValueError`."""
     turn = checked_turn(turn)
-    said = next((turn[name] for name in ("role", "from") if turn.get(name)), None)
-    if said in TOOL_ROLES or any(not is_empty(turn.get(name)) for name in REFUSED):
-        raise ValueError("tool calls: this notebook trains on text alone, leave such rows out")
+    said = one_of(turn, "role", "from")
+    what = next((REFUSED[name] for name in REFUSED if not is_empty(turn.get(name))), "")
+    if said in TOOL_ROLES or what:
+        what = what or "tool calls"
+        raise ValueError(f"{what}: this notebook trains on text alone, leave such rows out")
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise ValueError(f"a turn's 'role' is none of system, user, assistant: {said!r}")
-    content = parts_as_text(next((turn[n] for n in ("content", "value") if n in turn), None))
+    content = parts_as_text(one_of(turn, "content", "value"), unused, key)
     if role == "system" and is_empty(content):
         return None
     for name, value in turn.items():
@@ -91,7 +113,8 @@ def is_trained(turn: Fields, role: str) -> bool:
         known = {"0": False, "0.0": False, "1": True, "1.0": True, "False": False, "True": True}
         wanted = known.get(str(value))
         if wanted is None or (wanted and role != "assistant"):
-            raise ValueError(f"a turn of the {role} has {name!r}: {value}, which cannot be done")
+            told = f"{ascii(str(value))[1:-1]:.40}, which cannot be done"
+            raise ValueError(f"a turn of the {role} has {name!r}: {told}")
         if not wanted:
             return False
     return True
@@ -102,7 +125,7 @@ def read_talk(talk: object, key: str, unused: set[str]) -> list[Turn]:
     if isinstance(talk, str) and talk.lstrip().startswith("["):  # a table's cell
         try:
             talk = JSON.decode(talk)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise ValueError(f"{key!r} is broken JSON in a cell") from None
     if not isinstance(talk, list):
         raise ValueError(f"{key!r} is no conversation: it must be a list of turns")
@@ -119,7 +142,8 @@ def ordered(turns: list[Turn]) -> tuple[list[Turn], int]:
     end = max((n for n in answers if turns[n - 1].trained), default=0)
     joined: list[Turn] = []
     for turn in turns[:end]:
-        if joined and joined[-1].role == turn.role and joined[-1].trained == turn.trained:
+        same = joined and joined[-1].role == turn.role
+        if same and (joined[-1].trained == turn.trained or turn.role != "assistant"):
             turn = turn._replace(text=f"{joined.pop().text}\n\n{turn.text}")
         joined.append(turn)
     roles = [turn.role for turn in joined]

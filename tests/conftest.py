@@ -1,5 +1,6 @@
 """What the tests share: the notebook's cells and settings, real models and tokenizers."""
 
+import copy
 import json
 import os
 import sys
@@ -68,17 +69,23 @@ def smollm_path(settings):
 
 
 @pytest.fixture(scope="session")
-def smollm_tokenizer(smollm_path):
+def tokenizers(smollm_path):
+    """The two real tokenizers, as they come."""
+    from mistral import mistral_tokenizer
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm_path)
+    return AutoTokenizer.from_pretrained(smollm_path), mistral_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def mistral_tokenizer():
-    from mistral import mistral_tokenizer
+# A copy for each file: some tests give their tokenizer another chat template.
+@pytest.fixture(scope="module")
+def smollm_tokenizer(tokenizers):
+    return copy.deepcopy(tokenizers[0])
 
-    return mistral_tokenizer()
+
+@pytest.fixture(scope="module")
+def mistral_tokenizer(tokenizers):
+    return copy.deepcopy(tokenizers[1])
 
 
 @pytest.fixture(params=["mistral", "smollm"])

@@ -186,6 +186,18 @@ def test_what_was_held_out_once_stays_so_whatever_is_added(base, settings, tmp_p
         split_rows(held, 0.01, held_out_before(second))
 
 
+def test_rows_that_were_held_out_one_by_one_are_so_again(settings, tmp_path, capsys):
+    """Of 1,000 rows that ask the same some are held out: the others stay to be trained on."""
+    same = [{"prompt": "Say it", "completion": f"{n}"} for n in range(1000)]
+    rows = datasets.Dataset.from_list([*same, *rows_of(range(50))])
+    train, held = split_rows(rows, 0.1)
+    cfg = settings(output_dir=str(tmp_path), resume="anyway")
+    record_held_out(held, cfg, train)
+    again, later = split_rows(rows, 0.1, held_out_before(cfg))
+    assert later["completion"] == held["completion"] and len(again) == len(train) > 900
+    assert capsys.readouterr().out.count("1,000 rows ask the same") == 2
+
+
 def test_an_adapter_comes_from_the_hub_by_its_id(base, settings, tmp_path, monkeypatch):
     import huggingface_hub.constants
     from hub import Hub, take_for_the_hub

@@ -9,13 +9,16 @@ import types
 
 import datasets
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from finetune.data import RowReader, read_rows
-from finetune.lengths import fit_length
+from finetune.data import RowReader, read_rows, split_rows
+from finetune.fields import UNSEEN
+from finetune.lengths import fit_length, keys_together
 from finetune.sources import find_files
 from finetune.tokens import encode_rows, training_text
 from qlora_helpers import UserError
@@ -50,6 +53,18 @@ IMAGE = [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
 
 TRAINED = {
+    "one role in two spellings": (
+        {"messages": [{"role": "user", "from": "human", "content": "q"}, *said(A)["messages"]]},
+        qa("q", "a"),
+    ),
+    "a system text under the other name": (
+        {"messages": [{"role": "system", "content": None, "value": "s"}, *said(Q, A)["messages"]]},
+        qa("q", "a", "s"),
+    ),
+    "tools that are none, in a table's words": (
+        {"prompt": "q", "completion": "a", "tools": "[]", "images": "{}"},
+        qa("q", "a"),
+    ),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, qa("q", "a")),
     "numbers": ({"prompt": 5, "completion": 2.50}, qa("5", "2.5")),
     "a system text beside": ({"prompt": "q", "completion": "a", "system": "s"}, qa("q", "a", "s")),
@@ -192,6 +207,38 @@ TOLD = {
         "no 'prompt': its keys are 'ask', 'reply'; the nearest is prompt/completion",
     ),
     "nearly known keys": ({"instruction": "q", "answer": "a"}, "no 'output': its keys are"),
+    "an image in a part of text": (
+        said(("user", [PARTS[0] | {"image": "x.png"}]), A),
+        "a turn holds a part that is no text: 'image'",
+    ),
+    "two contents": (
+        {"messages": [{"role": "user", "content": "q", "value": "other"}, *said(A)["messages"]]},
+        "a turn has 'content' and 'value', which differ",
+    ),
+    "two roles": (
+        {"messages": [{"role": "user", "from": "gpt", "content": "q"}, *said(A)["messages"]]},
+        "a turn has 'role' and 'from', which differ",
+    ),
+    "audio in a turn": (
+        {"messages": [{"role": "user", "content": "q", "audio": "x"}, *said(A)["messages"]]},
+        "audio: this notebook trains on text alone",
+    ),
+    "a talk that is nested too deeply": (
+        {"messages": "[" * 100_000},
+        "'messages' is broken JSON in a cell",
+    ),
+    "a weight that is no text at all": (
+        {"messages": [MARKED[0][0], MARKED[0][1] | {"weight": "\ud800"}]},
+        r"a turn of the assistant has 'weight': \ud800, which cannot be done",
+    ),
+    "preferences in a table's words": (
+        {"prompt": "q", "completion": "a", "label": "False"},
+        "'label' is true or false: are these preferences (KTO)?",
+    ),
+    "nothing that can be seen": (
+        {"prompt": "\u200b \ufeff\0", "completion": "a"},
+        "'prompt' is empty",
+    ),
     "a truth": ({"prompt": "q", "completion": True}, "'completion' is true or false"),
 }
 
@@ -286,11 +333,16 @@ def test_any_bytes_under_any_name_give_rows_or_are_told(kind, tmp_path):
     check()
 
 
+def is_plain(text):
+    """Neither unseen nor, in Excel, a formula, whose value its writer does not compute."""
+    return text.strip().strip(UNSEEN).strip() and not re.match("=.", text)
+
+
 # What Excel's files, which are XML, can hold.
 PLAIN = st.text(
     st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co"], exclude_characters="\ufffe\uffff"),
     min_size=1, max_size=12,
-).filter(str.strip)  # fmt: skip
+).filter(is_plain)  # fmt: skip
 PLAIN = st.one_of(
     PLAIN, st.sampled_from(["NA", "None", "nan", "007", "1e5", "a,b;c\td", '"q"', "="])
 )
@@ -390,6 +442,20 @@ def test_every_usual_file_gives_its_rows(tmp_path, read, name):
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
+
+
+def twice_named(file):
+    columns = [pyarrow.array([text]) for text in ("q", "a", "b")]
+    table = pyarrow.table(columns, names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(table, file)
+
+
+def beyond_time(file):
+    when = pyarrow.array([10**7], pyarrow.date32())  # in the year 29,349
+    table = pyarrow.table({"prompt": ["q"], "completion": ["a"], "when": when})
+    pyarrow.parquet.write_table(table, file)
+
+
 NO_DATA = {
     "pointer.jsonl": (LFS, "a Git LFS pointer, not the data"),
     "page.jsonl": (b"<!DOCTYPE html>\n<html>" * 500, "a web page, not data"),
@@ -400,20 +466,120 @@ NO_DATA = {
     "old.xlsx": (b"\xd0\xcf\x11\xe0" * 9, "an old Excel file: save it as .xlsx"),
     "archive.jsonl": (b"PK\x03\x04" + bytes(99), "a zip archive, or an Excel file that cannot"),
     "cut.parquet": (b"PAR1" + bytes(99), "a Parquet file that cannot be read"),
+    "quote.csv": (b'prompt,completion\nq1,a1\nq2,"a2\nq3,a3', "broken CSV at line 4: unexpected"),
+    "inner.csv": (b'prompt,completion\n"say "hi" now",a', "broken CSV at line 2: ',' expected"),
+    "slash.csv": (b'prompt,completion\n"say \\"hi\\" now","a"', "broken CSV at line 2"),
+    "heading.csv": (b'prompt,"completion\nq,a\nq2,a2', "broken CSV at line 3"),
+    "russian.csv": (
+        "prompt,completion\nЁлка,ёлка\n".encode("cp1251"),
+        "not UTF-8 at byte 19: save it as UTF-8",
+    ),
+    "chinese.csv": ("prompt,completion\n问题,答案\n".encode("gbk"), "not UTF-8 at byte 19"),
+    "mostly.csv": ("prompt,completion\né,".encode() + b"caf\xe9\n", "not UTF-8 at byte 25"),
+    "twice.parquet": (twice_named, "two columns are called 'completion'"),
+    "late.parquet": (beyond_time, "a Parquet file that cannot be read"),
+    "damaged.jsonl.gz": (
+        b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 40,
+        "a gzip file that is cut short",
+    ),
     "wide.jsonl": (b"\xff\xfe\x00\xd8\x00\xd8", "neither UTF-8 nor whole UTF-16"),
 }
 
 
-def test_what_is_no_data_is_told_once_for_what_it_is(tmp_path, read):
-    for name, (content, _) in NO_DATA.items():
+@pytest.mark.parametrize("first", range(0, len(NO_DATA), 10))  # as many are told at once
+def test_what_is_no_data_is_told_once_for_what_it_is(tmp_path, read, first):
+    some = dict([*NO_DATA.items()][first : first + 10])
+    for name, (content, _) in some.items():
         make(tmp_path, name, content)
     make(tmp_path, "good.jsonl", JSONL.encode())
     with pytest.raises(UserError) as told:
         read(str(tmp_path / "*"))
     lines = str(told.value).splitlines()
-    assert len(lines) == 1 + len(NO_DATA)
-    for name, (_, words) in NO_DATA.items():
+    assert len(lines) == 1 + len(some)
+    for name, (_, words) in some.items():
         assert any(f"• {name}: {words}" in line for line in lines), (name, lines)
+
+
+def test_a_file_that_windows_wrote_is_told(tmp_path, read, capsys):
+    make(tmp_path, "old.csv", CSV.encode("cp1252"))
+    assert read(str(tmp_path / "old.csv")) == TEXTS
+    assert "! old.csv is not UTF-8, and is read as Windows-1252" in capsys.readouterr().out
+
+
+EMPTY = {"empty.jsonl": b"", "none.json": b"[]", "bare.csv": b"prompt,completion\n"}
+
+
+def test_a_file_of_no_rows_is_told_beside_good_ones(tmp_path, read, capsys):
+    for name, content in EMPTY.items():
+        make(tmp_path, name, content)
+    make(tmp_path, "good.jsonl", JSONL.encode())
+    make(tmp_path, "table.csv.json", json.dumps(ROWS).encode())  # its last name counts
+    assert len(read(str(tmp_path))) == len(ROWS)
+    out = capsys.readouterr().out
+    assert all(f"! {name} holds no rows" in out for name in EMPTY)
+    assert "Dropped 4 exact duplicates" in out and "! table" not in out
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_that_an_object_holds_are_found_however_it_is_written(tmp_path, read, indent):
+    def written_as(name, held):
+        return str(make(tmp_path, name, json.dumps(held, indent=indent).encode()))
+
+    assert read(written_as("held.json", {"version": 1, "data": ROWS})) == TEXTS
+    lines = ",\n".join(LINES)
+    make(tmp_path, "lines.json", f'{{"data": [\n{lines}\n]}}'.encode())
+    assert read(str(tmp_path / "lines.json")) == TEXTS
+    row = {"instruction": "q2", "output": "a2", "history": said(Q, A)["messages"]}
+    assert read(written_as("row.json", row)) == [TWO]
+    with pytest.raises(UserError, match="'system'"):
+        read(written_as("told.json", {"system": "Be brief.", "data": ROWS}))
+
+
+def test_a_table_that_was_put_together_has_its_heading_in_it(tmp_path, read):
+    make(tmp_path, "a.csv", f"{CSV}\n{CSV}".encode())
+    assert read(str(tmp_path / "a.csv")) == TEXTS
+
+
+def test_a_pattern_that_python_refuses_matches_nothing(tmp_path, read):
+    make(tmp_path, "rows.jsonl", JSONL.encode())
+    with pytest.raises(UserError, match=r"No file matches(.|\n)*rows\.jsonl"):
+        read(str(tmp_path / "**.json"))
+
+
+def test_questions_in_several_turns_are_one_whatever_their_marks(read, tmp_path):
+    first, second = {"role": "user", "content": "q", "weight": 0}, {"role": "user", "content": "r"}
+    answer = {"role": "assistant", "content": "a"}
+    for row in (
+        {"messages": [first, second, answer]},
+        {"prompt": [first], "completion": [second, answer]},
+    ):
+        make(tmp_path, "rows.jsonl", json.dumps(row).encode())
+        assert read(str(tmp_path / "rows.jsonl")) == [qa("q\n\nr", "a")]
+
+
+def test_what_was_shortened_to_the_same_question_stays_on_one_side(
+    tmp_path, settings, smollm_tokenizer, capsys
+):
+    """60 long talks of which only a last, common question is left."""
+    asked = [("user", "Now?")]
+    talks = [
+        said(("user", f"{n} " * 80), ("assistant", "ok"), *asked, ("assistant", f"Oui {n % 3}"))
+        for n in range(60)
+    ]
+    talks += [said(("user", f"q{n}"), ("assistant", "a")) for n in range(40)]
+    make(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, talks)).encode())
+    cfg = settings(
+        data_files=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "out"),
+        max_length=64, too_long="truncate",
+    )  # fmt: skip
+    data = fit_length(encode_rows(read_rows(cfg), smollm_tokenizer), smollm_tokenizer, cfg)
+    assert "Dropped 57 exact duplicates" in capsys.readouterr().out and len(data) == 43
+    for fraction in (0.1, 0.3, 0.5):
+        train, held = split_rows(data, fraction)
+        assert not {*train["prompt"]} & {*held["prompt"]}
+    # A conversation that is cut in one row and whole in another is still one.
+    *one, other = keys_together(["a", "a", "b", "c"], ["a", "x", "x", "c"])
+    assert len({*one}) == 1 and other not in one
 
 
 def test_rows_of_a_table_are_named_by_number(tmp_path, read, settings):
