@@ -68,12 +68,21 @@ NAME_IN_WORDS = (
 
 def in_words(name: str, error: ErrorDetails) -> str:
     """What pydantic found wrong with a setting; a name's pattern in words."""
+    if name == "export" and error["type"] == "list_type":
+        return "it is a list, as ['gguf']"
     if error["type"] not in ("string_pattern_mismatch", "string_too_long", "value_error"):
         return error["msg"].lower()
     if name == "export":
         return "each of them is 'base', 'gguf', or 'gguf:' with f16, bf16, f32 or q8_0"
     owner = "owner/name or a name alone: " if name == "hub_repo" else ""
     return f"it names a folder and a repository, so it may have {owner}{NAME_IN_WORDS}"
+
+
+def either(told: Sequence[str]) -> str:
+    """What is wrong with a setting by each of its types, as one sentence, nothing twice."""
+    first, *others = dict.fromkeys(told)
+    others = [other.removeprefix("input should be ") for other in others]
+    return " or ".join([first, *others]).replace("a valid boolean", "True or False (no quotes)")
 
 
 PathName = Annotated[str, Field(min_length=1)]
@@ -141,14 +150,17 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
                 {name: cell[name] for name in cls.model_fields if name in cell}
             )
         except pydantic.ValidationError as error:
-            problems = {str(e["loc"][0]): e for e in error.errors()}  # one a setting
+            problems: dict[str, list[str]] = {}  # a setting may be of several types
+            for each in error.errors():
+                name = str(each["loc"][0])
+                problems.setdefault(name, []).append(in_words(name, each))
             lines = [
-                f"{name} = {cell[name]!r}: {in_words(name, e)}"
+                f"{name} = {cell[name]!r}: {either(told)}"
                 if name in cell
                 else f"{name}: put its line back"
-                for name, e in problems.items()
+                for name, told in problems.items()
             ]
-            title = "Please mend section 2 and run it again:"
+            title = "Please correct section 2 and run it again:"
             raise UserError(listed(title, lines)) from None
         logger = settings.report_to
         if logger in ("wandb", "trackio") and importlib.util.find_spec(logger) is None:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from finetune.headless import NOTEBOOK, defaults  # noqa: E402
 
 OTHERS = {
-    "requirements.txt": "what the notebook needs, with the bounds that were tested",
+    "requirements.txt": "what the notebook needs, with its bounds",
     "data_examples/": "360 rows that a small model can visibly learn from",
     "tests/": "tests and measurements; stacks/ has the three sets of versions they run on",
     "Makefile": "make run, launch, test, lint",

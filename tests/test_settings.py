@@ -297,3 +297,25 @@ def test_a_list_of_problems_shows_ten_and_counts_the_others():
         listed("Title:", problems[:3], shown=2)
         == "Title:\n  • problem 1\n  • problem 2\n  • … and 1 more"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("merge", "yes", "input should be True or False (no quotes) or 'push'"),
+        ("bf16", "True", "input should be True or False (no quotes) or 'auto'"),
+        ("push_to_hub", "no", "input should be True or False (no quotes)"),
+        ("export", "gguf", "it is a list, as ['gguf']"),
+        ("data_files", 5, "input should be a valid string or a valid list"),
+        ("target_modules", "q_proj", "input should be 'all-linear' or a valid list"),
+        ("seed", 2**32, "input should be less than 4294967296"),
+    ],
+)
+def test_a_setting_of_several_types_is_told_all_that_it_may_be(defaults, name, value, told):
+    with pytest.raises(UserError) as error:
+        Settings.from_cell(defaults | {name: value})
+    lines = str(error.value).splitlines()
+    assert lines == [
+        "Please correct section 2 and run it again:",
+        f"  • {name} = {value!r}: {told}",
+    ]
