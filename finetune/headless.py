@@ -102,7 +102,7 @@ class Streaming(NotebookClient):
         shown = content.get("data", {}).get("text/plain", "")
         if msg["msg_type"] == "execute_result" and not shown.startswith("<"):  # the plan
             print(shown, flush=True)
-        bar = re.search(r"\[\s*\d+/\d+ [^\]]*\]", content.get("data", {}).get("text/html", ""))
+        bar = re.search(r"\[\s*\d+/\d+ \d[^\]]*\]", content.get("data", {}).get("text/html", ""))
         if bar and bar[0] != getattr(self, "_bar", None):
             self._bar = bar[0]
             print(bar[0], flush=True)

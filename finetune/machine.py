@@ -75,7 +75,9 @@ def duration(seconds: float) -> str:
     """A time in words: seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+    if seconds < 5400:
+        return f"{seconds / 60:.{1 if seconds < 600 else 0}f} minutes"
+    return f"{seconds / 3600:.1f} hours"
 
 
 def resolve_precision(bf16: bool | Literal["auto"]) -> tuple[str, str]:

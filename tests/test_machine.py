@@ -20,6 +20,7 @@ from finetune.machine import (
     chain,
     computing_type,
     device,
+    duration,
     free_memory,
     free_memory_size,
     is_sharded,
@@ -252,3 +253,17 @@ def test_what_an_error_came_from_is_found_raised_from_it_or_in_handling_it():
             raise third from second
     assert list(chain(third)) == [third, second, first]
     assert list(chain(None)) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (2.4, "2 seconds"),
+        (89, "89 seconds"),
+        (222, "3.7 minutes"),
+        (3599, "60 minutes"),
+        (36_000, "10.0 hours"),
+    ],
+)
+def test_a_time_is_told_in_its_own_unit(seconds, told):
+    assert duration(seconds) == told
