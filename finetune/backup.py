@@ -150,7 +150,8 @@ class OnHub:
             for file in self.files():
                 if file.startswith(f"{name}/"):
                     self.download(file, work / "fetched")
-            shutil.copytree(work / "fetched" / name, work, dirs_exist_ok=True)
+            for part in (work / "fetched" / name).iterdir():
+                part.rename(work / part.name)
             shutil.rmtree(work / "fetched")
 
 

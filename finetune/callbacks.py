@@ -324,7 +324,7 @@ def safe_training(settings: Settings, trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
         trainer.remove_callback(callback)
         trainer.evaluating = contextlib.nullcontext
-    if callback.asked:
+    if callback.stopped or (callback.asked and processes()[1] == 1):
         step = trainer.state.global_step
         told = f"Stopped at step {step:,} of {trainer.state.max_steps:,}, and saved." * (step > 0)
         told = told or "Stopped before the end of the first step: there is nothing to save yet."

@@ -98,7 +98,7 @@ class RowReader:
         text = f"{total:,} line(s) cannot be used ({kinds}). {which} are in {self.rejected}"
         if any(kind.startswith("no '") for kind in self.kinds):
             text += f"\nKnown are: {', '.join(map('/'.join, ROW_FORMATS))}. "
-            text += "Of a sheet, rename its columns to prompt and completion."
+            text += "In a sheet, rename the columns to prompt and completion."
         if on_bad_rows == "stop" or "formats are mixed" in self.kinds:
             raise UserError(listed(f"{text}\nNothing was trained. The first ones:", self.first))
         print(listed(f"Skipped: {text}", self.first[:3]))

@@ -88,12 +88,9 @@ def checked_object(row: object) -> dict[str, Any]:
 
 
 def is_empty(value: object) -> bool:
-    """Whether nothing stands in a field: null, NaN, no text, or a list or object of nothing.
-
-    In a table's cell these are written out.
-    """
+    """Whether nothing stands in a field: null, NaN, no text, or a list or object of nothing."""
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}") or isinstance(value, NoNumber)
+        return not value.strip() or isinstance(value, NoNumber)
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ([], {})
 
 
@@ -101,7 +98,7 @@ def checked_text(value: object, name: str) -> str:
     """`value` as text with something in it, numbers as they stand; else raises `ValueError`."""
     number = isinstance(value, (int, float, decimal.Decimal, datetime.date))
     if isinstance(value, float) and not math.isfinite(value):
-        value = NoNumber("Infinity" if value else "NaN")
+        value = NoNumber("NaN" if math.isnan(value) else "Infinity")
     elif number and not isinstance(value, bool) and not is_empty(value):
         return str(value)
     if not isinstance(value, str) or isinstance(value, NoNumber):

@@ -262,7 +262,7 @@ def zip_folder(folder: Path, run: str) -> Path | None:
 def zip_of(folder: Path) -> Path | None:
     """The zip beside a sealed adapter's folder that holds this adapter; None if there is none."""
     weights = read_seal(folder).get("files", {}).get("adapter_model.safetensors")
-    found = sorted(folder.parent.glob("*.zip"))
+    found = sorted(folder.parent.glob(f"{folder.parent.name}-*.zip"))
     return next((path for path in found if weights and zipped_adapter(path) == weights), None)
 
 

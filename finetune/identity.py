@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +148,12 @@ def other_release(was: Record, now: Record) -> list[str]:
 
 
 def trains_on(was: Record, now: Record) -> bool:
-    """Whether two runs differ in their length alone, and the second is the longer."""
+    """Whether two runs differ in their length alone, and the second may be the longer."""
     same = all(was.get(name) == now.get(name) for name in now | was if name not in LENGTH)
-    ends = [told["max_steps"] if told["max_steps"] > 0 else math.inf for told in (was, now)]
-    return same and (now["epochs"] > was["epochs"] or ends[1] > ends[0])
+    steps = [told["max_steps"] for told in (was, now) if told["max_steps"] > 0]
+    if len(steps) == 1:  # of one the epochs count, so that it is not known here
+        return same
+    return same and (steps[1] > steps[0] if steps else now["epochs"] > was["epochs"])
 
 
 def require_same_shape(was: Record, now: Record, folder: Path) -> None:

@@ -92,9 +92,11 @@ def unmixed(rows: Dataset) -> Dataset:
 def keys_together(keys: Sequence[str], now: Sequence[str]) -> list[str]:
     """One key for all rows that share a question, be it the first one before or after shortening.
 
-    `keys` and `now` are the hashes of these, `[rows]`.
+    `keys` and `now` are the hashes of these, `[rows]`. Rows that were not shortened keep theirs,
+    unless a shortened one asks what two of them ask.
     """
     parent: dict[str, str] = {}
+    whole = {was for was, other in zip(keys, now, strict=True) if was == other}
 
     def root(key: str) -> str:
         while parent.setdefault(key, key) != key:
@@ -102,7 +104,10 @@ def keys_together(keys: Sequence[str], now: Sequence[str]) -> list[str]:
         return key
 
     for was, other in zip(keys, now, strict=True):
-        parent[root(other)] = root(was)
+        one, two = root(was), root(other)
+        if one in whole and two not in whole:
+            one, two = two, one
+        parent[one] = two
     return [root(key) for key in keys]
 
 

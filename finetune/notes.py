@@ -45,9 +45,7 @@ def _holds_another_format(prompt: str, completion: str) -> bool:
 
 
 NOTES = {
-    "hold another format's markers ([INST], <|im_start|>, …), which are trained as plain text": (
-        _holds_another_format
-    ),
+    "hold another format's markers ([INST], <|im_start|>, …)": _holds_another_format,
     "hold a marker of the prompt format": _holds_marker,
     "may have a prompt that ends in the middle of a word": _splits_word,
     "have a completion that begins with the whole prompt": _repeats_prompt,

@@ -30,6 +30,8 @@ from finetune.machine import computing_type, is_spread, processes, resolve_preci
 from finetune.sources import HUB
 from qlora_helpers import Settings, UserError, listed, locate
 
+USELESS = ("the Hub does not accept this token", "this token can only read")  # what is said of one
+
 
 def check_machine(settings: Settings, token: str | None, known: bool) -> Iterator[Line]:
     """The GPU and its precision, and what is left of an earlier run of the same name.
@@ -232,6 +234,8 @@ def preflight(settings: Settings, token: str | None) -> None:
     lines += [check_push(settings, token), *merged, *check_logger(settings)]
     print("\n".join(f"{mark} {text}" for mark, text in lines))
     if failed := [text for mark, text in lines if mark == "✗"]:
-        if any("this token" in text for text in failed):
+        if any(text.startswith(USELESS) for text in failed):
             os.environ.pop("HF_TOKEN", None)  # so that section 3 asks for another
         raise UserError(listed("Before training can start:", failed))
+    if token:
+        os.environ["HF_TOKEN"] = token

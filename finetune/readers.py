@@ -39,7 +39,9 @@ NOT_DATA = {
 }
 
 # An object whose first list holds objects and is no conversation.
-HOLDS_LIST = re.compile(rb'{[^][{}]*"(?!messages|conversations|prompt|history)\w+"\s*:\s*\[\s*{')
+HOLDS_LIST = re.compile(rb'{[^][{}]*"(?!messages|conversation|prompt|history)\w+"\s*:\s*\[\s*{')
+# A letter outside ASCII in UTF-8; é before a quotation mark in Windows-1252 is none.
+IN_UTF8 = re.compile(rb"[\xc3-\xde][\x80-\xbf](?![\x80-\xbf])|[\xe0-\xef][\x80-\xbf]{2}")
 KNOWN = {*itertools.chain(*ROW_FORMATS), *MEANT}  # what a table's columns may be called
 
 Source = tuple[str, Any]  # where a row stands (file:line or file:row n), and its line or object
@@ -107,8 +109,9 @@ def reader_of(file: Path, head: bytes) -> Any:
         return excel_rows
     if Path(file.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv"):
         return csv_rows
-    spread = start.startswith(b"[") or start.split(b"\n", 1)[0].strip() == b"{"
-    if spread or HOLDS_LIST.match(start):
+    first, _, more = start.partition(b"\n")
+    a_line = more.strip() and is_json(first.decode("utf-8", "replace"))
+    if start.startswith(b"[") or first.strip() == b"{" or (HOLDS_LIST.match(start) and not a_line):
         return json_rows
     return line_rows
 
@@ -234,23 +237,23 @@ def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
         table = csv.reader(text, delimiter=separator, strict=True)
         yield from table_rows(next(table, []), table, name)
     except csv.Error as error:
-        told = 'is a quote not closed, or not written twice ("") within a text?'
+        told = 'is a quote not closed, not written twice ("") within a text, or beside a blank?'
         raise NotData(f"broken CSV at line {table.line_num}: {error}; {told}") from None
     except UnicodeError as error:
-        raise NotData(f"neither UTF-8 nor Windows-1252 ({error}): save it as UTF-8") from None
+        raise NotData(f"not {encoding.removesuffix('-sig')} ({error}): save it as UTF-8") from None
 
 
 def encoding_of(head: bytes) -> str:
     """UTF-8, or what Windows writes where the file's beginning is not that.
 
-    Raises `NotData` where some of it is UTF-8, whose bytes would be signs that no text has side by
-    side, and where a quarter is not ASCII, as in no language that is written in Windows-1252.
+    Raises `NotData` where some of it is UTF-8, as far as its bytes are hardly found side by side in
+    Windows-1252, and where a quarter is not ASCII, as in no language that is written so.
     """
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
         other = sum(byte > 127 for byte in head) > len(head) / 4
-        if other or re.search(rb"[\xc3-\xf4][\x80-\xbf]", head):
+        if other or IN_UTF8.search(head):
             raise NotData(f"not UTF-8 at byte {error.start + 1}: save it as UTF-8") from None
         return "cp1252"
     return "utf-8-sig"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from finetune.fields import Fields, checked_text, is_empty
-from finetune.talks import REFUSED, Turn, ordered, read_history, read_talk
+from finetune.talks import REFUSED, Turn, ordered, read_history, read_talk, refused
 
 
 class Row(NamedTuple):
@@ -84,7 +84,7 @@ def require_usable(row: Fields, keys: Sequence[str], used: set[str]) -> None:
     """Raise `ValueError` for what must not be dropped silently: doubled keys, tools, a context."""
     if twice := [key for key in getattr(row, "doubled", ()) if key in used]:
         raise ValueError(f"the same key stands twice in the row: {twice[0]!r}")
-    if name := next((n for n in REFUSED if n not in used and not is_empty(row.get(n))), ""):
+    if name := refused({name: row[name] for name in row if name not in used}):
         raise ValueError(f"{REFUSED[name]} ({name!r}): this notebook trains on text alone")
     if name := next((n for n in MEANT if n not in used and not is_empty(row.get(n))), ""):
         form = "/".join(keys)

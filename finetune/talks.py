@@ -41,6 +41,15 @@ MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 USED = {"role", "from", "content", "value", *MARKS}
 
 
+def refused(fields: Fields) -> str:
+    """The first name of `REFUSED` under which something stands; empty if there is none.
+
+    In a table's cell a list or an object of nothing is written out.
+    """
+    there = (name for name in REFUSED if name in fields and fields[name] not in ("[]", "{}"))
+    return next((name for name in there if not is_empty(fields[name])), "")
+
+
 def parts_as_text(value: object, unused: set[str], key: str) -> object:
     """A turn's content that is a list of text parts, as one text; anything else as it is.
 
@@ -55,7 +64,7 @@ def parts_as_text(value: object, unused: set[str], key: str) -> object:
         text = part.get("text", part.get("value")) if isinstance(part, dict) else part
         held = part.keys() - {"type", "text", "value"} if isinstance(part, dict) else set()
         more = {name for name in held if not is_empty(part[name])}
-        kind = next((name for name in REFUSED if name in more), kind)
+        kind = refused(part) or kind if isinstance(part, dict) else kind
         if kind != "text" or not isinstance(text, str):
             raise ValueError(f"a turn holds a part that is no text: {kind!r}")
         unused.update(f"{key}[].content[].{name}" for name in more)
@@ -79,9 +88,9 @@ def read_turn(turn: object, unused: set[str], key: str) -> Turn | None:
     """One turn of `key`'s list; None for an empty system text. Raises `ValueError`."""
     turn = checked_turn(turn)
     said = one_of(turn, "role", "from")
-    what = next((REFUSED[name] for name in REFUSED if not is_empty(turn.get(name))), "")
-    if said in TOOL_ROLES or what:
-        what = what or "tool calls"
+    name = refused(turn)
+    if said in TOOL_ROLES or name:
+        what = REFUSED.get(name, "tool calls")
         raise ValueError(f"{what}: this notebook trains on text alone, leave such rows out")
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:

@@ -457,6 +457,7 @@ def test_the_last_section_says_where_everything_is_and_colab_downloads_it(
             told = {"files": {"adapter_model.safetensors": digest}}
             packed.writestr("checksums.json", json.dumps(told))
     (cfg.run_dir / "mine-of-my-own.zip").touch()
+    shutil.copy(cfg.run_dir / "mine-20260301-000000.zip", cfg.run_dir / "a-copy.zip")
     cfg.final_model.mkdir()
     sealed = {"purpose": "adapter", "run": "mine"} | {
         "files": {"adapter_model.safetensors": "this"}

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from finetune.data import RowReader, read_rows, split_rows
 from finetune.fields import UNSEEN
 from finetune.lengths import fit_length, keys_together
+from finetune.readers import encoding_of
 from finetune.sources import find_files
 from finetune.tokens import encode_rows, training_text
 from qlora_helpers import UserError
@@ -60,6 +61,10 @@ TRAINED = {
     "a system text under the other name": (
         {"messages": [{"role": "system", "content": None, "value": "s"}, *said(Q, A)["messages"]]},
         qa("q", "a", "s"),
+    ),
+    "an input that is a list of nothing": (
+        {"instruction": "Reverse it", "input": "[]", "output": "{}"},
+        qa("Reverse it\n\n[]", "{}"),
     ),
     "tools that are none, in a table's words": (
         {"prompt": "q", "completion": "a", "tools": "[]", "images": "{}"},
@@ -475,6 +480,10 @@ NO_DATA = {
         "not UTF-8 at byte 19: save it as UTF-8",
     ),
     "chinese.csv": ("prompt,completion\n问题,答案\n".encode("gbk"), "not UTF-8 at byte 19"),
+    "late.csv": (
+        b"prompt,completion\n" + b"q,a\n" * 20_000 + b"caf\xe9,a\n",
+        "not utf-8 ('utf-8' codec can't decode byte 0xe9",
+    ),
     "mostly.csv": ("prompt,completion\né,".encode() + b"caf\xe9\n", "not UTF-8 at byte 25"),
     "twice.parquet": (twice_named, "two columns are called 'completion'"),
     "late.parquet": (beyond_time, "a Parquet file that cannot be read"),
@@ -498,6 +507,11 @@ def test_what_is_no_data_is_told_once_for_what_it_is(tmp_path, read, first):
     assert len(lines) == 1 + len(some)
     for name, (_, words) in some.items():
         assert any(f"• {name}: {words}" in line for line in lines), (name, lines)
+
+
+@pytest.mark.parametrize("text", ["“Beyoncé’s”", "„Spaß“ im café\xa0!", "Größe – né à Œuf…"])
+def test_what_windows_writes_is_no_utf8(text):
+    assert encoding_of(f"prompt,completion\n{text},a\n{text}".encode("cp1252")) == "cp1252"
 
 
 def test_a_file_that_windows_wrote_is_told(tmp_path, read, capsys):
@@ -533,6 +547,15 @@ def test_rows_that_an_object_holds_are_found_however_it_is_written(tmp_path, rea
     assert read(written_as("row.json", row)) == [TWO]
     with pytest.raises(UserError, match="'system'"):
         read(written_as("told.json", {"system": "Be brief.", "data": ROWS}))
+
+
+def test_rows_that_hold_lists_of_objects_stay_lines(tmp_path, read, settings):
+    """So that they are read one by one, and named by their lines."""
+    row = {"prompt": "q", "completion": "a", "seen": [{"by": "me"}]}
+    lines = [json.dumps({"seen": [{"by": n}]} | row) for n in range(3)] + ['{"prompt": "q"}']
+    make(tmp_path, "a.jsonl", "\n".join(lines).encode())
+    with pytest.raises(UserError, match=r"a\.jsonl:4: no 'completion'"):
+        read(str(tmp_path / "a.jsonl"))
 
 
 def test_a_table_that_was_put_together_has_its_heading_in_it(tmp_path, read):
@@ -578,8 +601,8 @@ def test_what_was_shortened_to_the_same_question_stays_on_one_side(
         train, held = split_rows(data, fraction)
         assert not {*train["prompt"]} & {*held["prompt"]}
     # A conversation that is cut in one row and whole in another is still one.
-    *one, other = keys_together(["a", "a", "b", "c"], ["a", "x", "x", "c"])
-    assert len({*one}) == 1 and other not in one
+    assert keys_together(["a", "a", "b", "c"], ["a", "x", "x", "c"]) == ["a", "a", "a", "c"]
+    assert keys_together(["a", "b"], ["b", "b"]) == ["b", "b"]  # one that was not cut keeps its own
 
 
 def test_rows_of_a_table_are_named_by_number(tmp_path, read, settings):
@@ -715,7 +738,7 @@ def test_a_sheet_as_people_keep_it(tmp_path, settings, capsys, kind):
         ([["prompt", "Prompt", "completion"], ["a", "b", "c"]], "the same key stands twice"),
         ([["prompt", "completion"], ["a", "b", "", "c"]], "too many cells: 4 under a heading"),
         ([["prompt", "completion"], ["", "b"]], "row 1: 'prompt' is empty"),
-        ([["Frage", "Antwort"], ["a", "b"]], "rename its columns to prompt and completion"),
+        ([["Frage", "Antwort"], ["a", "b"]], "rename the columns to prompt and completion"),
     ],
 )
 def test_a_sheet_that_cannot_be_meant_is_refused(tmp_path, read, kind, table, told):

@@ -165,6 +165,17 @@ def test_a_token_that_is_wrong_is_asked_for_again(
     assert ("HF_TOKEN" in os.environ) == kept
 
 
+def test_a_good_token_is_kept_whatever_else_is_wrong(settings, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    cfg = settings(base_model="ada/mistyped", output_dir=str(tmp_path), model_cache=str(tmp_path))
+    with pytest.raises(UserError, match="no such repository that this token may read"):
+        preflight.preflight(cfg, TOKEN)
+    assert os.environ["HF_TOKEN"] == TOKEN
+    monkeypatch.delenv("HF_TOKEN")  # of a token that got its right only now
+    preflight.preflight(settings(base_model="embedded", output_dir=str(tmp_path)), TOKEN)
+    assert os.environ["HF_TOKEN"] == TOKEN
+
+
 def cached(cache: Path, shards=2) -> None:
     """A whole Mistral in a cache, as huggingface_hub lays it out: two shards of 1 MiB."""
     folder = cache / f"models--{MISTRAL.replace('/', '--')}"
