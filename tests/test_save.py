@@ -382,7 +382,7 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
     assert "merged model 3072.0)" in lines[0][1] and "download" not in lines[0][1]
     assert "the merge holds about 3997.6 GB: set merge = False" in lines[1][1]
     lines = list(check_room(settings(base_model="embedded", model_cache=str(tmp_path)), None))
-    assert [mark for mark, _ in lines] == ["✓"] and "checkpoints and adapter 0.2" in lines[0][1]
+    assert [mark for mark, _ in lines] == ["✓"] and "checkpoints and adapter 0.3" in lines[0][1]
     assert "download of the base model, from a package, 0.3" in lines[0][1]
 
 

@@ -167,6 +167,7 @@ def test_a_token_that_is_wrong_is_asked_for_again(
 
 def test_a_good_token_is_kept_whatever_else_is_wrong(settings, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.refuse["auth-check"] = (404, "RepoNotFound")
     cfg = settings(base_model="ada/mistyped", output_dir=str(tmp_path), model_cache=str(tmp_path))
     with pytest.raises(UserError, match="no such repository that this token may read"):
         preflight.preflight(cfg, TOKEN)
