@@ -235,7 +235,7 @@ def take_with_you(settings: Settings, address: str | None) -> None:
     """Say where everything is, and what next; on Colab the browser is given zip and report."""
     places = {
         "Adapter": settings.final_model,
-        "As a zip": zip_of(settings.final_model),
+        "As a zip": zip_of(settings.final_model, settings.run_name),
         "On the Hub": address,
         "Report": settings.run_dir / "report.html",
         "Merged model": locate(settings.merged_dir) if settings.merges else None,

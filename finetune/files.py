@@ -247,7 +247,7 @@ def zip_folder(folder: Path, run: str) -> Path | None:
     An earlier zip of the same adapter is replaced. None, and said, if the disk has no room.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    place = zip_of(folder) or unused(folder.with_name(f"{run}-{stamp}.zip"))
+    place = zip_of(folder, run) or unused(folder.with_name(f"{run}-{stamp}.zip"))
     work = scratch(folder.with_name(f"{folder.name}.zip"))
     try:
         Path(shutil.make_archive(str(work / "adapter"), "zip", folder)).replace(place)
@@ -259,10 +259,10 @@ def zip_folder(folder: Path, run: str) -> Path | None:
     return place
 
 
-def zip_of(folder: Path) -> Path | None:
+def zip_of(folder: Path, run: str) -> Path | None:
     """The zip beside a sealed adapter's folder that holds this adapter; None if there is none."""
     weights = read_seal(folder).get("files", {}).get("adapter_model.safetensors")
-    found = sorted(folder.parent.glob(f"{folder.parent.name}-*.zip"))
+    found = sorted(folder.parent.glob(f"{run}-*.zip"))
     return next((path for path in found if weights and zipped_adapter(path) == weights), None)
 
 
