@@ -237,5 +237,3 @@ def preflight(settings: Settings, token: str | None) -> None:
         if any(text.startswith(USELESS) for text in failed):
             os.environ.pop("HF_TOKEN", None)  # so that section 3 asks for another
         raise UserError(listed("Before training can start:", failed))
-    if token:
-        os.environ["HF_TOKEN"] = token
