@@ -99,7 +99,7 @@ def checked_text(value: object, name: str) -> str:
     number = isinstance(value, (int, float, decimal.Decimal, datetime.date))
     if isinstance(value, float) and not math.isfinite(value):
         value = NoNumber("NaN" if math.isnan(value) else "Infinity")
-    elif number and not isinstance(value, bool) and not is_empty(value):
+    elif number and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or isinstance(value, NoNumber):
         kind = value if isinstance(value, NoNumber) else JSON_NAMES.get(type(value), "null")

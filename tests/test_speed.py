@@ -459,9 +459,9 @@ def test_every_architecture_trains_as_under_trl_and_peft(
     assert len(logs) == 2
     for (loss, norm), (found_loss, found_norm) in zip(logs, found_logs, strict=True):
         assert found_loss == pytest.approx(loss, rel=1e-6)
-        assert found_norm == pytest.approx(norm, rel=1e-4)  # processors sum otherwise
+        assert found_norm == pytest.approx(norm, rel=2e-5)  # processors sum otherwise
     for wanted, found in zip(grads, found_grads, strict=True):
-        close(found, wanted, 5e-5)
+        close(found, wanted, 1e-5)
     close(found_adapter, adapter, 1e-4)
 
 
