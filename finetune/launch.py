@@ -28,7 +28,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from traitlets.config import Config
 
-from finetune.headless import NOTEBOOK, arguments, defaults, parse
+from finetune.command_line import NOTEBOOK, arguments, defaults, parse
 from finetune.machine import is_sharded
 from qlora_helpers import Settings, UserError
 

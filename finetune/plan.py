@@ -26,7 +26,6 @@ from finetune.machine import (
     resolve_precision,
     versions,
 )
-from finetune.report import plan_table
 from finetune.speed import checkpointable, own_attention
 from finetune.trials import Trials
 from qlora_helpers import Settings, UserError, base_name, listed, on_colab, on_kaggle
@@ -68,6 +67,8 @@ class Plan:
     def _repr_html_(self) -> str:
         if not self.table:
             return f"<pre>{self}</pre>"
+        from finetune.report import plan_table  # it needs Jupyter, which a script has no use for
+
         return f"<pre>{self}</pre>{plan_table(self.table)}"
 
 

@@ -21,7 +21,7 @@ from papermill.iorw import load_notebook_node
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetune.headless import NOTEBOOK, defaults  # noqa: E402
+from finetune.command_line import NOTEBOOK, defaults  # noqa: E402
 
 OTHERS = {
     "requirements.txt": "what the notebook needs, with its bounds",
@@ -36,7 +36,7 @@ def settings_table() -> str:
     notebook = load_notebook_node(str(NOTEBOOK))
     source = "\n".join(c.source for c in notebook.cells)
     notes = dict(re.findall(r"^# @markdown \*\*(\w+):\*\* (.+)$", source, re.M))
-    values = defaults(notebook)
+    values = defaults()
     rows = [
         f"| `{name}` | `{json.dumps(value)}` | {notes[name]} |" for name, value in values.items()
     ]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import finetune
-from finetune.headless import NOTEBOOK
+from finetune.command_line import NOTEBOOK
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

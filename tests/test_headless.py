@@ -13,16 +13,8 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from finetune import headless
-from finetune.headless import (
-    NOTEBOOK,
-    SMALL,
-    arguments,
-    defaults,
-    execute,
-    given_to_make,
-    main,
-    parse,
-)
+from finetune.command_line import NOTEBOOK, SMALL, arguments, defaults, given_to_make, parse
+from finetune.headless import execute, main
 from qlora_helpers import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -213,3 +213,18 @@ def test_the_helper_loads_neither_torch_nor_a_room():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_measuring_speed_needs_neither_jupyter_nor_mistrals_packages():
+    blocked = ("IPython", "nbconvert", "nbclient", "papermill", "matplotlib", "mistral_common")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+        "sys.path[:0] = ['tests/bench', 'tests/gpu']\n"
+        "import anywhere, speed, mistral_7b\n"
+        "from finetune import base_model, batches, machine, plan, speed as kernels, train\n"
+        "from pathlib import Path; import tempfile\n"
+        "anywhere.write_tokenizer(Path(tempfile.mkdtemp()), 99)\n"
+        "print(speed.settings('there', 22)['lora_r'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["32"], done.stderr[-2000:]

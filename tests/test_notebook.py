@@ -19,7 +19,7 @@ from nbclient.exceptions import CellExecutionError
 from tiny import pythons
 
 from finetune.base_model import write_config
-from finetune.headless import NOTEBOOK, defaults, parse
+from finetune.command_line import NOTEBOOK, defaults, parse
 
 ROOT = Path(__file__).parents[1]
 HEADINGS = [
@@ -83,11 +83,11 @@ def test_every_setting_is_a_form_field_explained_in_one_line(committed):
             name = re.fullmatch(r"(\w+) = \S.*  # @param .+", field)[1]
             assert re.fullmatch(rf"# @markdown \*\*{name}:\*\* \S.{{10,110}}", note)
         counts.append(len(lines) // 2)
-    assert 14 <= counts[0] <= 17 and sum(counts) == len(defaults(committed)) <= 42
+    assert 14 <= counts[0] <= 17 and sum(counts) == len(defaults()) <= 42
 
 
 def test_command_line_settings_take_the_cells_types(committed):
-    known = defaults(committed)
+    known = defaults()
     given = [
         "EPOCHS=1",
         "LEARNING_RATE=4e-4",

@@ -30,12 +30,11 @@ WAYS = ("ours", "trl", "unsloth-best")
 MODEL = Path("content/model_cache/mistral-7b-random-4bit")
 
 
-def make_model(folder: Path, tokenizer: str | None) -> None:
+def make_model(folder: Path) -> None:
     """Write a 4-bit model of Mistral-7B's shape, a layer at a time, and a tokenizer."""
     import bitsandbytes
     import torch
-    import transformers
-    from mistral import mistral_config, mistral_tokenizer
+    from mistral import mistral_config
     from safetensors.torch import save_file
     from transformers import BitsAndBytesConfig, MistralForCausalLM
 
@@ -73,8 +72,19 @@ def make_model(folder: Path, tokenizer: str | None) -> None:
     ).to_dict()
     config.architectures, config.dtype = ["MistralForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
-    load = transformers.AutoTokenizer.from_pretrained
-    (load(tokenizer) if tokenizer else mistral_tokenizer()).save_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of as many invented words: rows are ids here, but every way wants one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, size))]
+    words_only = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words_only, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 def write(weights: dict, file: Path, save) -> dict[str, str]:
@@ -161,7 +171,6 @@ def main() -> None:
     )
     parser.add_argument("--data", choices=list(speed.KINDS), default="short")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--tokenizer", help="a folder; without it Mistral v0.3's is built")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -174,7 +183,7 @@ def main() -> None:
     if not MODEL.exists():
         part = MODEL.with_name(f"{MODEL.name}.part")  # whole, or not at all
         shutil.rmtree(part, ignore_errors=True)
-        make_model(part, options.tokenizer)
+        make_model(part)
         part.rename(MODEL)
     rate, bandwidth = speed.rates()
     card, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / 2**30

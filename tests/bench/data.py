@@ -29,8 +29,8 @@ import transformers  # noqa: E402
 from mistral import mistral_tokenizer  # noqa: E402
 
 from finetune.audit import audit_labels  # noqa: E402
+from finetune.command_line import defaults  # noqa: E402
 from finetune.data import read_rows, split_rows  # noqa: E402
-from finetune.headless import defaults  # noqa: E402
 from finetune.lengths import fit_length  # noqa: E402
 from finetune.tokens import encode_rows  # noqa: E402
 from qlora_helpers import COMPLETION_TEMPLATE, PROMPT_TEMPLATE, Settings  # noqa: E402

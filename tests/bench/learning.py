@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from finetune import headless  # noqa: E402
+from finetune.command_line import defaults, parse  # noqa: E402
 
 # What each variant replaces in the notebook's cells; the text must be there, so that a table cannot
 # be of nothing.
@@ -64,7 +65,7 @@ def make_run_settings() -> dict:
     """What `make run` sets."""
     words = re.search(r"RUN_DEFAULTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text())[1]
     arguments = words.replace("\\\n", " ").replace("'", "").split()
-    return headless.parse(arguments, headless.defaults(nbformat.read(headless.NOTEBOOK, 4)))
+    return parse(arguments, defaults())
 
 
 def main() -> None:

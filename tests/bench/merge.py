@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from finetune.answers import validation_loss  # noqa: E402
 from finetune.base_model import mend_cpu_gradients, write_config  # noqa: E402
+from finetune.command_line import defaults  # noqa: E402
 from finetune.data import read_rows, split_rows  # noqa: E402
-from finetune.headless import defaults  # noqa: E402
 from finetune.machine import device  # noqa: E402
 from finetune.merge import merged_weights, write_shards  # noqa: E402
 from finetune.tokens import encode_rows  # noqa: E402

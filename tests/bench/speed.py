@@ -226,7 +226,7 @@ def trainer_for(way: str, path: str, data, tokenizer, limit: float, watch, targe
 
 def settings(path: str, limit: float) -> dict:
     """The notebook's defaults, for this model and memory limit."""
-    from finetune.headless import defaults
+    from finetune.command_line import defaults
 
     return defaults() | {
         "base_model": path,

@@ -35,10 +35,10 @@ from finetune.batches import Cut  # noqa: E402
 from finetune.callbacks import KeepSafe  # noqa: E402
 from finetune.card import model_card  # noqa: E402
 from finetune.checkpoints import find_checkpoint, fingerprint  # noqa: E402
+from finetune.command_line import defaults  # noqa: E402
 from finetune.data import read_rows, split_rows  # noqa: E402
 from finetune.files import NEEDED  # noqa: E402
 from finetune.folders import check_folders  # noqa: E402
-from finetune.headless import defaults  # noqa: E402
 from finetune.lock import claim, release  # noqa: E402
 from finetune.merge import merge_adapter  # noqa: E402
 from finetune.plan import Plan  # noqa: E402

@@ -774,7 +774,7 @@ LOCALE = """
 import json, locale, sys; from pathlib import Path
 import torch
 from finetune.data import read_rows
-from finetune.headless import defaults
+from finetune.command_line import defaults
 from finetune.card import model_card
 from qlora_helpers import Settings
 assert locale.getpreferredencoding(False) == "ANSI_X3.4-1968", locale.getpreferredencoding(False)

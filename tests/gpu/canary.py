@@ -27,7 +27,7 @@ import trl  # noqa: E402
 from finetune.answers import generate_answers  # noqa: E402
 from finetune.base_model import base_model_path, mend_cpu_gradients, placement  # noqa: E402
 from finetune.batches import Cut  # noqa: E402
-from finetune.headless import defaults  # noqa: E402
+from finetune.command_line import defaults  # noqa: E402
 from finetune.lock import release  # noqa: E402
 from finetune.machine import computing_type, resolve_precision  # noqa: E402
 from finetune.merge import merge_adapter  # noqa: E402

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 import child  # noqa: E402
 
-from finetune.headless import SMALL  # noqa: E402
+from finetune.command_line import SMALL  # noqa: E402
 
 CPU = {"exact_match": (0.784, 0.892), "validation_loss": (0.0518, 0.0651)}
 CUTS = {"as planned": ("as_measured",), "4 padded": ("cut_as", 4, False)}

@@ -21,8 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from mistral import mistral_config, mistral_tokenizer  # noqa: E402
 
-from finetune.headless import execute  # noqa: E402
-
 
 def make_model(folder: Path, tokenizer: Path | None) -> None:
     """Save a randomly initialised Mistral-7B in bf16, with the tokenizer, as a local folder."""
@@ -59,6 +57,8 @@ def main() -> None:
         help="a setting, as JSON",
     )
     options = parser.parse_args()
+    from finetune.headless import execute  # it needs the notebook's packages, make_model does not
+
     if not (options.model / "config.json").exists():
         make_model(options.model, options.tokenizer)
         torch.cuda.empty_cache()
