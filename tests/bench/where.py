@@ -2,6 +2,7 @@
 
     python tests/bench/where.py            # both kinds of rows of speed.py
     python tests/bench/where.py long --try compile flash cudnn
+    python tests/bench/where.py long --try selective --memory-limit-gb 15  # where layers recompute
 
 Prints, for one epoch of `speed.py`'s rows by the plan's choice, the share of the kernels' time by
 what they do, and how long the GPU has nothing to do. With `--try`, passes with and without the
@@ -11,6 +12,7 @@ left out of all of it.
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -22,6 +24,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from speed import ceiling, clock, lengths, rates, rows, trainer_for  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts  # noqa: E402
 
 from finetune.machine import autocast  # noqa: E402
 from finetune.speed import checkpointable  # noqa: E402
@@ -98,8 +101,28 @@ def compiled(trainer):
             layer.forward = forward
 
 
+@contextlib.contextmanager
+def selective(trainer):
+    """Layers that are computed twice keep the output of attention, as under TRL's `selective`."""
+    kernels = [name for name in dir(torch.ops.aten) if name.startswith("_scaled_dot_product")]
+    kept = [getattr(torch.ops.aten, name).default for name in kernels if "backward" not in name]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    layers = checkpointable(trainer.model)
+    own = [layer._gradient_checkpointing_func for layer in layers]
+    for layer in layers:
+        layer._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, context_fn=contexts
+        )
+    try:
+        yield
+    finally:
+        for layer, function in zip(layers, own, strict=True):
+            layer._gradient_checkpointing_func = function
+
+
 TRIES = {
     "compile": compiled,
+    "selective": selective,
     "flash": lambda _: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda _: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
 }
