@@ -27,7 +27,7 @@ from finetune.folders import check_disks, check_folders
 from finetune.hub import hub_api, status_of
 from finetune.lock import claim
 from finetune.machine import computing_type, is_spread, processes, resolve_precision, short
-from finetune.sources import HUB
+from finetune.sources import HUB, hub_name
 from qlora_helpers import Settings, UserError, listed, locate
 
 USELESS = ("the Hub does not accept this token", "this token can only read")  # what is said of one
@@ -175,7 +175,7 @@ def check_data(settings: Settings, token: str | None) -> Iterator[Line]:
         if not name.startswith(HUB):
             continue
         try:
-            hub_api(token).auth_check(name.removeprefix(HUB), repo_type="dataset")
+            hub_api(token).auth_check(hub_name(name)[0], repo_type="dataset")
             yield "✓", f"data set {name} can be read"
         except Exception as error:
             known = status_of(error) in (401, 403, 404)

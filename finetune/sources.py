@@ -38,7 +38,7 @@ def find_files(settings: Settings) -> list[Path]:
 def files_of_name(name: str) -> list[Path]:
     """The files of one name: a path, a folder, a pattern, or a Hub's data set."""
     if name.startswith(HUB):
-        return hub_files(name.removeprefix(HUB))
+        return hub_files(name)
     place = locate(name)
     if place.is_file():
         return [place]
@@ -108,21 +108,35 @@ def offer_upload() -> None:
         (folder / Path(name).name).write_bytes(content)
 
 
+def hub_name(name: str) -> tuple[str, str]:
+    """The data set and the part of it that `hf:owner/name/part` names; the part may be empty."""
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    own, _, part = rest.partition("/")
+    return f"{owner}/{own}" if own else owner, part
+
+
 def hub_files(name: str) -> list[Path]:
     """The files of the training split of a Hub's data set, as `datasets` tells them.
 
-    Raises `UserError` if it cannot be had.
+    Raises `UserError` if it cannot be had, or has several parts of which none is named.
     """
+    repo, part = hub_name(name)
     try:
         kinds = [f"*.{kind}" for kind in DATA_KINDS]
         fetch = {"repo_type": "dataset", "allow_patterns": [*kinds, "README.md"]}
-        folder = with_retries(lambda: snapshot_download(name, **fetch))
-        found = datasets.load_dataset_builder(folder).config.data_files
+        folder = with_retries(lambda: snapshot_download(repo, **fetch))
+        parts = datasets.get_dataset_config_names(folder)
+        which = part or datasets.get_dataset_default_config_name(folder)
+        known = which in parts
+        found = datasets.load_dataset_builder(folder, which).config.data_files if known else {}
     except Exception as error:
         raise UserError(
-            f"data_files = '{HUB}{name}': the Hub's data set cannot be had ({short(error)}). "
+            f"data_files = '{name}': the Hub's data set cannot be had ({short(error)}). "
             "Is the name right, and may your token read it?"
         ) from None
+    if not known:
+        told = "\n".join(f"  data_files = '{HUB}{repo}/{each}'" for each in parts)
+        raise UserError(f"data_files = '{name}': name one of its parts:\n{told}")
     if "train" not in found:
-        raise UserError(f"data_files = '{HUB}{name}' has no split 'train', only {list(found)}")
+        raise UserError(f"data_files = '{name}' has no split 'train', only {list(found)}")
     return [Path(file) for file in found["train"]]

@@ -7,7 +7,6 @@ import re
 import sys
 import types
 
-import datasets
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -795,4 +794,39 @@ def test_a_data_set_of_the_hub_gives_its_training_split(tmp_path, read, monkeypa
         assert not server.asked("big.bin")
         with pytest.raises(UserError, match="the Hub's data set cannot be had"):
             read("hf:ada/none")
-    assert datasets.__version__
+
+
+PARTS = """---
+configs:
+- config_name: english
+  data_files: [{split: train, path: en/*.jsonl}]
+- config_name: german
+  data_files: [{split: train, path: de/*.jsonl}]
+---
+"""
+
+
+def test_a_data_set_of_several_parts_asks_for_one(tmp_path, read, monkeypatch):
+    import huggingface_hub.constants
+    from hub import Hub, take_for_the_hub
+
+    with Hub() as server:
+        take_for_the_hub(server, monkeypatch)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        server.repos["datasets/ada/rows"] = {"private": True}
+        server.files["datasets/ada/rows"] = {
+            "README.md": PARTS.encode(),
+            "en/rows.jsonl": b'{"prompt": "Yes?", "completion": "No."}\n',
+            "de/rows.jsonl": JSONL.encode(),
+        }
+        assert read("hf:ada/rows/german") == TEXTS
+        for name in ("hf:ada/rows", "hf:ada/rows/french"):
+            with pytest.raises(UserError, match="name one of its parts:") as told:
+                read(name)
+            assert "'hf:ada/rows/english'\n" in str(told.value)
+            assert str(told.value).endswith("data_files = 'hf:ada/rows/german'")
+        first = PARTS.replace("english\n", "english\n  default: true\n")
+        server.repos["datasets/ada/more"] = {"private": True}
+        server.files["datasets/ada/more"] = dict(server.files["datasets/ada/rows"])
+        server.files["datasets/ada/more"]["README.md"] = first.encode()
+        assert read("hf:ada/more") == [qa("Yes?", "No.")]

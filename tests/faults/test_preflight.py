@@ -652,6 +652,8 @@ def test_a_data_set_of_the_hub_is_asked_for(settings, hub, answer, mark, words):
     hub.refuse = {"/auth-check": answer} if answer else {}
     (line,) = preflight.check_data(settings(data_files=["x.jsonl", "hf:ada/rows"]), TOKEN)
     assert line[0] == mark and words in line[1]
+    (line,) = preflight.check_data(settings(data_files="hf:ada/rows/german"), TOKEN)
+    assert line[0] == mark
     assert any("/api/datasets/ada/rows/auth-check" in path for _, path, *_ in hub.requests)
     assert not [*preflight.check_data(settings(data_files="x.jsonl"), TOKEN)]
 
