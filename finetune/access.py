@@ -190,11 +190,11 @@ def other_files(names: Iterable[str]) -> str:
 
 
 def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, str]:
-    """The base model's weights in GiB, those still to be downloaded, and where that is from."""
+    """The base model's weights in GB, those still to be downloaded, and where that is from."""
     name = settings.base_model
     if folder := local_base(name):
         files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-        return sum(path.stat().st_size for path in files) / 2**30, 0.0, "on disk"
+        return sum(path.stat().st_size for path in files) / 1e9, 0.0, "on disk"
     if name == "embedded":
         made = (settings.cache_dir / EMBEDDED / "config.json").exists()
         return 0.3, 0.0 if made else 0.3, "from a package"
@@ -207,7 +207,7 @@ def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, 
             [f.size or 0 for f in files if re.fullmatch(kind, f.rfilename)]
             for kind in (safe, whole)
         ]
-        size = sum(sizes[0] or sizes[1]) / 2**30
+        size = sum(sizes[0] or sizes[1]) / 1e9
         return size, max(0.0, size - cached_gb(settings)), "as the Hub says"
     except Exception:
         told = "taking it for a 7B model, because the Hub cannot be asked"

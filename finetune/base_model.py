@@ -82,11 +82,11 @@ def cache_of(settings: Settings) -> Path:
 
 
 def cached_gb(settings: Settings) -> float:
-    """GiB of the base model's files that need no download any more."""
+    """GB of the base model's files that need no download any more."""
     where = cached_where(settings)
     files = cached_weights(settings.base_model, where) if where else []
     begun = settings.cache_dir / f"models--{settings.base_model.replace('/', '--')}" / "blobs"
-    return sum(path.stat().st_size for path in files or begun.glob("*")) / 2**30
+    return sum(path.stat().st_size for path in files or begun.glob("*")) / 1e9
 
 
 def prepare_embedded(folder: Path) -> None:

@@ -14,7 +14,7 @@ from finetune.sources import HUB, files_of_name
 from qlora_helpers import Settings, UserError, local_base, locate, on_colab, on_kaggle
 
 DRIVE = "/content/drive"
-KAGGLE_GB = 19.5  # what Kaggle keeps of /kaggle/working, however much its disk has
+KAGGLE_GB = 20.9  # (19.5 GiB) what Kaggle keeps of /kaggle/working, however much its disk has
 
 
 def existing(path: Path) -> Path:
@@ -122,17 +122,17 @@ def require_mergeable(settings: Settings) -> None:
 
 
 def free_gb(folder: Path) -> float:
-    """GiB that can still be written to `folder`'s disk."""
-    free = shutil.disk_usage(existing(folder)).free / 2**30
+    """GB that can still be written to `folder`'s disk."""
+    free = shutil.disk_usage(existing(folder)).free / 1e9
     working = Path("/kaggle/working")
     if on_kaggle() and working in (folder, *folder.parents):
-        used = sum(path.lstat().st_size for path in working.rglob("*") if path.is_file()) / 2**30
+        used = sum(path.lstat().st_size for path in working.rglob("*") if path.is_file()) / 1e9
         free = min(free, KAGGLE_GB - used)
     return free
 
 
 def check_disks(needs: Mapping[str, tuple[Path, float]]) -> Iterator[tuple[str, str]]:
-    """A line a disk: what is free, and the GiB that each of `needs` (folder, GiB) will take."""
+    """A line a disk: what is free, and the GB that each of `needs` (folder, GB) will take."""
     disks: dict[int, dict[str, tuple[Path, float]]] = defaultdict(dict)
     for name, (folder, size) in needs.items():
         disks[existing(folder).stat().st_dev][name] = folder, size

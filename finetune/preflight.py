@@ -97,15 +97,15 @@ def check_gpu(settings: Settings) -> Line:
 
 
 def written_gb(settings: Settings, token: str | None, known: bool) -> tuple[float, float]:
-    """GiB of the base model's weights in 16 bits, and in the type that a merge writes.
+    """GB of the base model's weights in 16 bits, and in the type that a merge writes.
 
     They are counted, since on disk they may be in 4 bits or in 32. Where its config is not `known`,
     what is on disk is taken for 16 bits.
     """
     counted = count_weights(settings, token) if known else 0
-    weights = counted or base_model_gb(settings, token)[0] * 2**29
+    weights = counted or base_model_gb(settings, token)[0] * 1e9 / 2
     kind = computing_type(resolve_precision(settings.bf16)[0])
-    return weights / 2**29, weights * kind.itemsize / 2**30
+    return weights * 2 / 1e9, weights * kind.itemsize / 1e9
 
 
 def check_room(settings: Settings, token: str | None, known: bool = True) -> Iterator[Line]:
@@ -136,7 +136,7 @@ def check_room(settings: Settings, token: str | None, known: bool = True) -> Ite
         # Written shard by shard; the check loads it whole, onto the GPU where there is one, what
         # does not fit to disk.
         held = 4 + (0 if torch.cuda.is_available() else 1.3 * whole)
-        memory = psutil.virtual_memory().total / 2**30
+        memory = psutil.virtual_memory().total / 1e9
         text = f"{memory:.1f} GB of main memory, and the merge holds about {held:.1f} GB"
         less = "set merge = False and export = [], or take a machine with more"
         yield ("✓", text) if memory > held else ("✗", f"{text}: {less}")

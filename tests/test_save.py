@@ -379,8 +379,8 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
     os.truncate(weights, 3 * 2**40)  # a sparse file: 3 TB, more than this machine has
     lines = list(check_room(settings(base_model=str(weights.parent), merge=True, bf16=True), None))
     assert [mark for mark, _ in lines] == ["✗", "✗"]
-    assert "merged model 3072.0)" in lines[0][1] and "download" not in lines[0][1]
-    assert "the merge holds about 3997.6 GB: set merge = False" in lines[1][1]
+    assert "merged model 3298.5)" in lines[0][1] and "download" not in lines[0][1]
+    assert "the merge holds about 4292.1 GB: set merge = False" in lines[1][1]
     lines = list(check_room(settings(base_model="embedded", model_cache=str(tmp_path)), None))
     assert [mark for mark, _ in lines] == ["✓"] and "checkpoints and adapter 0.3" in lines[0][1]
     assert "download of the base model, from a package, 0.3" in lines[0][1]
@@ -388,7 +388,7 @@ def test_room_for_download_checkpoints_and_merge_is_counted(settings, tmp_path):
 
 def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings, at, tmp_path):
     files = {
-        "model-1.safetensors": b"x" * 2**20,
+        "model-1.safetensors": b"x" * 10**6,
         "consolidated.safetensors": b"x" * 2**21,
         "config.json": b"{}",
     }
@@ -398,9 +398,9 @@ def test_the_size_of_a_base_model_comes_from_the_hub_less_what_is_here(settings,
         (blobs := tmp_path / "models--mistralai--Mistral-7B-Instruct-v0.3" / "blobs").mkdir(
             parents=True
         )
-        (blobs / "half").write_bytes(b"x" * 2**19)
+        (blobs / "half").write_bytes(b"x" * 500_000)
         at(hub)
-        assert base_model_gb(cfg, TOKEN) == (2**-10, 2**-11, "as the Hub says")
+        assert base_model_gb(cfg, TOKEN) == (0.001, 0.0005, "as the Hub says")
         hub.refuse["/api/models/"] = (500,)
         size, rest, where = base_model_gb(cfg, TOKEN)
-        assert (size, rest) == (14.5, 14.49951171875) and "taking it for a 7B model" in where
+        assert (size, rest) == (14.5, 14.4995) and "taking it for a 7B model" in where

@@ -43,6 +43,7 @@ from finetune.speed import (
     undo,
     unnoticed,
     use_fast_kernels,
+    use_liger,
 )
 from finetune.tokens import encode_rows
 from finetune.train import PlannedTrainer, hold_in_fp32
@@ -710,6 +711,13 @@ def test_a_merged_adapter_is_not_added_a_second_time():
     close({"": model(ids).logits}, {"": logits(model, ids)}, 1e-6)
     model.unmerge_adapter()
     assert torch.isfinite(model(ids).logits).all()
+
+
+def test_a_gpu_without_ligers_kernels_is_told_what_it_loses(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not use_liger(None)()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "pip install liger-kernel" in use_liger(None)()
 
 
 def test_a_dense_copy_has_the_layers_bias():

@@ -1,6 +1,7 @@
 """One row of figures for the card at hand, in ten minutes: this project, TRL as it comes, and
 Unsloth where it is installed.
 
+    pip install -r requirements.txt liger-kernel
     python tests/bench/anywhere.py            # a minute a way, on short rows
     python tests/bench/anywhere.py --data long --seconds 60
 
@@ -192,7 +193,8 @@ def main() -> None:
     best = speed.ceiling(options.data, rate, bandwidth)
     share = results["ours"].get("tokens_per_second", 0) / best
     stack = versions()
-    told = ", ".join(f"{name} {stack[name]}" for name in ("torch", "transformers", "trl"))
+    names = ("torch", "transformers", "trl", "liger-kernel")
+    told = ", ".join(f"{name} {stack.get(name, 'missing')}" for name in names)
     print("| card | rows | this project | TRL | Unsloth | of the ceiling | versions |")
     print("|---|---|---|---|---|---|---|")
     row = [f"{card}, {memory:.0f} GB", options.data, *map(cell, results.values())]

@@ -184,7 +184,7 @@ def cached(cache: Path, shards=2) -> None:
     index = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
     index = json.dumps({"weight_map": index})
     files = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors.index.json": index}
-    files |= {f"model-{n}.safetensors": "x" * 2**20 for n in range(1, shards + 1)}
+    files |= {f"model-{n}.safetensors": "x" * 10**6 for n in range(1, shards + 1)}
     for name, text in files.items():
         (snapshot / name).write_text(text)
 
@@ -208,8 +208,8 @@ def test_without_a_hub_a_whole_copy_in_either_cache_is_used_and_not_counted(
         "✓",
         f"base model {MISTRAL} is in the cache here: nothing to download",
     )
-    assert cached_gb(cfg) == 2 / 2**10
-    assert access.base_model_gb(cfg, None) == (2 / 2**10, 0.0, "in the cache")
+    assert cached_gb(cfg) == 0.002
+    assert access.base_model_gb(cfg, None) == (0.002, 0.0, "in the cache")
 
 
 def test_a_copy_in_the_cache_is_counted_without_asking_the_hub(settings, hub, tmp_path):
@@ -250,22 +250,22 @@ def test_older_kinds_of_weights_and_tokenizers_in_the_cache_are_a_copy_too(setti
     snapshot = next(tmp_path.rglob("config.json")).parent
     (snapshot / "tokenizer.json").rename(snapshot / "tokenizer.model")
     (snapshot / "model.safetensors.index.json").unlink()
-    (snapshot / "pytorch_model.bin").write_text("x" * 2**20)
+    (snapshot / "pytorch_model.bin").write_text("x" * 10**6)
     cfg = settings(model_cache=str(tmp_path))
-    assert cached_where(cfg) == tmp_path and cached_gb(cfg) == 1 / 2**10
+    assert cached_where(cfg) == tmp_path and cached_gb(cfg) == 0.001
 
 
-MIB = 2**-10  # in GiB
+MB = 1e-3  # in GB
 
 
 def test_the_size_of_a_folder_is_that_of_the_weights_that_are_loaded(settings, tmp_path):
     cfg = settings(base_model=str(tmp_path))
     for name, size in (("pytorch_model.bin", 5), ("m-1.safetensors", 2), ("m-2.safetensors", 1)):
-        (tmp_path / name).write_bytes(bytes(size * 2**20))
-    assert access.base_model_gb(cfg, None) == (3 * MIB, 0.0, "on disk")
+        (tmp_path / name).write_bytes(bytes(size * 10**6))
+    assert access.base_model_gb(cfg, None) == (3 * MB, 0.0, "on disk")
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
-    assert access.base_model_gb(cfg, None) == (5 * MIB, 0.0, "on disk")
+    assert access.base_model_gb(cfg, None) == (5 * MB, 0.0, "on disk")
 
 
 def test_the_embedded_model_is_fetched_once(settings, tmp_path):
@@ -280,14 +280,14 @@ def test_the_embedded_model_is_fetched_once(settings, tmp_path):
 def test_of_two_kinds_of_weights_on_the_hub_one_is_counted(settings, hub, tmp_path):
     cfg = settings(model_cache=str(tmp_path))
     hub.repos[MISTRAL] = {"private": False}
-    hub.files[MISTRAL] = {"pytorch_model.bin": bytes(5 * 2**20)}
-    assert access.base_model_gb(cfg, TOKEN)[:2] == (5 * MIB, 5 * MIB)
-    hub.files[MISTRAL] |= {f"model-{n}.safetensors": bytes(2**20) for n in (1, 2, 3)}
-    assert access.base_model_gb(cfg, TOKEN)[:2] == (3 * MIB, 3 * MIB)
+    hub.files[MISTRAL] = {"pytorch_model.bin": bytes(5 * 10**6)}
+    assert access.base_model_gb(cfg, TOKEN)[:2] == (5 * MB, 5 * MB)
+    hub.files[MISTRAL] |= {f"model-{n}.safetensors": bytes(10**6) for n in (1, 2, 3)}
+    assert access.base_model_gb(cfg, TOKEN)[:2] == (3 * MB, 3 * MB)
     blobs = cfg.cache_dir / f"models--{MISTRAL.replace('/', '--')}" / "blobs"
     blobs.mkdir(parents=True)
-    (blobs / "more").write_bytes(bytes(4 * 2**20))  # with a tokenizer, for example
-    assert access.base_model_gb(cfg, TOKEN)[:2] == (3 * MIB, 0.0)
+    (blobs / "more").write_bytes(bytes(4 * 10**6))  # with a tokenizer, for example
+    assert access.base_model_gb(cfg, TOKEN)[:2] == (3 * MB, 0.0)
 
 
 def fine(*permissions, name="ada"):
@@ -437,16 +437,16 @@ def test_wandb_without_a_key_never_waits_for_one(settings, monkeypatch, tmp_path
 def test_kaggles_small_disk_is_counted_as_small(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**43))
-    assert folders.free_gb(Path("/kaggle/working/model_cache")) == pytest.approx(19.5, abs=0.1)
-    assert folders.free_gb(Path("/kaggle/working")) == pytest.approx(19.5, abs=0.1)
-    assert folders.free_gb(tmp_path) == 8192
+    assert folders.free_gb(Path("/kaggle/working/model_cache")) == pytest.approx(20.9, abs=0.1)
+    assert folders.free_gb(Path("/kaggle/working")) == pytest.approx(20.9, abs=0.1)
+    assert folders.free_gb(tmp_path) == 2**43 / 1e9
     needs = {"download": (Path("/kaggle/working/model_cache"), 30.0)}
     ((mark, text),) = folders.check_disks(needs)
     assert mark == "✗" and "model_cache = '/tmp/model_cache'" in text
     # On one disk the least that any of the folders may take counts.
     needs = {"elsewhere": (Path("/"), 9.0), "adapter": (Path("/kaggle/working/run"), 9.0)}
     (line,) = folders.check_disks(needs | {"cache": (Path("/kaggle/x"), 9.0)})
-    assert line[0] == "✗" and line[1].startswith("19.5 GB free")
+    assert line[0] == "✗" and line[1].startswith("20.9 GB free")
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     ((mark, text),) = folders.check_disks({"download": (tmp_path, 9000.0)})
     assert mark == "✗" and "Kaggle" not in text and text.endswith("change the folders in section 2")
@@ -460,8 +460,8 @@ def test_what_lies_on_kaggles_small_disk_already_is_taken_off(monkeypatch, tmp_p
     )
     (tmp_path / "runs").mkdir()
     with (tmp_path / "runs" / "sparse").open("wb") as file:
-        file.truncate(3 * 2**30)
-    assert folders.free_gb(tmp_path / "runs") == pytest.approx(16.5, abs=0.1)
+        file.truncate(3 * 10**9)
+    assert folders.free_gb(tmp_path / "runs") == pytest.approx(17.9, abs=0.1)
 
 
 def test_a_base_model_that_needs_a_gpu_is_refused_without_one(settings, monkeypatch, tmp_path):
@@ -492,7 +492,7 @@ def test_a_larger_adapter_needs_more_room_and_a_gpu_spares_the_merge_memory(
     settings, monkeypatch, tmp_path
 ):
     with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(14 * 2**30)
+        file.truncate(14 * 10**9)
 
     def told(**changes):
         cfg = settings(base_model=str(tmp_path), output_dir=str(tmp_path / "out"), **changes)
