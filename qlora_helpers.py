@@ -33,6 +33,12 @@ def listed(title: str, problems: Sequence[str], shown: int = 10) -> str:
     return "\n  • ".join([title, *problems[:shown], *more])
 
 
+def many(count: float, what: str) -> str:
+    """A number and what it counts: "1 row", "1,000 rows", "2.5 epochs"."""
+    number = f"{int(count):,}" if count == int(count) else f"{count:g}"
+    return f"{number} {what}" + ("" if count == 1 else "s")
+
+
 def on_colab() -> bool:
     """Whether this kernel is Colab's (its own package is loaded before the first cell runs)."""
     return "google.colab" in sys.modules
@@ -222,7 +228,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
     def summary(self, precision: str) -> str:
         """What follows from the cell: numbers, paths; `precision` in words."""
-        length = f"{self.max_steps} steps" if self.max_steps > 0 else f"{self.epochs:g} epochs"
+        length = many(*((self.max_steps, "step") if self.max_steps > 0 else (self.epochs, "epoch")))
         scale = self.lora_alpha / (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
         batch = f"{self.batch_size} × {self.gradient_accumulation}"
         return "\n".join(

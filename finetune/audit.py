@@ -27,7 +27,7 @@ from finetune.tokens import (
     tokenize,
     workers,
 )
-from qlora_helpers import UserError, listed
+from qlora_helpers import UserError, listed, many
 
 
 def find_mistake(
@@ -167,8 +167,9 @@ def audit_labels(
     if not completion_only_loss:
         loss = "every token trained"
     return (
-        f"Audited all {len(data):,} rows: {'one' if adds_bos(tokenizer) else 'no'} BOS, {loss}, "
-        "EOS last and trained, no control token from the text."
+        f"Audited {many(len(data), 'row')}, all of them: "
+        f"{'one' if adds_bos(tokenizer) else 'no'} BOS, {loss}, EOS last "
+        "and trained, no control token from the text."
     )
 
 

@@ -25,7 +25,7 @@ from finetune.readers import sources
 from finetune.rows import ROW_FORMATS, read_row
 from finetune.sources import find_files
 from finetune.talks import Turn
-from qlora_helpers import Settings, UserError, listed, readable_turns
+from qlora_helpers import Settings, UserError, listed, many, readable_turns
 
 COLUMNS = {name: pa.string() for name in ("prompt", "completion", "turns", "key", "where")}
 COLUMNS["kept"] = pa.int32()
@@ -108,10 +108,11 @@ class RowReader:
         names = [f"{name!r} in {number:,}" for name, number in self.unused.most_common()]
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         unused = f". Not used: {', '.join(names[:10])}{more}" if names else ""
-        after = f". {self.left_out:,} turns after a last answer are left out" * (self.left_out > 0)
+        left = f". Left out: {many(self.left_out, 'turn')} after a last answer"
+        after = left * (self.left_out > 0)
         files = [file.name for file in self.files]
         shown = ", ".join(files[:10]) + (f" and {len(files) - 10} more" if len(files) > 10 else "")
-        return f"{count:,} rows ({self.format}) from {shown}{unused}{after}"
+        return f"{many(count, 'row')} ({self.format}) from {shown}{unused}{after}"
 
 
 def as_columns(turns: Sequence[Turn], kept: int = 0) -> dict[str, Any]:
@@ -272,11 +273,11 @@ def share_held_out(held: Dataset, settings: Settings) -> tuple[Dataset, Dataset]
     parts = [held.select(np.flatnonzero(part)) for part in (first, ~first)] if apart else [held] * 2
     validation, test = (at_most(MOST, part, settings.seed) for part in parts)
     if apart:
-        told = f"{len(validation):,} choose the epoch to keep, {len(test):,} others are scored"
+        told = f"{len(validation):,} to choose the epoch to keep, {len(test):,} others to be scored"
     else:
-        few = f", and choose the epoch, too: there are fewer than {ENOUGH}" * chooses
-        told = f"{len(test):,} are scored{few}"
-    print(f"{len(held):,} rows are held out: {told}.")
+        few = f", and to choose the epoch: there are fewer than {ENOUGH}" * chooses
+        told = f"{len(test):,} to be scored{few}"
+    print(f"{many(len(held), 'row')} held out: {told}.")
     return validation, test
 
 

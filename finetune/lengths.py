@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data import drop_duplicates, hash_of, prompt_keys
 from finetune.machine import main_first
 from finetune.tokens import encode_examples, encode_rows, tokenize
-from qlora_helpers import Settings, UserError, readable_turns
+from qlora_helpers import Settings, UserError, many, readable_turns
 
 
 def shorten(
@@ -127,7 +127,7 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
     lengths = np.array(data["length"][:])
     over = np.flatnonzero(lengths > max_length)
     if not len(over):
-        print(f"All {len(data):,} rows fit: the longest has {max(lengths):,} tokens.")
+        print(f"{many(len(data), 'row')}, none cut: the longest has {max(lengths):,} tokens.")
         return data
     kept, long = data.select(np.flatnonzero(lengths <= max_length)), data.select(over)
     told = tell_long(lengths, long, max_length)
@@ -152,8 +152,8 @@ def fit_length(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sett
         )
     gone, lost = len(data) - len(kept), lengths.sum() - sum(kept["length"][:])
     less = len(over) - gone
-    cut = f"{less:,} lost the beginning of their prompt, " if too_long == "truncate" else ""
-    print(f"{told}\n{cut}{gone:,} are left out: {lost:,} tokens less.")
+    cut = f"Cut at the prompt's beginning: {less:,}. " if too_long == "truncate" else ""
+    print(f"{told}\n{cut}Left out: {gone:,}. That makes {many(lost, 'token')} less.")
     return kept
 
 
@@ -162,7 +162,7 @@ def tell_long(lengths: ndarray, long: Dataset, max_length: int) -> str:
     lines = ", ".join(long["where"][:10]) + (" …" if len(long) > 10 else "")
     most = sorted(lengths.tolist())[math.ceil(0.99 * len(lengths)) - 1]
     return (
-        f"{len(long):,} of {len(lengths):,} rows are longer than "
-        f"max_length = {max_length:,} tokens: {lines}\n"
+        f"Longer than max_length = {max_length:,} tokens: {len(long):,} of "
+        f"{many(len(lengths), 'row')}, {lines}\n"
         f"max_length = {most:,} would keep 99 % of the rows, {max(lengths):,} all."
     )

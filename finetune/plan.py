@@ -28,7 +28,7 @@ from finetune.machine import (
 )
 from finetune.speed import checkpointable, own_attention
 from finetune.trials import Trials
-from qlora_helpers import Settings, UserError, base_name, listed, on_colab, on_kaggle
+from qlora_helpers import Settings, UserError, base_name, listed, many, on_colab, on_kaggle
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -52,8 +52,9 @@ class Plan:
 
     def __str__(self) -> str:
         text = (
-            f"{self.steps:,} steps ({self.steps_per_epoch:,} an epoch), warm-up over the first "
-            f"{self.warmup_steps:,}\nEach step: {self.cut.micro_batch} rows × "
+            f"{many(self.steps, 'step')} ({self.steps_per_epoch:,} an epoch), "
+            f"warm-up over the first {self.warmup_steps:,}\n"
+            f"Each step: {many(self.cut.micro_batch, 'row')} × "
             f"{self.accumulation}, {self.cut.layout}; {self.why}"
         )
         if not self.table:
@@ -94,8 +95,8 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if max(lengths) > ends:
         raise UserError(
-            f"{sum(n > ends for n in lengths):,} rows are longer than the base model's positions, "
-            f"which end at {ends:,} tokens. Set max_length = {ends} in section 2."
+            f"Longer than the base model's positions, which end at {ends:,} tokens: "
+            f"{many(sum(n > ends for n in lengths), 'row')}. Set max_length = {ends} in section 2."
         )
     require_known(model, data)
     # The first process measures and sends what it found: each alone would choose by its own noise.

@@ -15,6 +15,7 @@ from pandas import DataFrame
 
 from finetune.answers import Answer
 from finetune.files import Record
+from qlora_helpers import many
 
 
 def compare(rows: Sequence[dict], before: Sequence[Answer], after: Sequence[Answer]) -> DataFrame:
@@ -100,8 +101,9 @@ def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
 
 def score_lines(result: Record) -> list[dict[str, str]]:
     """Name, before and after of every score in `result`, as text."""
-    rows, of_loss = result["rows"], result.get("loss_rows", result["rows"])
-    others = f", over {of_loss:,} rows" if rows not in (0, of_loss) else ""
+    rows: int = result["rows"]
+    of_loss = result.get("loss_rows", rows)
+    others = f", over {many(of_loss, 'row')}" if rows not in (0, of_loss) else ""
     return [
         {"score": name + others * (key in ("validation_loss", "perplexity"))}
         | {when: form(result[when][key]) for when in ("before", "after")}
@@ -112,8 +114,8 @@ def score_lines(result: Record) -> list[dict[str, str]]:
 
 def rows_of(result: Record) -> str:
     """What the scores are of, in words: the rows that were asked, or whole texts."""
-    many = result["rows"] or result.get("loss_rows", 0)
-    return f"{many:,} held-out {'row' if result['rows'] else 'text'}{'s' * (many != 1)}"
+    asked = result["rows"]
+    return many(asked or result.get("loss_rows", 0), f"held-out {'row' if asked else 'text'}")
 
 
 def is_right(table: DataFrame, when: str) -> Any:

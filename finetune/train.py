@@ -36,7 +36,7 @@ from finetune.machine import free_cache, processes, set_random_states
 from finetune.pace import Epochs, Speed
 from finetune.plan import Plan
 from finetune.speed import compute_by, keep_dense, noisy
-from qlora_helpers import UserError
+from qlora_helpers import UserError, many
 
 PART_TOKENS = 20_000  # of held-out rows, in a timed checkpoint: some ten seconds on a T4
 
@@ -172,7 +172,8 @@ class PlannedTrainer(trl.SFTTrainer):
         loss, due = self.loss_of(rows), self.control.should_log
         self.log({"eval_part_loss": loss})
         self.control.should_log = due  # the step's own loss comes after this
-        print(f"Step {self.state.global_step:,}: validation loss {loss:.3f} ({len(rows)} rows)")
+        told = f"validation loss {loss:.3f} ({many(len(rows), 'row')})"
+        print(f"Step {self.state.global_step:,}: {told}")
 
     def part(self, model: nn.Module, inputs: Batch, count: Tensor | None, parts: int) -> Tensor:
         """Gradients of one of `parts`; if memory runs out, they are taken back and halves come.

@@ -319,7 +319,7 @@ def test_the_audit_finds_each_planted_mistake(tokenizer, planted, answers):
     turns = [("user", "Who is it?"), ("assistant", "It is I, of course.")] * answers
     row = rows_of(*turns)[-1]
     data = encode_rows([row], tokenizer)
-    assert "Audited all 1 rows" in audit_labels(data, tokenizer)
+    assert "Audited 1 row, all of them:" in audit_labels(data, tokenizer)
     ids, labels = PLANTED[planted](data[0]["input_ids"], data[0]["labels"])
     wrong = data.map(lambda _: {"input_ids": ids, "labels": labels})
     with pytest.raises(UserError, match=r"1 of 1 rows would mis-train[^•]*• r.jsonl:7 "):

@@ -167,7 +167,7 @@ def test_other_formats_are_recognised_by_their_keys_and_said_aloud(
     (tmp_path / "rows.jsonl").write_bytes(line)
     assert texts(read(tmp_path / "rows.jsonl")) == [{"prompt": prompt, "completion": "c"}]
     out = capsys.readouterr().out
-    assert f"1 rows ({form}) from rows.jsonl" in out and "!" not in out
+    assert f"1 row ({form}) from rows.jsonl" in out and "!" not in out
 
 
 @pytest.mark.parametrize("on_bad_rows", ["stop", "skip"])
@@ -519,7 +519,7 @@ def test_the_rows_that_choose_are_not_the_rows_that_are_scored(settings, capsys,
     assert not {*validation["prompt"]} & {*test["prompt"]}
     assert min(len(validation), len(test)) > 60
     said = capsys.readouterr().out
-    assert f"{len(validation)} choose the epoch to keep, {len(test)} others are scored" in said
+    assert f"{len(validation)} to choose the epoch to keep, {len(test)} others to be scored" in said
     more = share_held_out(held(400, same), settings())
     assert all(was <= {*now["completion"]} for was, now in zip(texts, more, strict=True))
 
@@ -527,8 +527,12 @@ def test_the_rows_that_choose_are_not_the_rows_that_are_scored(settings, capsys,
 @pytest.mark.parametrize(
     ("count", "changes", "said"),
     [
-        (39, {}, "39 are scored, and choose the epoch, too: there are fewer than 40."),
-        (200, {"keep_best": False}, "200 are scored."),
+        (
+            39,
+            {},
+            "39 rows held out: 39 to be scored, and to choose the epoch: there are fewer than 40.",
+        ),
+        (200, {"keep_best": False}, "200 to be scored."),
     ],
 )
 def test_where_rows_are_few_or_nothing_is_chosen_all_are_scored(

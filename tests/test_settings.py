@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetune.machine import resolve_precision
-from qlora_helpers import Settings, UserError, base_name, is_local, listed, locate
+from qlora_helpers import Settings, UserError, base_name, is_local, listed, locate, many
 
 
 def test_the_defaults_are_the_recipe(defaults):
@@ -182,7 +182,7 @@ def test_what_follows_from_the_cell_is_printed(settings):
 
 @pytest.mark.parametrize(
     ("max_steps", "length"),
-    [(-1, "2.5 epochs"), (0, "2.5 epochs"), (1, "1 steps"), (20, "20 steps")],
+    [(-1, "2.5 epochs"), (0, "2.5 epochs"), (1, "1 step"), (20, "20 steps")],
 )
 def test_the_length_that_is_printed_is_the_one_that_counts(settings, max_steps, length):
     text = settings(epochs=2.5, max_steps=max_steps).summary("")
@@ -319,3 +319,10 @@ def test_a_setting_of_several_types_is_told_all_that_it_may_be(defaults, name, v
         "Please correct section 2 and run it again:",
         f"  • {name} = {value!r}: {told}",
     ]
+
+
+def test_a_number_and_what_it_counts_agree():
+    told = [many(n, "row") for n in (0, 1, 2, 1234567)]
+    assert told == ["0 rows", "1 row", "2 rows", "1,234,567 rows"]
+    told = [many(n, "epoch") for n in (0.5, 1.0, 1.5, 3.0)]
+    assert told == ["0.5 epochs", "1 epoch", "1.5 epochs", "3 epochs"]

@@ -281,7 +281,7 @@ def test_fields_that_nothing_is_made_of_are_counted_by_name(tmp_path, read, caps
     shown = capsys.readouterr().out
     assert "3 rows (messages) from rows.jsonl. Not used: 'id' in 2, " in shown
     assert "'source' in 1" in shown and "'messages[].name' in 1" in shown
-    assert "1 turns after a last answer are left out" in shown
+    assert "Left out: 1 turn after a last answer" in shown
 
 
 def test_rows_that_differ_in_a_field_that_is_used_are_no_duplicates(tmp_path, read, capsys):

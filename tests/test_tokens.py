@@ -278,7 +278,7 @@ def test_what_a_turn_says_not_to_train_is_masked_with_its_end(tokenizer):
         assert labels[-len(trained) :] == trained
         assert (labels[-len(trained) - 1] == -100) != whole
     one = {"prompt": "a", "completion": "d", "where": "x:1", "turns": turns}
-    assert "Audited all 1" in audit_labels(encode_rows([one], tokenizer), tokenizer)
+    assert "Audited 1 row, all of them:" in audit_labels(encode_rows([one], tokenizer), tokenizer)
 
 
 def test_a_system_text_is_a_block_before_the_first_question(smollm_tokenizer):
@@ -296,7 +296,7 @@ def test_a_whole_text_is_trained_as_it_stands(tokenizer):
     assert tokenizer.decode(row["input_ids"][len(start) : -1]).strip() == "Once upon a time. </s>"
     assert row["input_ids"][-1] == tokenizer.eos_token_id
     rows = encode_rows([{"prompt": "", "completion": "Once."}], tokenizer)
-    assert "Audited all 1 rows" in audit_labels(rows, tokenizer)
+    assert "Audited 1 row, all of them:" in audit_labels(rows, tokenizer)
 
 
 def test_what_nobody_trained_is_refused_by_the_template(smollm_tokenizer):
@@ -330,7 +330,9 @@ def test_rows_are_encoded_with_the_loss_that_was_asked_for(tokenizer, capsys):
     whole = encode_rows(ROWS, tokenizer, completion_only_loss=False)
     said = audit_labels(whole, tokenizer, completion_only_loss=False)
     begin = "one" if adds_bos(tokenizer) else "no"
-    assert said.startswith(f"Audited all 40 rows: {begin} BOS, every token trained, EOS last")
+    assert said.startswith(
+        f"Audited 40 rows, all of them: {begin} BOS, every token trained, EOS last"
+    )
     with pytest.raises(
         UserError,
         match=r"40 of 40 rows would mis-train(.|\n)*row 1 has a label on its prompt\n"
@@ -358,13 +360,16 @@ def test_a_long_row_is_left_out_or_loses_the_beginning_of_its_prompt(
     assert max(kept["length"]) <= 100
     short = fit_length(rows.select(range(8)), tokenizer, cfg(max_length=100))
     assert short.column_names == kept.column_names
-    assert "2 of 10 rows are longer than max_length = 100 tokens: a.jsonl:9, a.jsonl:10" in out
+    assert "Longer than max_length = 100 tokens: 2 of 10 rows, a.jsonl:9, a.jsonl:10" in out
     assert f"max_length = {max(rows['length']):,} would keep 99 % of the rows" in out
     if too_long == "drop":
-        assert len(kept) == 8 and f"2 are left out: {sum(rows['length'][8:]):,} tokens less." in out
+        assert (
+            len(kept) == 8
+            and f"Left out: 2. That makes {sum(rows['length'][8:]):,} tokens less." in out
+        )
     else:
         less = sum(rows["length"]) - sum(kept["length"])
-        assert f"1 lost the beginning of their prompt, 1 are left out: {less:,} tokens less." in out
+        assert f"prompt's beginning: 1. Left out: 1. That makes {less:,} tokens less." in out
         assert len(kept) == 9
         assert words.endswith(kept[8]["prompt"]) and kept[8]["length"] > 90
         answer = [label for label in kept[8]["labels"] if label != -100]
@@ -414,7 +419,7 @@ def test_long_rows_are_told_by_their_first_lines_and_by_what_would_hold_them(cou
     lengths = np.array([*range(101, 201), *range(1, 101)])
     long = Dataset.from_list([{"where": place} for place in places])
     assert tell_long(lengths, long, 200 - count) == (
-        f"{count} of 200 rows are longer than max_length = {200 - count} tokens: "
+        f"Longer than max_length = {200 - count} tokens: {count} of 200 rows, "
         f"{', '.join(places[:10])}{more}\n"
         "max_length = 198 would keep 99 % of the rows, 200 all."
     )
@@ -423,7 +428,8 @@ def test_long_rows_are_told_by_their_first_lines_and_by_what_would_hold_them(cou
 def test_a_long_row_can_stop_the_run(tokenizer, cfg):
     rows = encode_rows(ROWS, tokenizer)
     with pytest.raises(
-        UserError, match=r"1 of 40 rows are longer .*: row 40\n.*\n.*or set too_long = 'drop'"
+        UserError,
+        match=r"Longer than max_length = .*: 1 of 40 rows, row 40\n.*\n.*or set too_long = 'drop'",
     ):
         fit_length(rows, tokenizer, cfg(max_length=rows["length"][38], too_long="stop"))
 

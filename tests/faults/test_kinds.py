@@ -50,4 +50,4 @@ def test_a_run_over_each_kind_of_rows_ends_in_its_report(tiny, tmp_path, kind):
         assert "exact" not in (run / "report.html").read_text().partition("</style>")[2]
     if kind == "long":
         assert {row["prompt"] for row in answers} < {f"Say {n}" for n in range(4)}
-        assert "26 are left out" in shown and "1 rows are held out" in shown
+        assert "Left out: 26." in shown and "1 row held out" in shown
