@@ -273,10 +273,11 @@ def share_held_out(held: Dataset, settings: Settings) -> tuple[Dataset, Dataset]
     parts = [held.select(np.flatnonzero(part)) for part in (first, ~first)] if apart else [held] * 2
     validation, test = (at_most(MOST, part, settings.seed) for part in parts)
     if apart:
-        told = f"{len(validation):,} to choose the epoch to keep, {len(test):,} others to be scored"
+        told = f"{len(validation):,} choose the epoch to keep, {len(test):,} others are scored"
     else:
-        few = f", and to choose the epoch: there are fewer than {ENOUGH}" * chooses
-        told = f"{len(test):,} to be scored{few}"
+        few = f", being fewer than {ENOUGH}" if len(held) < ENOUGH else ""
+        both = f"{len(test):,} both choose the epoch and are scored{few}"
+        told = both if chooses else f"{len(test):,} are scored"
     print(f"{many(len(held), 'row')} held out: {told}.")
     return validation, test
 

@@ -243,9 +243,8 @@ def take_with_you(settings: Settings, address: str | None) -> None:
     }
     print("Done.\n" + "\n".join(f"{name:13} {place}" for name, place in places.items() if place))
     print(
-        "Next: change a number in section 2, give it a new run_name, and Run all again "
-        "(finetune.report.compare_runs tells two runs apart); wrong answers are mended best by "
-        "more rows like those that it got wrong."
+        "Next: add rows like those it got wrong. To change a setting, edit section 2, set a new "
+        "run_name and Run all again; finetune.report.compare_runs shows what differs between runs."
     )
     if on_colab():
         from google.colab import files

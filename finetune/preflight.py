@@ -1,4 +1,4 @@
-"""Section 4: whatever could fail later is asked now."""
+"""Section 4: whatever could fail later is checked now."""
 
 from __future__ import annotations
 

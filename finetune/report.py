@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series, concat, json_normalize
 
+from finetune.base_model import called
 from finetune.files import Record, file_hash, telling_if_full
 from finetune.readers import places_of
 from finetune.scores import rows_of, score_lines, show_comparison, verdict
@@ -201,7 +202,7 @@ def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dic
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         f"<title>{settings.run_name}</title>\n"
         f"<style>{REPORT_STYLE}</style>\n<h1>{settings.run_name}</h1>\n"
-        f"<p>{html.escape(settings.base_model)}, {created} UTC</p>\n{body}\n</html>\n"
+        f"<p>{html.escape(called(settings.base_model))}, {created} UTC</p>\n{body}\n</html>\n"
     )
 
 

@@ -130,8 +130,8 @@ def verdict(table: DataFrame, result: Record) -> str:
         return f"Loss on held-out texts: {before:.3f} before, {after:.3f} after."
     right, before = (int(is_right(table, when).sum()) for when in ("after", "before"))
     wrong = len(table) - right
-    others = f"; {wrong} other{'s' * (wrong > 1)}, shown first" if wrong else ""
-    return f"{right} of {len(table)} answers are exactly right (before: {before}){others}."
+    others = " The wrong ones are shown first." if wrong else ""
+    return f"{right} of {len(table)} answers are exactly right (before: {before}).{others}"
 
 
 def middle_out(text: str, most: int) -> str:

@@ -67,7 +67,9 @@ def on_16_bits(
     same = sum(text == was for text, was in zip(texts, table["after"], strict=True))
     ours = int(is_right(table, "after").sum())
     print(
-        f"On the base model's 16-bit weights, as a server would hold them, {right} of "
-        f"{len(sample)} are right (on the 4-bit ones {ours}). Its card says how to serve it."
+        f"A server that holds the base model in 16 bits would get {right} of {len(sample)} right, "
+        f"not {ours}: serve it as {settings.final_model / 'README.md'} says."
+        if right < ours
+        else f"On the base model's 16-bit weights {right} of {len(sample)} are right, too."
     )
     return {"rows": len(sample), "right": right, "same": same, "ours": ours}

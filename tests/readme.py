@@ -94,7 +94,7 @@ def page(folder: Path) -> str:
         "div{display:flex;align-items:center}"
         "img{width:455px;height:332px;object-fit:cover;object-position:left}</style>"
         f"<h3>{result['rows']} rows that it never saw: {right[0]} answered exactly before, "
-        f"{right[1]} after. Loss {before['validation_loss']:.2f} → {after['validation_loss']:.2f}"
+        f"{right[1]} after. Loss {before['validation_loss']:.3f} → {after['validation_loss']:.3f}"
         f"</h3><div><table><tr><th>asked<th>before<th>after{rows}</table>"
         f"<img src='{(folder / 'curves.png').absolute().as_uri()}'></div>"
     )

@@ -348,7 +348,7 @@ def test_the_verdict_counts_right_and_wrong_and_shows_the_wrong_first():
     table = table_of(("a", "a"), ("b", "x"), ("c", "c"), ("d", "y"))
     result = scores(table, {"before": 1.0, "after": 0.5})
     assert verdict(table, result) == (
-        "2 of 4 answers are exactly right (before: 0); 2 others, shown first."
+        "2 of 4 answers are exactly right (before: 0). The wrong ones are shown first."
     )
     page = show_comparison(table, result).to_html()
     places = [page.index(f">q{n}<") for n in (1, 3, 0, 2)]

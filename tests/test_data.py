@@ -519,7 +519,7 @@ def test_the_rows_that_choose_are_not_the_rows_that_are_scored(settings, capsys,
     assert not {*validation["prompt"]} & {*test["prompt"]}
     assert min(len(validation), len(test)) > 60
     said = capsys.readouterr().out
-    assert f"{len(validation)} to choose the epoch to keep, {len(test)} others to be scored" in said
+    assert f"{len(validation)} choose the epoch to keep, {len(test)} others are scored" in said
     more = share_held_out(held(400, same), settings())
     assert all(was <= {*now["completion"]} for was, now in zip(texts, more, strict=True))
 
@@ -530,9 +530,9 @@ def test_the_rows_that_choose_are_not_the_rows_that_are_scored(settings, capsys,
         (
             39,
             {},
-            "39 rows held out: 39 to be scored, and to choose the epoch: there are fewer than 40.",
+            "39 rows held out: 39 both choose the epoch and are scored, being fewer than 40.",
         ),
-        (200, {"keep_best": False}, "200 to be scored."),
+        (200, {"keep_best": False}, "200 rows held out: 200 are scored."),
     ],
 )
 def test_where_rows_are_few_or_nothing_is_chosen_all_are_scored(

@@ -39,7 +39,7 @@ HEADINGS = [
     "Report",
     "Merge, export (optional)",
     "Use it",
-    "Everything, and next",
+    "Where everything is",
 ]
 
 
@@ -232,7 +232,7 @@ def test_the_changed_number_takes_effect_in_the_same_kernel(twice):
 def test_a_section_run_again_alone_gives_the_same_or_says_what_to_run_first(twice):
     """After the first run, which merged, and loaded the saved adapter in section 16."""
     _, _, (first, _), alone = twice
-    faster = r"trainable params: .*\nFaster by: loss over trained tokens; fused LoRA in \d+ of .*"
+    faster = r"trainable params: .*\nComputed by: loss over trained tokens; fused LoRA in \d+ of .*"
     assert re.search(faster, alone["LoRA"])[0] in first
     answer = r"Answered: .*"
     assert re.search(answer, alone["What it answers now"])[0] == re.search(answer, first)[0]

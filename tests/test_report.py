@@ -415,7 +415,7 @@ def test_the_report_holds_every_answer_setting_and_number_under_its_title(report
     rows = [{"prompt": f"asked {n}.", "completion": "c"} for n in range(13)]
     table = compare(rows, [Answer("no", False)] * 13, [Answer("c", True)] * 13)
     run["results"] = scores(table, {"before": 9.0, "after": 1.5})
-    cfg = cfg.model_copy(update={"keep_best": False, "base_model": "./<i>base</i>"})
+    cfg = cfg.model_copy(update={"keep_best": False, "base_model": "./<i>base"})
     page = report_page(cfg, run, table, run["log"])
     parts = dict(part.split("</h2>", 1) for part in page.split("<h2>")[1:])
     assert "1.500" in parts["Scores on 13 held-out rows"]
@@ -432,7 +432,7 @@ def test_the_report_holds_every_answer_setting_and_number_under_its_title(report
     assert "13 of 13 answers are exactly right" in parts["Scores on 13 held-out rows"]
     assert ">None<" not in page and not figures & planned
     assert {"created", "device"} <= set(re.findall(r"<th>(.*?)</th>", parts["Made with"]))
-    assert "&lt;i&gt;base&lt;/i&gt;" in page and "<i>" not in page
+    assert "<p>&lt;i&gt;base, " in page and "<i>" not in page
 
 
 @pytest.mark.skipif(not which("chromium"), reason="needs Chromium")
