@@ -27,10 +27,20 @@ class UserError(Exception):
         return [f"\033[1;31m{self}\033[0m"]
 
 
-def listed(title: str, problems: Sequence[str], shown: int = 10) -> str:
-    """`title`, then the first `shown` problems a line each, then how many more there are."""
-    more = [f"… and {len(problems) - shown:,} more"] if len(problems) > shown else []
+def listed(title: str, problems: Sequence[str], shown: int = 10, total: int | None = None) -> str:
+    """`title`, then the first `shown` problems a line each, then how many more there are.
+
+    `total` is how many there are, where `problems` has the first alone.
+    """
+    rest = (len(problems) if total is None else total) - shown
+    more = [f"… and {rest:,} more"] if rest > 0 else []
     return "\n  • ".join([title, *problems[:shown], *more])
+
+
+def first_of(names: Sequence[str], shown: int = 10) -> str:
+    """The first `shown` names with commas between them, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def many(count: float, what: str) -> str:
@@ -228,7 +238,9 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
 
     def summary(self, precision: str) -> str:
         """What follows from the cell: numbers, paths; `precision` in words."""
-        length = many(*((self.max_steps, "step") if self.max_steps > 0 else (self.epochs, "epoch")))
+        length = many(self.epochs, "epoch")
+        if self.max_steps > 0:
+            length = many(self.max_steps, "step")
         scale = self.lora_alpha / (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
         batch = f"{self.batch_size} × {self.gradient_accumulation}"
         return "\n".join(
@@ -268,8 +280,9 @@ def base_name(base_model: str) -> str:
     return folder.resolve().name if folder else base_model
 
 
-# The prompt ends at the colon and the completion starts with the space: a prompt that ended in the
-# space would be a token of its own, and the first word of the answer another one than in the text.
+# The prompt ends at the colon and the completion starts with the space. If the prompt ended in the
+# space, that space would be a token of its own, and the answer's first word would be tokenized
+# differently than in the whole text.
 SYSTEM_TEMPLATE = "### System: {system}\n\n"
 QUESTION_TEMPLATE = "### Question: {prompt}\n\n"
 ANSWER_START = "### Answer:"
@@ -288,13 +301,8 @@ def format_answer(completion: str) -> str:
     return COMPLETION_TEMPLATE.format(completion=completion)
 
 
-def format_example(prompt: str, completion: str) -> str:
-    """The text that is trained, but for EOS."""
-    return format_prompt(prompt) + format_answer(completion)
-
-
 def format_turns(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A conversation (role, text) in pieces, each what stands before an answer, and the answer.
+    """A conversation of (role, text) turns as (prompt text, answer text) pairs, one per answer.
 
     EOS ends each piece, and nothing stands between it and the next. Turns after the last answer
     give a piece whose answer is empty: what the model is asked with.

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from finetune.base_model import cached_gb, cached_where
 from finetune.files import Record
 from finetune.hub import PUSHED_FILES, hub_api, hub_repo_id, status_of
-from qlora_helpers import EMBEDDED, NAME, Settings, is_local, local_base
+from qlora_helpers import EMBEDDED, NAME, Settings, first_of, is_local, local_base
 
 TOKENS = "https://huggingface.co/settings/tokens"
 Line = tuple[str, str]  # ✓, ✗, ! or ?, and what is said
@@ -89,7 +89,7 @@ def check_push(settings: Settings, token: str | None) -> Line:
 
 
 def check_merged(settings: Settings, token: str | None, size: float) -> Iterator[Line]:
-    """Where the merged model, of so many GiB, is pushed to, if it is."""
+    """Where the merged model, of `size` GB, is pushed to, if it is."""
     if settings.merge != "push":
         return
     if not token:
@@ -185,8 +185,7 @@ def check_repo(settings: Settings, api: HfApi, repo: str) -> Line:
 def other_files(names: Iterable[str]) -> str:
     """Those of a repository's files that a push neither replaces nor needs; empty if none."""
     others = [n for n in names if not any(fnmatch(n, part) for part in PUSHED_FILES)]
-    others = sorted(set(others) - {".gitattributes"})
-    return ", ".join(others[:5]) + f" and {len(others) - 5} more" * (len(others) > 5)
+    return first_of(sorted(set(others) - {".gitattributes"}), 5)
 
 
 def base_model_gb(settings: Settings, token: str | None) -> tuple[float, float, str]:

@@ -30,8 +30,8 @@ class LoraMatmul(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, A: Tensor, B: Tensor, layer: Linear4bit, scale: float
     ) -> Tensor:
         """`layer` holds W and b."""
-        flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
-        low = (flat @ A.t()).mul_(scale)
+        flat, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)  # flat [n, in]
+        low = (flat @ A.t()).mul_(scale)  # [n, r]
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         out = torch.nn.functional.linear(flat, dense_weight(layer), bias).addmm_(low, B.t())
         ctx.save_for_backward(flat, low, A, B)
@@ -42,8 +42,9 @@ class LoraMatmul(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         """Gradients of x, A and B; the layer is frozen."""
         flat, low, A, B = ctx.saved_tensors
-        g, g_x = grad.reshape(-1, grad.shape[-1]), None
-        g_low, g_B = (g @ B).mul_(ctx.scale), g.t() @ low
+        g, g_x = grad.reshape(-1, grad.shape[-1]), None  # g [n, out]
+        g_low = (g @ B).mul_(ctx.scale)  # [n, r]
+        g_B = g.t() @ low  # [out, r]; `low` carries the scale already
         if ctx.needs_input_grad[0]:
             g_x = (g @ dense_weight(ctx.layer)).addmm_(g_low, A).view(*grad.shape[:-1], -1)
         return g_x, g_low.t() @ flat, g_B, None, None
@@ -68,19 +69,21 @@ class FrozenHeadLoss(torch.autograd.Function):
         logits_at_once: int = 2**26,
     ) -> Tensor:
         """The sum, in fp32."""
-        piece = max(1, min(2048, logits_at_once // len(weight)))
+        chunk = max(1, min(2048, logits_at_once // len(weight)))
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
-        for h, t in zip(hidden.split(piece), targets.split(piece), strict=True):
-            at = t[:, None]
-            logits = chances = wrong = None  # so that never two pieces are held
-            logits = torch.nn.functional.linear(h, weight, bias)
-            chances = torch.log_softmax(logits, 1, dtype=torch.float32)
-            found = chances.gather(1, at)
-            total -= found.sum()
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            target = t[:, None]  # [chunk, 1]
+            logits = log_probs = grad_logits = None  # free the last chunk before the next is made
+            logits = torch.nn.functional.linear(h, weight, bias)  # [chunk, vocabulary]
+            log_probs = torch.log_softmax(logits, 1, dtype=torch.float32)
+            target_log_probs = log_probs.gather(1, target)  # [chunk, 1]
+            total -= target_log_probs.sum()
             if ctx.needs_input_grad[0]:
-                less = found.expm1().to(logits.dtype)  # a target's chance minus 1, exact near 1
-                wrong = torch.softmax(logits, 1, dtype=logits.dtype).scatter_(1, at, less)
-                grads.append((wrong.to(weight.dtype) @ weight).to(h.dtype))
+                # d loss / d logits is softmax minus one-hot; expm1 keeps p - 1 exact for p near 1.
+                at_target = target_log_probs.expm1().to(logits.dtype)
+                grad_logits = torch.softmax(logits, 1, dtype=logits.dtype)
+                grad_logits.scatter_(1, target, at_target)
+                grads.append((grad_logits.to(weight.dtype) @ weight).to(h.dtype))  # [chunk, hidden]
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total
 

@@ -155,8 +155,8 @@ def audit_labels(
     wrong, strange = (np.flatnonzero(kinds == kind) for kind in ("wrong", "unknown"))
     if len(wrong):
         title = f"{len(wrong):,} of {len(data):,} rows would mis-train; nothing was trained:"
-        rest = [""] * (len(wrong) - 10)  # never shown, only counted
-        raise UserError(listed(title, [*found.select(wrong[:10])["told"][:], *rest]))
+        first = found.select(wrong[:10])["told"][:]
+        raise UserError(listed(title, first, total=len(wrong)))
     if len(strange):
         lines = ", ".join(found.select(strange[:5])["told"][:])
         print(

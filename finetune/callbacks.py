@@ -324,13 +324,23 @@ def safe_training(settings: Settings, trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
         trainer.remove_callback(callback)
         trainer.evaluating = contextlib.nullcontext
-    if callback.stopped or (callback.asked and processes()[1] == 1):
-        step = trainer.state.global_step
-        told = f"Stopped at step {step:,} of {trainer.state.max_steps:,}, and saved." * (step > 0)
-        told = told or "Stopped before the end of the first step: there is nothing to save yet."
-        if callback.asked == signal.SIGTERM and processes()[1] == 1:
-            print(f"{told} This process is being ended.", flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise UserError(f"{told} Run this cell again to continue.")
+    raise_if_stopped(callback, trainer.state)
     if callback.trained:
         print(f"{duration(time.monotonic() - start)}, peak memory {peak_memory():.1f} GB")
+
+
+def raise_if_stopped(callback: KeepSafe, state: TrainerState) -> None:
+    """Raise `UserError` if training was asked to stop; after SIGTERM end the process as it would.
+
+    Several launched processes are ended by their launcher.
+    """
+    alone = processes()[1] == 1
+    if not (callback.stopped or (callback.asked and alone)):
+        return
+    told = "Stopped before the end of the first step: there is nothing to save yet."
+    if state.global_step:
+        told = f"Stopped at step {state.global_step:,} of {state.max_steps:,}, and saved."
+    if callback.asked == signal.SIGTERM and alone:
+        print(f"{told} This process is being ended.", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise UserError(f"{told} Run this cell again to continue.")

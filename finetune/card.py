@@ -131,18 +131,20 @@ def how_to_serve(settings: Settings, run: Record) -> str:
     """How a server gets the adapter's answers: on a dequantised base, or merged."""
     why = (
         "The adapter was trained against the base model's 4-bit weights; "
-        f"{on_plain_base(run['results'])}. Serve it merged (`merge = True` in the notebook), or on "
-        "the base as it was trained against"
+        f"{on_plain_base(run['results'])}. Serve it merged (`merge = True` in the notebook)"
     )
     rank = next((rank for rank in RANKS if rank >= settings.lora_r), None)
     if settings.use_dora or rank is None:
         what = "DoRA" if settings.use_dora else f"rank of {settings.lora_r}"
-        return wrapped(f"{why.partition(', or on')[0]}: vLLM takes no {what}.")
+        return wrapped(f"{why}: vLLM takes no {what}.")
     base = DEQUANTISE.format(
         nf4=load_base(settings, run["base_revision"]),
         revision=f'"{run["base_revision"]}"' if run["base_revision"] else None,
     )
-    once = 'dequantised once for all its adapters (`export = ["base"]` in the notebook, or this):'
+    once = (
+        "or on the base as it was trained against, dequantised once for all its adapters "
+        '(`export = ["base"]` in the notebook, or this):'
+    )
     return f"""{wrapped(f"{why}, {once}")}
 
 ```python

@@ -197,14 +197,16 @@ def find_refused(
 def borders(
     tokenizer: PreTrainedTokenizerBase, talk: Turns
 ) -> list[tuple[list[int], list[int], bool]]:
-    """For each answer: the ids of all before it, those up to its EOS, whether it is trained.
+    """For each answer: the ids of all text before it, the ids up to its EOS, and if it is trained.
 
-    Each is a text of its own: no token's place within the row's is asked.
+    Every prefix is encoded on its own, so that the audit does not depend on the token offsets that
+    `label_talk` uses. Raises `ValueError` for a conversation that cannot be trained.
     """
     text, answers = write(tokenizer, talk)
-    parts = [text[:place] for start, end, _ in answers for place in (start, end)]
-    ids = [one.ids for one in encode_written(tokenizer, parts)]
+    before = encode_written(tokenizer, [text[:start] for start, _, _ in answers])
+    through = encode_written(tokenizer, [text[:end] for _, end, _ in answers])
+    trained = [mark for _, _, mark in answers]
     return [
-        (*pair, answer[2])
-        for pair, answer in zip(zip(ids[::2], ids[1::2], strict=True), answers, strict=True)
+        (prefix.ids, whole.ids, mark)
+        for prefix, whole, mark in zip(before, through, trained, strict=True)
     ]

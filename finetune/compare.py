@@ -120,6 +120,6 @@ def drops_out(model: PeftModel, rows: Sequence[Encoded]) -> bool:
     del batch["labels"]
     model.train()
     with torch.no_grad(), model.disable_adapter(), autocast("fp32"):
-        one, other = (body(model.get_base_model())(**batch)[0].float() for _ in "12")
+        one, other = (body(model.get_base_model())(**batch)[0].float() for _ in range(2))
     model.eval()
     return apart([one], [other]) > 0.01

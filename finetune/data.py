@@ -25,7 +25,7 @@ from finetune.readers import sources
 from finetune.rows import ROW_FORMATS, read_row
 from finetune.sources import find_files
 from finetune.talks import Turn
-from qlora_helpers import Settings, UserError, listed, many, readable_turns
+from qlora_helpers import Settings, UserError, first_of, listed, many, readable_turns
 
 COLUMNS = {name: pa.string() for name in ("prompt", "completion", "turns", "key", "where")}
 COLUMNS["kept"] = pa.int32()
@@ -106,13 +106,11 @@ class RowReader:
     def told(self, count: int) -> str:
         """How many rows there are, of which format, and what of them is not used."""
         names = [f"{name!r} in {number:,}" for name, number in self.unused.most_common()]
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        unused = f". Not used: {', '.join(names[:10])}{more}" if names else ""
-        left = f". Left out: {many(self.left_out, 'turn')} after a last answer"
-        after = left * (self.left_out > 0)
-        files = [file.name for file in self.files]
-        shown = ", ".join(files[:10]) + (f" and {len(files) - 10} more" if len(files) > 10 else "")
-        return f"{many(count, 'row')} ({self.format}) from {shown}{unused}{after}"
+        unused = f". Not used: {first_of(names)}" if names else ""
+        left = many(self.left_out, "turn")
+        after = f". Left out: {left} after a last answer" if self.left_out else ""
+        files = first_of([file.name for file in self.files])
+        return f"{many(count, 'row')} ({self.format}) from {files}{unused}{after}"
 
 
 def as_columns(turns: Sequence[Turn], kept: int = 0) -> dict[str, Any]:

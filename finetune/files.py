@@ -207,15 +207,20 @@ def new_folder(folder: Path, purpose: str, aside: bool = False) -> Iterator[Path
         raise
     if apart:
         fill(folder, work)
-        return
+    else:
+        put_in_place(work, folder, purpose)
+
+
+def put_in_place(work: Path, folder: Path, purpose: str) -> None:
+    """Rename `work` to `folder`; what is there is replaced if it is ours, else moved aside."""
     old = None
-    if not is_free(folder):
-        ours = is_ours(folder, purpose)
-        old = folder.rename(unused(folder.with_name(f"{folder.name}.old"))) if ours else None
-        if not ours:
-            move_aside(folder, "it holds files that this notebook did not write")
-    elif folder.exists():
-        folder.rmdir()
+    if is_free(folder):
+        if folder.exists():
+            folder.rmdir()
+    elif is_ours(folder, purpose):
+        old = folder.rename(unused(folder.with_name(f"{folder.name}.old")))
+    else:
+        move_aside(folder, "it holds files that this notebook did not write")
     work.rename(folder)
     if old:
         shutil.rmtree(old, ignore_errors=True)

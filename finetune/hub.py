@@ -164,11 +164,8 @@ RETRY_WAITS = (2, 5, 15, 30)  # seconds before each further try
 RETRY_SECONDS = 600  # after so long no further try is begun
 
 
-def passes(error: Exception) -> bool:
-    """Whether an error of the Hub's client may be gone later.
-
-    That is: too many requests, a server's fault, no connection.
-    """
+def is_transient(error: Exception) -> bool:
+    """Whether an error may be gone on a later try: rate limit, server error, lost connection."""
     if status := status_of(error):
         return status in (408, 429) or status >= 500
     clients = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
@@ -192,7 +189,7 @@ def with_retries(call: Callable[[], T]) -> T:
             return call()
         except Exception as error:
             wait = next(waits, None)
-            if wait is None or not passes(error) or time.monotonic() - began > RETRY_SECONDS:
+            if wait is None or not is_transient(error) or time.monotonic() - began > RETRY_SECONDS:
                 raise
             print(f"The Hub: {short(error)}. Trying again in {wait} s.")
         time.sleep(wait)

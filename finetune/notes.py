@@ -44,10 +44,11 @@ def _holds_another_format(prompt: str, completion: str) -> bool:
     return FOREIGN.search(prompt) is not None or FOREIGN.search(completion) is not None
 
 
+ENDS_IN_WORD = "may have a prompt that ends in the middle of a word"
 NOTES = {
     "hold another format's markers ([INST], <|im_start|>, …)": _holds_another_format,
     "hold a marker of the prompt format": _holds_marker,
-    "may have a prompt that ends in the middle of a word": _splits_word,
+    ENDS_IN_WORD: _splits_word,
     "have a completion that begins with the whole prompt": _repeats_prompt,
     "have a completion that begins with a space, which is trained as a second one": (
         _starts_with_space
@@ -80,22 +81,25 @@ def data_notes(rows: Dataset) -> list[str]:
     """
     some = np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows)), dtype=int)
     tail = shared_tail(rows.select(some)["completion"][:]) if len(rows) > 3 else ""
-    ending = f"have a completion that ends in {tail!r}, which is trained, too"
-    known = NOTES | (
-        {ending: lambda asked, text: asked != "" and text.rstrip().endswith(tail)} if tail else {}
-    )
-    found: dict[str, list[str]] = {note: [] for note in known}
-    counts = Counter[str]()
+    checks = dict(NOTES)
+    if tail:
+        ending = f"have a completion that ends in {tail!r}, which is trained, too"
+        checks[ending] = lambda prompt, completion: (
+            prompt != "" and completion.rstrip().endswith(tail)
+        )
+    first: dict[str, list[str]] = {note: [] for note in checks}  # its first five lines
+    counts, lower = Counter[str](), 0  # rows by note; completions that begin in lower case
     for batch in rows.iter(1000):
-        counts["lower"] += sum(text[0].islower() for text in batch["completion"])
+        lower += sum(text[0].islower() for text in batch["completion"])
         columns = [batch[name] for name in ("prompt", "completion", "where")]
         for prompt, completion, where in zip(*columns, strict=True):
-            for note in [note for note, applies in known.items() if applies(prompt, completion)]:
+            for note in [note for note, applies in checks.items() if applies(prompt, completion)]:
                 counts[note] += 1
-                found[note] += [where] * (len(found[note]) < 5)
-    habit = "middle of a word" if counts["lower"] > len(rows) / 2 else "no note"
-    told = {note: ", ".join(lines) for note, lines in found.items() if lines and habit not in note}
-    notes = [f"{counts[note]:,} row(s) {note}: {lines}" for note, lines in told.items()]
+                if counts[note] <= 5:
+                    first[note].append(where)
+    if lower > len(rows) / 2:
+        del first[ENDS_IN_WORD]
+    notes = [f"{counts[note]:,} row(s) {note}: {', '.join(at)}" for note, at in first.items() if at]
     same = np.unique(row_hashes(rows, "completion"), return_counts=True)[1].max() / len(rows)
     if same >= 0.9 and len(rows) > 1:
         notes.append(f"{same:.0%} of the completions are the same text")

@@ -83,21 +83,8 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
     """
     step, lengths, ranks = settings.effective_batch, row_lengths(data), processes()[1]
     per_epoch, steps = steps_of(settings, len(lengths))
-    # Every process must have as many rows of each step, or the others would wait for it for ever.
-    if step % ranks:
-        fits = max(n for n in range(1, ranks + 1) if step % n == 0)
-        raise UserError(
-            f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
-            f"set batch_size × gradient_accumulation to a multiple of {ranks}."
-        )
-    # Behind the end a table of positions fails with a CUDA error, and rotary ones are silently
-    # poor. Models without positions (Mamba) do not say where they end.
-    ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if max(lengths) > ends:
-        raise UserError(
-            f"Longer than the base model's positions, which end at {ends:,} tokens: "
-            f"{many(sum(n > ends for n in lengths), 'row')}. Set max_length = {ends} in section 2."
-        )
+    require_even_share(step, ranks)
+    require_positions(model, lengths)
     require_known(model, data)
     # The first process measures and sends what it found: each alone would choose by its own noise.
     found = None
@@ -108,21 +95,48 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
         found = planned_before(settings, about) or measure_plan(settings, model, data, about)
     measured = broadcast_object_list([found])[0]
     cut, seconds = Cut(**measured["cut"]), measured["epoch_seconds"]
-    if told := at_risk(settings, seconds * steps / per_epoch):
+    run_seconds = seconds * steps / per_epoch  # a run may end within an epoch
+    if told := at_risk(settings, run_seconds):
         print(told)
     return Plan(
         cut=cut,
         accumulation=step // (cut.micro_batch * ranks),
-        # `seconds` are of all rows once; a run may take parts of an epoch.
         steps_per_epoch=per_epoch,
         steps=steps,
         # A rate that rises is 0 in its first step: the only one is not to be lost.
         warmup_steps=min(math.ceil(steps * settings.warmup_ratio), steps - 1),
         logging_steps=max(1, steps // 100),
         tokens_per_second=sum(lengths) / seconds if seconds else 0.0,
-        seconds=seconds * steps / per_epoch,
+        seconds=run_seconds,
         **{name: measured[name] for name in ("peak", "why", "table")},
     )
+
+
+def require_even_share(step: int, ranks: int) -> None:
+    """Raise `UserError` if `ranks` processes cannot each take as many of a step's `step` rows.
+
+    Otherwise some would wait for ever for a micro-batch that another one does not have.
+    """
+    if step % ranks:
+        fits = max(n for n in range(1, ranks + 1) if step % n == 0)
+        raise UserError(
+            f"{ranks} processes cannot share the {step} rows of a step evenly. Launch {fits}, or "
+            f"set batch_size × gradient_accumulation to a multiple of {ranks}."
+        )
+
+
+def require_positions(model: PeftModel, lengths: Sequence[int]) -> None:
+    """Raise `UserError` if a row is longer than `max_position_embeddings`.
+
+    Past it, learned position embeddings fail with a CUDA error and rotary ones silently degrade.
+    Models without positions (Mamba) have no such limit.
+    """
+    ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if max(lengths) > ends:
+        raise UserError(
+            f"Longer than the base model's positions, which end at {ends:,} tokens: "
+            f"{many(sum(n > ends for n in lengths), 'row')}. Set max_length = {ends} in section 2."
+        )
 
 
 def require_known(model: PeftModel, data: Dataset) -> None:

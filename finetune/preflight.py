@@ -125,21 +125,32 @@ def check_room(settings: Settings, token: str | None, known: bool = True) -> Ite
         needs[f"download of the base model, {source},"] = cache_of(settings), download
     if settings.merges:
         needs["merged model"] = locate(settings.merged_dir).resolve(), whole
-    exported = {"f32": 2, "q8_0": 0.53}.get(settings.gguf, 1) * sixteen * bool(settings.gguf)
-    if settings.export:
-        told = "dequantised base model" if "base" in settings.export else "converters"
-        needs[told] = settings.cache_dir, (whole + exported) * ("base" in settings.export) + 0.1
+    # Against 16 bits a weight: f32 has 32, q8_0 8.5 (a scale for each 32), f16 and bf16 the same.
+    gguf = {"f32": 2, "q8_0": 0.53}.get(settings.gguf, 1) * sixteen if settings.gguf else 0.0
+    converters = 0.1  # llama.cpp's, which both kinds of export use
+    if "base" in settings.export:
+        needs["dequantised base model"] = settings.cache_dir, whole + gguf + converters
+    elif settings.export:
+        needs["converters"] = settings.cache_dir, converters
     if settings.gguf and settings.merges:
-        needs["GGUF"] = settings.run_dir, exported
+        needs["GGUF"] = settings.run_dir, gguf
     yield from check_disks(needs)
     if settings.merges:
-        # Written shard by shard; the check loads it whole, onto the GPU where there is one, what
-        # does not fit to disk.
-        held = 4 + (0 if torch.cuda.is_available() else 1.3 * whole)
-        memory = psutil.virtual_memory().total / 1e9
-        text = f"{memory:.1f} GB of main memory, and the merge holds about {held:.1f} GB"
-        less = "set merge = False and export = [], or take a machine with more"
-        yield ("✓", text) if memory > held else ("✗", f"{text}: {less}")
+        yield check_merge_memory(whole)
+
+
+def check_merge_memory(merged: float) -> Line:
+    """Whether main memory holds what a merge of `merged` GB takes.
+
+    The weights are written shard by shard. The check then loads the merged model whole: onto the
+    GPU where there is one, with what does not fit offloaded to disk, else into main memory.
+    """
+    held = 4 + (0 if torch.cuda.is_available() else 1.3 * merged)
+    memory = psutil.virtual_memory().total / 1e9
+    text = f"{memory:.1f} GB of main memory, and the merge holds about {held:.1f} GB"
+    if memory > held:
+        return "✓", text
+    return "✗", f"{text}: set merge = False and export = [], or take a machine with more"
 
 
 def check_backup(settings: Settings, token: str | None) -> Iterator[Line]:

@@ -121,17 +121,27 @@ def as_utf8(stream: BinaryIO, head: bytes) -> BinaryIO:
 
     Such a file is held in memory.
     """
-    wide = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}.get(head[:2])
-    wide = wide or {b"\0": "utf-16-le"}.get(head[1:2]) or {b"\0": "utf-16-be"}.get(head[:1])
-    if wide and len(head) > 1:
+    if codec := utf16_codec(head):
         try:
-            stream = io.BytesIO(stream.read().decode(wide).encode())
+            stream = io.BytesIO(stream.read().decode(codec).encode())
         except UnicodeDecodeError as error:
             raise NotData(f"neither UTF-8 nor whole UTF-16 ({error.reason})") from None
         head = stream.getvalue()[:HEAD]
     if b"\r" in head and b"\n" not in head:
         stream = io.BytesIO(stream.read().replace(b"\r", b"\n"))
     return stream
+
+
+def utf16_codec(head: bytes) -> str:
+    """The codec of a UTF-16 file that begins with `head`; empty if it is not UTF-16.
+
+    Without a byte-order mark: in the first character, an ASCII one, the high byte is zero.
+    """
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    if head[1:2] == b"\0":
+        return "utf-16-le"
+    return "utf-16-be" if len(head) > 1 and head[:1] == b"\0" else ""
 
 
 def line_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:

@@ -81,22 +81,23 @@ def scores(table: DataFrame, losses: Mapping[str, float]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"rows": len(table), "loss_rows": losses.get("rows", len(table))}
     for when in ("before", "after"):
-        pairs = list(zip(table[when], table["reference"], strict=True))
-        result[when] = (
-            {}
-            if not pairs
-            else {
-                "exact_match": sum(normal(answer) == normal(wanted) for answer, wanted in pairs)
-                / len(pairs),
-                "f1": sum(words_in_common(answer, wanted) for answer, wanted in pairs) / len(pairs),
-                "stopped": float(table[f"stopped_{when}"].mean()),
-            }
-        )
-        result[when] |= {
+        result[when] = answer_scores(table, when) | {
             "validation_loss": losses[when],
             "perplexity": math.exp(min(losses[when], 700)),  # a float holds no exp(710)
         }
     return result
+
+
+def answer_scores(table: DataFrame, when: str) -> dict[str, float]:
+    """Mean exact match, F1 and share that stopped by itself, 0 to 1; empty if none was asked."""
+    if not len(table):
+        return {}
+    pairs = zip(table[when], table["reference"], strict=True)
+    return {
+        "exact_match": float(is_right(table, when).mean()),
+        "f1": sum(words_in_common(answer, wanted) for answer, wanted in pairs) / len(table),
+        "stopped": float(table[f"stopped_{when}"].mean()),
+    }
 
 
 def score_lines(result: Record) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from finetune.files import read_seal
 from finetune.hub import with_retries
 from finetune.lock import is_run, is_written
 from finetune.machine import short
-from qlora_helpers import Settings, UserError, locate, on_colab
+from qlora_helpers import Settings, UserError, first_of, locate, on_colab
 
 HUB = "hf:"
 UPLOADS = "/content/data/*.jsonl"  # the setting as it comes: a sheet in that folder will do, too
@@ -84,8 +84,7 @@ def no_file(name: str) -> str:
     """What to say of a name that names no file: what there is instead."""
     place = locate(name)
     folder = next(part for part in (place, *place.parents) if part.is_dir())
-    there = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())]
-    shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    shown = first_of([p.name + ("/" if p.is_dir() else "") for p in sorted(folder.iterdir())])
     other = [f"To read {file.name}: data_files = '{file}'. " for file in data_in(folder)[:1]]
     return (
         f"No file matches data_files = {name!r} (looked in {place}).\n"

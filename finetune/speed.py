@@ -137,19 +137,24 @@ def use_fast_kernels(model: PeftModel, data: Dataset, precision: str) -> str:
     if is_spread():
         return "nothing: spread over GPUs, the model computes in its own way"
     # A fresh adapter adds nothing (B is 0), so a wrong one would not show: it is shaken first.
-    ways = progress((fuse_loss, fuse_lora, use_liger), "Comparing kernels", " kinds")
+    kernels = {"loss": fuse_loss, "lora": fuse_lora, "liger": use_liger}
     with unnoticed(model), shaken(model):
         compare = Comparison(model, data, precision)
-        told = [try_out(model, compare, fuse) for fuse in ways]
+        ways = progress(kernels.items(), "Comparing kernels", " kinds")
+        told = [try_out(model, compare, name, fuse) for name, fuse in ways]
     return "; ".join(filter(None, told)) or "nothing"
 
 
 def try_out(
-    model: PeftModel, compare: Comparison, fuse: Callable[[PeftModel], Callable[[], str]]
+    model: PeftModel,
+    compare: Comparison,
+    name: str,
+    fuse: Callable[[PeftModel], Callable[[], str]],
 ) -> str:
-    """Make a change; keep it if it runs and computes the same. Returns words about it.
+    """Apply `fuse` to the model; keep the change if it runs and computes the same.
 
-    `fuse` returns what tells, after a pass, what runs and where; "" for nothing.
+    `fuse` returns a function that says, after a pass, which kernel runs in how many layers, or ""
+    if it replaced nothing. Returns that, or "not `name`" with the reason.
     """
     change, words, why = Change(model), "", ""
     try:
@@ -166,7 +171,7 @@ def try_out(
             change.keep(model)
         else:
             change.undo()
-    return f"not {fuse.__name__.split('_')[1]} ({why})" if why else words
+    return f"not {name} ({why})" if why else words
 
 
 def fuse_loss(model: PeftModel) -> Callable[[], str]:
@@ -177,7 +182,7 @@ def fuse_loss(model: PeftModel) -> Callable[[], str]:
     causal, ran = model.get_base_model(), set[int]()
     head, original = causal.get_output_embeddings(), causal.forward
     if type(head) is not nn.Linear or head.weight.requires_grad:  # 4-bit, or trained
-        return str
+        return lambda: ""
 
     @functools.wraps(type(causal).forward)
     def forward(
@@ -239,7 +244,7 @@ def _lora_forward(
 def use_liger(model: PeftModel) -> Callable[[], str]:
     """Liger's Triton kernels for RMSNorm, RoPE and SwiGLU, where it knows the model."""
     if not torch.cuda.is_available():
-        return str
+        return lambda: ""
     if not importlib.util.find_spec("liger_kernel"):
         return lambda: "about a fifth slower than with Liger's kernels (pip install liger-kernel)"
     from liger_kernel.transformers import _apply_liger_kernel_to_instance

@@ -60,13 +60,13 @@ def parts_as_text(value: object, unused: set[str], key: str) -> object:
         return value
     texts = []
     for part in value:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
-        held = part.keys() - {"type", "text", "value"} if isinstance(part, dict) else set()
-        more = {name for name in held if not is_empty(part[name])}
-        kind = refused(part) or kind if isinstance(part, dict) else kind
+        fields = part if isinstance(part, dict) else {"text": part}
+        kind = refused(fields) or fields.get("type", "text")
+        text = fields.get("text", fields.get("value"))
         if kind != "text" or not isinstance(text, str):
             raise ValueError(f"a turn holds a part that is no text: {kind!r}")
+        others = fields.keys() - {"type", "text", "value"}
+        more = (name for name in others if not is_empty(fields[name]))
         unused.update(f"{key}[].content[].{name}" for name in more)
         texts.append(text)
     return "".join(texts)

@@ -1,4 +1,4 @@
-"""Section 6: text to tokens. The one encoder, what happens to long rows, and the chat template."""
+"""Section 6: text to tokens: the one encoder of prompts and training examples."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def tokenize(
     # As `split_special_tokens=True`, which transformers sets in each call.
     backend.encode_special_tokens = True
     try:
-        return (backend.encode_batch if places else backend.encode_batch_fast)(
-            texts, add_special_tokens=False
-        )
+        encode = backend.encode_batch if places else backend.encode_batch_fast
+        return encode(texts, add_special_tokens=False)
     finally:
         backend.encode_special_tokens = tokenizer.split_special_tokens
 
@@ -131,11 +130,12 @@ def encode_prompts(
     encoded = iter(tokenize(tokenizer, texts, places=False))
     ids = []
     for talk in talks:
-        pieces = [next(encoded).ids for _ in talk]
-        ends = [[tokenizer.eos_token_id] * bool(answer) for _, answer in talk]
-        ids.append(
-            [*begin, *(i for pair in zip(pieces, ends, strict=True) for p in pair for i in p)]
-        )
+        row = [*begin]
+        for _, answer in talk:
+            row += next(encoded).ids
+            if answer:  # an earlier turn of the assistant's, which ends in EOS as in training
+                row.append(tokenizer.eos_token_id)
+        ids.append(row)
     return ids
 
 
@@ -274,7 +274,7 @@ def require_written(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{len(told):,} of {len(rows):,} rows cannot be written by the base model's chat "
             "template; nothing was trained. Set prompt_format = 'question-answer', or mend them:"
         )
-        raise UserError(listed(title, [*told[:10], *[""] * (len(told) - 10)]))
+        raise UserError(listed(title, told[:10], total=len(told)))
 
 
 def parts_of(table: pa.Table) -> Iterator[pa.Table]:

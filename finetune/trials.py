@@ -18,6 +18,7 @@ from torch import Tensor
 from finetune.arithmetic import has_varlen
 from finetune.base_model import linear_4bit
 from finetune.batches import (
+    Batch,
     Collator,
     Cut,
     Encoded,
@@ -54,7 +55,8 @@ def flat_attention(model: PeftModel, data: Dataset, precision: str) -> str:
     alone = last_states(model, rows[1:], Cut(1, False, own), precision)
     with jolted(model, rows, precision):
         noise = apart([alone], [last_states(model, rows[1:], Cut(1, False, own), precision)])
-    for name in ["varlen"] * (has_varlen() and not drops_out(model, rows[:1])) + [own]:
+    kernel = has_varlen() and not drops_out(model, rows[:1])
+    for name in ["varlen", own] if kernel else [own]:
         with contextlib.suppress(Exception):  # a model that takes no `position_ids`
             states = last_states(model, rows, Cut(2, True, name), precision)
             if apart([alone], [states]) <= allowed(noise):
@@ -252,15 +254,20 @@ class Trials:
         before, seconds = torch.cuda.memory_allocated() / 2**30, list[float]()  # 0 without a GPU
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
-        while len(seconds) <= self.gpu or (self.gpu and len(seconds) < 5 and sum(seconds) < 1):
-            start = time.perf_counter()
-            with autocast(self.precision):
-                loss = self.model(**batch, num_items_in_batch=1000).loss
-            loss.backward()
-            if self.gpu:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[self.gpu :]), before, peak_memory()
+        warm_ups, most = (1, 5) if self.gpu else (0, 1)
+        while len(seconds) <= warm_ups or (len(seconds) < most and sum(seconds) < 1):
+            seconds.append(self.pass_seconds(batch))
+        return min(seconds[warm_ups:]), before, peak_memory()
+
+    def pass_seconds(self, batch: Batch) -> float:
+        """Seconds of one forward and backward pass."""
+        start = time.perf_counter()
+        with autocast(self.precision):
+            loss = self.model(**batch, num_items_in_batch=1000).loss
+        loss.backward()
+        if self.gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def why(self, chosen: Trial) -> str:
         """The reason for the choice."""
