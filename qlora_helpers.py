@@ -69,7 +69,10 @@ def content_root() -> Path:
 def locate(path: str) -> Path:
     """`path` made absolute, a leading `/content` moved to `content_root()`."""
     inside = re.fullmatch(r"/content(?:/(.*))?", path)
-    return content_root() / (inside[1] or "") if inside else Path(path).expanduser().absolute()
+    if inside:
+        return content_root() / (inside[1] or "").lstrip("/")
+    at_home = path == "~" or path.startswith("~/")
+    return (Path(path).expanduser() if at_home else Path(path)).absolute()
 
 
 # One plain name, as the Hub wants it: it holds no '/', no '..' and cannot leave its folder.

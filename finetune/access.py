@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
 
 from finetune.base_model import cached_gb, cached_where
 from finetune.files import Record
 from finetune.hub import PUSHED_FILES, hub_api, hub_repo_id, status_of
+from finetune.machine import short
 from qlora_helpers import EMBEDDED, NAME, Settings, first_of, is_local, local_base
 
 TOKENS = "https://huggingface.co/settings/tokens"
+TOO_LONG = "the Hub takes no name like {repo}, which may have 96 characters: shorten run_name"
 Line = tuple[str, str]  # ✓, ✗, ! or ?, and what is said
 
 
@@ -48,7 +56,28 @@ def check_base_folder(name: str, folder: Path) -> Line:
         lacking.remove("weights")
     if lacking:
         return "✗", f"{told}: the folder {folder} has no {', no '.join(lacking)}.{hides}"
+    if why := why_unreadable(folder):
+        return "✗", f"{told}: {why}"
     return "✓", f"base model {name}: nothing to download from the Hub"
+
+
+def why_unreadable(folder: Path) -> str:
+    """Which file of a model's folder is missing or damaged; empty if none is.
+
+    Of weights the header alone is read, which tells how long the file must be.
+    """
+    try:
+        for name in ("config.json", "model.safetensors.index.json"):
+            if (file := folder / name).exists():
+                named = json.loads(file.read_text(encoding="utf-8")).get("weight_map", {})
+                if lacking := sorted({*named.values()} - {path.name for path in folder.iterdir()}):
+                    return f"{folder} lacks {first_of(lacking)}, which {name} names"
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        return f"{file} cannot be read ({short(error)}); fetch it again"
+    return ""
 
 
 def ask_for_base_model(name: str, token: str | None) -> Line:
@@ -106,6 +135,8 @@ def check_target(settings: Settings, token: str, end: str = "") -> Line:
         user = api.whoami()
         repo = hub_repo_id(settings, user["name"]) + end
         return check_writing(user, repo) or check_repo(settings, api, repo)
+    except HFValidationError:
+        return "✗", TOO_LONG.format(repo=repo)
     except Exception as error:
         if line := refused(error, "may not write to the Hub"):
             return line
@@ -123,6 +154,8 @@ def check_copies(settings: Settings, token: str | None) -> Line:
         user = api.whoami()
         repo = hub_repo_id(settings, user["name"]) + "-checkpoints"
         return check_writing(user, repo) or check_private(api, repo)
+    except HFValidationError:
+        return "✗", TOO_LONG.format(repo=repo)
     except Exception as error:
         line = refused(error, "may not write to the Hub, which backup_to = 'hub' needs")
         return line or ("?", f"no Hub ({type(error).__name__}): copying checkpoints will be tried")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from finetune.access import Line
@@ -20,7 +20,8 @@ def check_architecture(settings: Settings, token: str | None) -> Iterator[Line]:
     Nothing is said where the config cannot be had: `check_base_model` tells why.
     """
     name = settings.base_model
-    if name == "embedded":
+    if name == "embedded":  # a Llama
+        yield from check_targets(settings, LlamaConfig(num_hidden_layers=1))
         return
     try:
         config = read_config(settings, token)

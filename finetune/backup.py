@@ -43,6 +43,14 @@ def told_in(folder: Path) -> Record:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def is_readable(folder: Path) -> bool:
+    """Whether `run.json` of a sealed copy is whole; Drive can keep a file without its content."""
+    try:
+        return (folder / SEAL).is_file() and isinstance(told_in(folder), dict)
+    except ValueError:
+        return False
+
+
 class OnDrive:
     """A run's copies on Google Drive."""
 
@@ -55,7 +63,7 @@ class OnDrive:
     def names(self) -> list[str]:
         """The copies that are there: checkpoints, the highest step first, and the adapter."""
         found = [*checkpoints(self.folder), self.folder / "final_model"]
-        return [path.name for path in found if (path / SEAL).is_file()]
+        return [path.name for path in found if is_readable(path)]
 
     def told(self, name: str) -> Record:
         """The `run.json` of one."""

@@ -13,6 +13,7 @@ import peft
 import torch
 from datasets import Dataset
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune.base_model import called
@@ -102,8 +103,14 @@ def in_order(value: object) -> object:
 
 
 def adapter_config(folder: Path) -> peft.LoraConfig:
-    """An adapter's config; raises `UserError` if it is no plain LoRA."""
-    config = peft.PeftConfig.from_pretrained(str(folder))
+    """An adapter's config; raises `UserError` if it is no plain LoRA, or cannot be read."""
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt"):  # its header, which tells how long the file must be
+                pass
+    except Exception as error:
+        raise UserError(f"base_adapter: {folder} cannot be read ({short(error)}).") from None
     if not isinstance(config, peft.LoraConfig):
         raise UserError(f"base_adapter: {folder} is no LoRA, but {config.peft_type}.")
     plain, own = (dataclasses.asdict(each) for each in (peft.LoraConfig(), config))
@@ -177,8 +184,15 @@ def held_out_before(settings: Settings) -> frozenset[str]:
     places = [folder / HELD_OUT] if folder else []
     if settings.resume == "anyway":
         places.append(settings.run_dir / HELD_OUT)
-    read = (json.loads(path.read_text(encoding="utf-8")) for path in places if path.is_file())
-    return frozenset(text for found in read for text in found)
+    try:
+        read = (json.loads(path.read_text(encoding="utf-8")) for path in places if path.is_file())
+        return frozenset(text for found in read for text in found)
+    except ValueError as error:
+        named = " or ".join(map(str, places))
+        raise UserError(
+            f"{named} is damaged ({short(error)}), so that it is not known which rows were held "
+            "out before. Take it from a copy of that run; or delete it, and rows are drawn anew."
+        ) from None
 
 
 @main_first
@@ -192,4 +206,6 @@ def record_held_out(held: Dataset, settings: Settings, trained: Dataset | None =
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     keys = {*prompt_keys(held)} - {*(prompt_keys(trained) if trained else ())}
     text = json.dumps(sorted(keys)) + "\n"
-    (settings.run_dir / HELD_OUT).write_text(text, encoding="utf-8")
+    writing = settings.run_dir / f"{HELD_OUT}.part"  # whole or not at all
+    writing.write_text(text, encoding="utf-8")
+    writing.replace(settings.run_dir / HELD_OUT)

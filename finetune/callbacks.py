@@ -32,6 +32,7 @@ from finetune.checkpoints import (
     SAVE_SECONDS,
     count_on,
     last_good_checkpoint,
+    replace_lost_best,
     require_finite,
     state_hashes,
 )
@@ -204,6 +205,7 @@ class KeepSafe(TrainerCallback):
         if state.best_model_checkpoint:  # as `finish` has written it, a name alone
             name = Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(Path(args.output_dir) / name)
+            replace_lost_best(state)
         count_on(self.trainer, state)
         self.randomness = random_states()
         if processes()[1] > 1:  # of CPUs, so that no GPU waits
@@ -343,4 +345,6 @@ def raise_if_stopped(callback: KeepSafe, state: TrainerState) -> None:
     if callback.asked == signal.SIGTERM and alone:
         print(f"{told} This process is being ended.", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
-    raise UserError(f"{told} Run this cell again to continue.")
+    never = callback.settings.resume == "never"
+    first = "Set resume = 'auto' in section 2 and run it. " if never else ""
+    raise UserError(f"{told} {first}Run this cell again to continue.")

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from finetune.backup import begin_copies, fetch_backup, told_in
+from finetune.backup import begin_copies, fetch_backup, step_of, told_in
 from finetune.base_adapter import is_untrained
 from finetune.files import (
     BEING_WRITTEN,
     SEAL,
+    Record,
     checkpoints,
     move_aside,
     read_seal,
@@ -68,6 +69,26 @@ def remembered(folder: Path, purpose: str) -> dict[str, Any]:
     return {} if why_unusable(folder, purpose) else told_in(folder)
 
 
+def replace_lost_best(state: TrainerState) -> None:
+    """If the best epoch's checkpoint is gone, take the best of those that are left, and say so.
+
+    Epochs without a checkpoint are marked `lost` in the log: they cannot be kept any more.
+    """
+    best = Path(str(state.best_model_checkpoint))
+    if best.is_dir():
+        return
+    left = {step_of(folder.name): folder for folder in checkpoints(best.parent)}
+    measured = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"]]
+    for entry in measured:
+        entry["lost"] = entry["step"] not in left
+    kept = min((e for e in measured if not e["lost"]), key=lambda e: e["eval_loss"], default=None)
+    state.best_metric = kept["eval_loss"] if kept else None
+    state.best_model_checkpoint = str(left[kept["step"]]) if kept else None
+    state.best_global_step = kept["step"] if kept else None
+    now = f"the best of those left is {left[kept['step']].name}" if kept else "none is left"
+    print(f"! {best.name}, of the epoch with the lowest validation loss, is gone; {now}.")
+
+
 @main_first
 def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
     """The folder for `trainer.train(resume_from_checkpoint=…)` to continue from, or None to begin.
@@ -78,6 +99,7 @@ def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
     """
     claim(settings.run_dir)
     now, final = fingerprint(settings, trainer), settings.final_model
+    require_as_planned(settings, trainer, now)
     trainer.run = hash_of_fingerprint(now)
     last = last_good_checkpoint(settings.run_dir)
     if settings.resume == "never":
@@ -115,6 +137,16 @@ def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
     return str(last)
 
 
+def require_as_planned(settings: Settings, trainer: Trainer, now: Record) -> None:
+    """Raise `UserError` if settings that training goes by are others than it was set up with."""
+    planned = getattr(trainer, "planned_for", None)
+    if planned and planned != settings:
+        since = changes(fingerprint(planned, trainer), now)
+        if since:
+            title = "Settings have changed since sections 5 to 10 were run:"
+            raise UserError(listed(title, since) + "\nRun all again, so that they take effect.")
+
+
 def how_to_go_on(settings: Settings, last: Path, changed: list[str], is_finished: bool) -> str:
     """What there is to choose from where a run is there, and something has changed."""
     if is_finished:
@@ -127,7 +159,8 @@ def how_to_go_on(settings: Settings, last: Path, changed: list[str], is_finished
     return (
         listed(f"{last} is of an unfinished run with other data or settings:", changed)
         + "\nEither choose a new run_name, to begin a run of its own; or put the old "
-        "values back, to continue; or set resume = 'anyway', to continue with the new ones."
+        "values back and Run all again, to continue; or set resume = 'anyway', to continue with "
+        "the new ones."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import itertools
 import json
@@ -172,16 +173,16 @@ def write_rows(rows: Iterable[Fields], file: Path) -> None:
 def keep_new(writing: Path, final: Path) -> Path:
     """Rename `writing` to `final`, and remove what was written there from other data.
 
-    `final` has its content's hash in its name. If it is there already it stays untouched, and what
-    was encoded from it is found again.
+    `final` has its content's hash in its name. If it is there already, and whole, it stays
+    untouched, and what was encoded from it is found again.
     """
-    if final.exists():
+    if final.exists() and filecmp.cmp(writing, final, shallow=False):
         writing.unlink()
     else:
         for old in final.parent.iterdir():
             if re.fullmatch(r"(rows|cache)-[0-9a-f]{16}\w*\.arrow", old.name):
                 old.unlink()
-        writing.rename(final)
+        writing.replace(final)
     return final
 
 

@@ -256,7 +256,7 @@ def zip_folder(folder: Path, run: str) -> Path | None:
     work = scratch(folder.with_name(f"{folder.name}.zip"))
     try:
         Path(shutil.make_archive(str(work / "adapter"), "zip", folder)).replace(place)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # zip knows no date before 1980
         print(f"No zip backup ({short(error)}). The adapter itself is saved: {folder}")
         return None
     finally:

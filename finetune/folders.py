@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.files import is_free, is_ours, read_seal
 from finetune.lock import is_written
+from finetune.machine import short
 from finetune.sources import HUB, files_of_name
 from qlora_helpers import Settings, UserError, local_base, locate, on_colab, on_kaggle
 
@@ -53,21 +54,35 @@ def check_folders(settings: Settings) -> Iterator[tuple[str, str]]:
     """A ✗ for each setting whose folder cannot be written, or holds what must not be replaced."""
     for name, folder in folder_settings(settings).items():
         told = f"{name} = {getattr(settings, name)!r}"
-        place = existing(folder)
         if on_drive(folder) and not (locate(DRIVE) / "MyDrive").is_dir():
             yield (
                 "✗",
                 f"{told} is on Google Drive, which is not mounted: run section 3 and allow it",
             )
-        elif not place.is_dir():
-            yield "✗", f"{told}: {place} is a file, not a folder"
-        elif not os.access(place, os.W_OK):
-            yield "✗", f"{told}: {place} cannot be written to"
+        elif why := why_unwritable(locate(getattr(settings, name))):
+            yield "✗", f"{told}: {why}"
+    above = why_unwritable(locate(settings.output_dir))
+    if (why := why_unwritable(settings.run_dir)) and not above:
+        yield "✗", f"run_name = {settings.run_name!r}: {why}"
     base, run = local_base(settings.base_model), settings.run_dir.resolve()
     if base and base.resolve() in (run, *run.parents):
         yield "✗", f"output_dir / run_name is {run}, which is in the base model's folder"
     if settings.merges and (why := why_no_merge(settings)):
         yield "✗", why
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why nothing can be written to `folder`, or made where it is to be; empty if it can."""
+    try:
+        for part in (folder, *folder.parents):
+            if part.is_symlink() and not part.exists():
+                return f"{part} leads to {part.readlink()}, which is not there (a disk away?)"
+        place = existing(folder)
+        if not place.is_dir():
+            return f"{place} is a file, not a folder"
+        return "" if os.access(place, os.W_OK) else f"{place} cannot be written to"
+    except OSError as error:
+        return short(error)
 
 
 def why_no_merge(settings: Settings) -> str:

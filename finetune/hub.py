@@ -96,14 +96,18 @@ def sign_in(needed: bool = True) -> str | None:
     if needed:
         sources["what you typed"] = _typed_token
     for source, find in sources.items():
-        token, hint = find()
-        if token and token.strip():
-            os.environ["HF_TOKEN"] = token.strip()
+        found, hint = find()
+        token = (found or "").strip()
+        if re.fullmatch(r"[!-~]+", token):
+            os.environ["HF_TOKEN"] = token
             if source.endswith("secrets"):
-                FROM_A_SECRET.add(token.strip())
+                FROM_A_SECRET.add(token)
             print(f"Hugging Face token found in {source}.")
-            return token.strip()
-        if hint and needed:
+            return token
+        if token:  # no request can carry it, and an error would print it
+            os.environ.pop("HF_TOKEN", None)
+            print(f"The token in {source} holds a blank or an odd sign: copy it anew.")
+        elif hint and needed:
             print(hint)
     print(
         "No Hugging Face token: public and local base models work, gated ones and pushing do not."

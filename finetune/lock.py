@@ -31,6 +31,7 @@ WRITTEN = {
         "run.json",
         "resumed.json",
         "held_out.json",
+        "held_out.json.part",
         "report.html",
         "gguf",
         "notebook.ipynb",
@@ -73,7 +74,8 @@ class Claim:
     """
 
     def __init__(self, folder: Path):
-        self.file, self.over = (folder / FILE).open("a+", encoding="utf-8"), threading.Event()
+        self.folder, self.over = folder, threading.Event()
+        self.file = (folder / FILE).open("a+", encoding="utf-8")
         try:
             take(folder, self.file)
         except BaseException:
@@ -99,6 +101,13 @@ class Claim:
                 continue
             except ValueError:  # the file is closed
                 return
+
+    def still_there(self) -> bool:
+        """Whether the file that is held is the one in the folder now."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), (self.folder / FILE).stat())
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Let another have the folder."""
@@ -158,12 +167,14 @@ HELD: dict[Path, Claim] = {}  # what this process holds
 
 
 def claim(folder: Path) -> None:
-    """Hold a run folder, made if it is not there, and let go of any other; again does nothing.
+    """Hold a run folder, made if it is not there, and let go of any other.
+
+    Again it does nothing, unless the folder was deleted in the meantime.
 
     Raises `UserError` if another process holds it, or if it is not a run's. Of several processes
     that train together the first does it.
     """
-    if processes()[0] or folder in HELD:
+    if processes()[0] or (folder in HELD and HELD[folder].still_there()):
         return
     release()
     require_own(folder)

@@ -49,6 +49,7 @@ class Plan:
     peak: float
     why: str
     table: list[dict[str, Any]]
+    settings: Settings | None = dataclasses.field(default=None, repr=False)  # planned for
 
     def __str__(self) -> str:
         text = (
@@ -108,6 +109,7 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
         logging_steps=max(1, steps // 100),
         tokens_per_second=sum(lengths) / seconds if seconds else 0.0,
         seconds=run_seconds,
+        settings=settings,
         **{name: measured[name] for name in ("peak", "why", "table")},
     )
 

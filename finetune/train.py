@@ -68,6 +68,7 @@ class PlannedTrainer(trl.SFTTrainer):
         self.sampler = StepSampler(row_lengths(train_dataset), step, args.seed, plan.cut)
         rows = train_dataset.select_columns(["input_ids", "labels"])
         self.parts, self.trained, self.steps, self.run = 1, list[nn.Parameter](), plan.steps, ""
+        self.planned_for = plan.settings
         self.evaluating = contextlib.nullcontext  # `safe_training` gives another
         self.noise, args.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None
         weights = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}

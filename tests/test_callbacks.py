@@ -180,6 +180,7 @@ def test_a_finished_checkpoint_is_whole_and_names_no_path_of_this_machine(safe, 
 
 def test_a_resumed_run_finds_its_best_checkpoint_in_its_own_folder(safe, cfg):
     args = types.SimpleNamespace(output_dir=str(cfg.run_dir))
+    (cfg.run_dir / "checkpoint-4").mkdir(parents=True, exist_ok=True)
     for known in ("checkpoint-4", "/content/elsewhere/checkpoint-4"):
         found = state(best_model_checkpoint=known)
         safe.on_train_begin(args, found, None)

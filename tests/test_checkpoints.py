@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, TrainerState
 
 from finetune.backup import drive_folder
-from finetune.checkpoints import find_checkpoint, finished
+from finetune.checkpoints import find_checkpoint, finished, replace_lost_best
 from finetune.files import NEEDED, checkpoints, edit_json, seal
 from finetune.identity import fingerprint
 from qlora_helpers import UserError
@@ -210,3 +210,38 @@ def test_the_saved_adapter_comes_back_as_it_is_with_its_results(done):
     output = finished(trainer, str(saved))
     assert loaded(trainer) == 9 and trainer.state.max_steps == 99
     assert output == (10, 1.5, results["training"])
+
+
+@pytest.mark.parametrize(
+    ("left", "kept", "words"),
+    [((10, 12), 10, "the best of those left is checkpoint-10"), ((), None, "none is left")],
+)
+def test_where_the_best_checkpoint_is_gone_the_best_of_the_others_is_kept(
+    tmp_path, capsys, left, kept, words
+):
+    for step in left:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    losses = {0: 9.0, 8: 1.0, 10: 2.0, 12: 3.0}
+    log = [{"eval_loss": loss, "step": step} for step, loss in losses.items()]
+    state = TrainerState(log_history=log, best_metric=1.0)
+    state.best_model_checkpoint = str(tmp_path / "checkpoint-8")
+    replace_lost_best(state)
+    assert state.best_metric == losses.get(kept) and words in capsys.readouterr().out
+    best = str(tmp_path / f"checkpoint-{kept}") if kept else None
+    assert state.best_model_checkpoint == best
+    assert [entry["step"] for entry in log if entry.get("lost")] == [
+        step for step in (8, 10, 12) if step not in left
+    ]
+    if kept:
+        replace_lost_best(state)
+        assert state.best_metric == 2.0 and not capsys.readouterr().out
+
+
+def test_settings_that_changed_since_the_plan_are_not_trained_unsaid(begun):
+    trainer = trainer_of(planned_for=begun)
+    assert find_checkpoint(begun, trainer) is None
+    other = begun.model_copy(update={"learning_rate": 0.5, "max_new_tokens": 7})
+    with pytest.raises(UserError, match=r"changed since[^•]*• learning_rate [^•]*Run all again"):
+        find_checkpoint(other, trainer)
+    later = begun.model_copy(update={"push_to_hub": True, "max_new_tokens": 7})
+    assert find_checkpoint(later, trainer) is None

@@ -53,6 +53,19 @@ def test_the_environment_comes_first(monkeypatch, colab, capsys):
     assert "the environment" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "odd", ["hf_SECRET\nhf_more", "hf_“SECRET”", "hf_SECRET more", "hf_SECRET\0"]
+)
+def test_a_token_that_no_request_can_carry_is_told_and_not_printed(monkeypatch, colab, capsys, odd):
+    if "\0" not in odd:
+        monkeypatch.setenv("HF_TOKEN", odd)
+    colab(odd)
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: TOKEN)
+    assert sign_in() == os.environ["HF_TOKEN"] == TOKEN
+    out = capsys.readouterr().out
+    assert "copy it anew" in out and "SECRET" not in out
+
+
 def test_a_secret_that_was_replaced_is_read_again_and_a_typed_token_stays(
     monkeypatch, colab, capsys
 ):

@@ -520,6 +520,30 @@ def test_copies_on_drive_follow_the_run_and_spare_what_is_not_ours(copied, drive
     assert (drive / "checkpoint-10-kept" / "mine").read_text() == "checkpoint-10"
 
 
+def test_a_copy_whose_run_json_is_damaged_stops_no_other(copied, drive, capsys):
+    back_up(copied, sealed(copied.run_dir / "checkpoint-9", "checkpoint"))
+    shutil.copytree(drive / "checkpoint-9", drive / "checkpoint-4")
+    (drive / "checkpoint-4" / "run.json").write_text("")
+    back_up(copied, sealed(copied.run_dir / "checkpoint-10", "checkpoint"))
+    assert capsys.readouterr().out.count("is copied to") == 2
+    shutil.rmtree(copied.run_dir)
+    assert fetch_backup(copied)
+    found = [path.name for path in checkpoints(copied.run_dir)]
+    assert found == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_run_folder_that_was_deleted_is_claimed_anew(tmp_path):
+    folder = tmp_path / "run"
+    claim(folder)
+    held = lock.HELD[folder]
+    claim(folder)
+    assert lock.HELD[folder] is held
+    shutil.rmtree(folder)
+    claim(folder)
+    assert (folder / ".in-use").read_text() and lock.HELD[folder] is not held
+    release()
+
+
 def test_a_copy_that_fails_costs_no_earlier_one(copied, drive, capsys):
     back_up(copied, sealed(copied.run_dir / "checkpoint-9", "checkpoint"))
     (copied.run_dir / "checkpoint-9").rename(copied.run_dir / "checkpoint-10")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import child
 import huggingface_hub.constants
+import peft
 import pytest
 import torch
 from hub import Hub
@@ -72,11 +73,14 @@ def test_a_base_model_that_cannot_be_is_told_why(settings, hub, tmp_path, monkey
     assert ("It also hides" in text) == ("It also hides" in words)  # a path is no id of the Hub
 
 
+NO_WEIGHTS = b"\2\0\0\0\0\0\0\0{}"  # a whole file of safetensors without any
+
+
 @pytest.mark.parametrize("weights", ["model-1.safetensors", "pytorch_model.bin", "q4.gguf"])
 def test_a_folder_with_weights_of_any_kind_is_a_base_model(settings, tmp_path, weights):
     for file in ("config.json", "tokenizer.model", weights):
         assert access.check_base_model(settings(base_model=str(tmp_path)), None)[0] == "✗"
-        (tmp_path / file).write_text("{}")
+        (tmp_path / file).write_bytes(NO_WEIGHTS if file.endswith(".safetensors") else b"{}")
     assert access.check_base_model(settings(base_model=str(tmp_path)), None)[0] == "✓"
 
 
@@ -86,7 +90,7 @@ def test_a_folder_is_found_under_home_and_under_content(settings, tmp_path, monk
     for folder in (tmp_path / "m", tmp_path / "content" / "m"):
         folder.mkdir(parents=True)
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
-            (folder / file).write_text("{}")
+            (folder / file).write_bytes(NO_WEIGHTS if "safetensors" in file else b"{}")
     for name, folder in (("~/m", tmp_path / "m"), ("/content/m", tmp_path / "content" / "m")):
         cfg = settings(base_model=name)
         assert access.check_base_model(cfg, None)[0] == "✓"
@@ -676,3 +680,75 @@ def test_the_other_gpus_are_told_of(monkeypatch, gpus, spread, told):
     assert bool(lines) == told
     if told:
         assert lines[0][0] == "!" and "make launch GPUS=2 " in lines[0][1]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", b"{", "config.json cannot be read"),
+        ("model.safetensors", NO_WEIGHTS[:5], "model.safetensors cannot be read"),
+        ("model.safetensors", b"\2\1" + NO_WEIGHTS[2:], "model.safetensors cannot be read"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}',
+            "lacks model-2.safetensors, which model.safetensors.index.json names",
+        ),
+    ],
+)
+def test_a_folder_with_a_damaged_file_is_told_by_that_file(
+    settings, tmp_path, file, content, words
+):
+    whole = {"config.json": b"{}", "model.safetensors": NO_WEIGHTS, "tokenizer.json": b"{}"}
+    for name, was in whole.items():
+        (tmp_path / name).write_bytes(was)
+    cfg = settings(base_model=str(tmp_path))
+    assert access.check_base_model(cfg, None)[0] == "✓"
+    (tmp_path / file).write_bytes(content)
+    mark, text = access.check_base_model(cfg, None)
+    assert mark == "✗" and words in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("adapter_config.json", b"{"), ("adapter_model.safetensors", b"xx")]
+)
+def test_a_damaged_base_adapter_stops_before_the_model(settings, tmp_path, file, content):
+    peft.LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(NO_WEIGHTS)
+    cfg = settings(base_adapter=str(tmp_path))
+    assert [mark for mark, _ in preflight.check_adapter(cfg)] == ["✓"]
+    (tmp_path / file).write_bytes(content)
+    ((mark, text),) = preflight.check_adapter(cfg)
+    assert mark == "✗" and "cannot be read" in text
+
+
+@pytest.mark.parametrize("part", ["output_dir", "run"])
+def test_a_link_to_a_disk_that_is_away_is_told(settings, tmp_path, part):
+    cfg = settings(output_dir=str(tmp_path / "out"), run_name="mine")
+    assert not [text for _, text in folders.check_folders(cfg) if "out" in text]
+    place = tmp_path / "out" if part == "output_dir" else cfg.run_dir
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to("/mnt/away/for/now")
+    found = [text for mark, text in folders.check_folders(cfg) if mark == "✗"]
+    assert found and "leads to /mnt/away/for/now, which is not there" in found[0]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "~nobody-here/x"])
+def test_a_folder_that_cannot_be_is_told_or_taken_as_it_is(settings, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [*folders.check_folders(settings(output_dir=name, model_cache=str(tmp_path)))]
+    assert [mark for mark, _ in found] == ["✗"] * (len(name) > 255)
+    assert all("File name too long" in text for _, text in found)
+
+
+@pytest.mark.parametrize("more", [{"backup_to": "hub"}, {"merge": "push"}])
+def test_a_name_that_is_too_long_with_its_ending_is_refused(settings, hub, more):
+    cfg = settings(run_name="r" * 92, **more)
+    lines = [preflight.check_copies(cfg, TOKEN)] if "backup_to" in more else []
+    lines += [access.check_target(cfg, TOKEN, "-merged")] if "merge" in more else []
+    assert [mark for mark, _ in lines] == ["✗"] and "96 characters" in lines[0][1]
+
+
+def test_layers_that_the_embedded_model_lacks_are_named(settings):
+    cfg = settings(base_model="embedded", target_modules=["q_proj", "w_proj"])
+    ((mark, text),) = architecture.check_architecture(cfg, None)
+    assert mark == "✗" and "llama has no w_proj" in text
