@@ -211,8 +211,9 @@ def trained_logits(
             mask = pad([*map(torch.ones_like, ids)], batch_first=True).to(model.device)
             ids = pad(ids, batch_first=True).to(model.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            # logits [rows, longest, vocabulary]: row[t] predicts token t + 1.
             for i, row in zip(chosen, logits, strict=True):
-                labels = rows[i][1][1:]
+                labels = rows[i][1][1:]  # [length - 1]
                 trained = labels.ne(-100).nonzero().flatten()
                 yield row[trained.to(row.device)].float(), labels[trained].to(row.device)
 

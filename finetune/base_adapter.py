@@ -20,7 +20,7 @@ from finetune.base_model import called
 from finetune.data import prompt_keys
 from finetune.files import file_hash
 from finetune.hub import with_retries
-from finetune.machine import here, main_first, short
+from finetune.machine import local_shard, main_first, short
 from qlora_helpers import Settings, UserError, local_base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -151,8 +151,10 @@ def is_untrained(model: torch.nn.Module, settings: Settings) -> bool:
     starts = start_of(settings)
     if starts:
         found = peft.get_peft_model_state_dict(model).items()
-        return all(torch.equal(here(w).cpu().to(starts[n].dtype), starts[n]) for n, w in found)
-    ends = (here(weight) for name, weight in model.named_parameters() if "lora_B" in name)
+        return all(
+            torch.equal(local_shard(w).cpu().to(starts[n].dtype), starts[n]) for n, w in found
+        )
+    ends = (local_shard(weight) for name, weight in model.named_parameters() if "lora_B" in name)
     return not any(weight.any() for weight in ends)
 
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from finetune.machine import processes
 from qlora_helpers import Settings
 
-Encoded = Mapping[
-    str, list[int]
-]  # a row: `input_ids`, and `labels` with -100 where nothing is trained
+# A row: `input_ids`, and `labels` with -100 where nothing is trained.
+Encoded = Mapping[str, list[int]]
 Batch = dict[str, Any]  # what a model is called with: tensors by name, and two that are none
 
 
@@ -122,21 +121,21 @@ class StepSampler:
             rows += [self.count] * self.missing(len(rows))
             rows.sort(key=lambda row: self.lengths[row])
             even = self.cut.flat and len(rows) % self.cut.micro_batch == 0
-            yield from self.dealt(rows) if even else rows
+            yield from self.evenly_spread(rows) if even else rows
 
-    def dealt(self, rows: list[int]) -> list[int]:
-        """Rows in order of length, dealt to micro-batches of about as many tokens each.
+    def evenly_spread(self, rows: list[int]) -> list[int]:
+        """Rows, sorted by length, spread over micro-batches of about equally many tokens.
 
-        The longest that is left goes to the one with fewest tokens so far.
+        The longest that is left goes to the micro-batch with the fewest tokens so far (greedy).
         """
-        hands: list[list[int]] = [[] for _ in range(len(rows) // self.cut.micro_batch)]
-        unfilled = [(0, number) for number in range(len(hands))]  # tokens, hand: a heap
+        parts: list[list[int]] = [[] for _ in range(len(rows) // self.cut.micro_batch)]
+        unfilled = [(0, number) for number in range(len(parts))]  # tokens, micro-batch: a heap
         for row in reversed(rows):
             tokens, number = heapq.heappop(unfilled)
-            hands[number].append(row)
-            if len(hands[number]) < self.cut.micro_batch:
+            parts[number].append(row)
+            if len(parts[number]) < self.cut.micro_batch:
                 heapq.heappush(unfilled, (tokens + self.lengths[row], number))
-        return [*itertools.chain(*hands)]
+        return [*itertools.chain(*parts)]
 
     def steps(self, epoch: int) -> list[list[int]]:
         """The rows of each step of an epoch."""
@@ -144,8 +143,8 @@ class StepSampler:
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return [order[start : start + self.step] for start in range(0, len(order), self.step)]
 
-    def run(self, epochs: int) -> list[list[int]]:
-        """The micro-batches of so many epochs by number of tokens.
+    def micro_batches_by_size(self, epochs: int) -> list[list[int]]:
+        """The micro-batches of the first `epochs` epochs, by number of tokens.
 
         Of a large data set, of the first epochs alone: up to 200,000 rows, but at least one epoch.
         """

@@ -30,10 +30,10 @@ from transformers import (
 from finetune.backup import back_up
 from finetune.checkpoints import (
     SAVE_SECONDS,
-    count_on,
     last_good_checkpoint,
     replace_lost_best,
     require_finite,
+    restore_patience,
     state_hashes,
 )
 from finetune.files import (
@@ -50,7 +50,7 @@ from finetune.identity import fingerprint
 from finetune.machine import (
     RandomStates,
     duration,
-    here,
+    local_shard,
     peak_memory,
     processes,
     random_states,
@@ -164,7 +164,7 @@ class KeepSafe(TrainerCallback):
         self.droppable = False
         self.check_gradient()
         self.trained = self.trained or [p for p in model.parameters() if p.requires_grad]
-        grads = [here(weight.grad) for weight in self.trained if weight.grad is not None]
+        grads = [local_shard(weight.grad) for weight in self.trained if weight.grad is not None]
         if args.fp16:
             return
         finite, ready = torch.nn.utils.get_total_norm(grads).isfinite(), None
@@ -206,7 +206,7 @@ class KeepSafe(TrainerCallback):
             name = Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(Path(args.output_dir) / name)
             replace_lost_best(state)
-        count_on(self.trainer, state)
+        restore_patience(self.trainer, state)
         self.randomness = random_states()
         if processes()[1] > 1:  # of CPUs, so that no GPU waits
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=6))

@@ -41,7 +41,7 @@ from finetune.identity import (
     trains_on,
 )
 from finetune.lock import claim
-from finetune.machine import here, main_first, processes
+from finetune.machine import local_shard, main_first, processes
 from qlora_helpers import Settings, UserError, listed
 
 SAVE_SECONDS = 20 * 60  # between two checkpoints: an epoch on a T4 can take a night
@@ -199,16 +199,13 @@ def finished(trainer: Trainer, folder: str | None) -> TrainOutput | None:
     run, path = remembered(Path(folder), purpose), Path(folder) / "trainer_state.json"
     saved = run.get("trainer_state") or json.loads(path.read_text(encoding="utf-8"))
     state = TrainerState(**saved)
-    over = state.global_step >= trainer.steps or stopped_early(trainer, state)
-    if "trainer_state" not in run and (not over or lacks_evaluation(state)):
-        return None
-    best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
-    if (
-        "trainer_state" not in run
-        and trainer.args.load_best_model_at_end
-        and not why_unusable(best, "checkpoint")
-    ):
-        folder = str(best)
+    if "trainer_state" not in run:  # a checkpoint, not the finished adapter
+        over = state.global_step >= trainer.steps or stopped_early(trainer, state)
+        if not over or lacks_evaluation(state):
+            return None
+        best = Path(folder).parent / Path(state.best_model_checkpoint or folder).name
+        if trainer.args.load_best_model_at_end and not why_unusable(best, "checkpoint"):
+            folder = str(best)
     set_peft_model_state_dict(trainer.model, load_file(f"{folder}/adapter_model.safetensors"))
     trainer.state = state
     print(
@@ -244,7 +241,9 @@ def hash_of(values: Iterable[object]) -> str:
     sha = hashlib.sha256()
     for value in values:
         if isinstance(value, torch.Tensor):
-            sha.update(here(value).detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
+            sha.update(
+                local_shard(value).detach().flatten().view(torch.uint8).cpu().numpy().tobytes()
+            )
         else:
             sha.update(repr(value).encode())
     return sha.hexdigest()
@@ -289,8 +288,8 @@ def lacks_evaluation(state: TrainerState) -> bool:
     return step > 0 and (over or step >= state.max_steps) and step not in evaluated
 
 
-def count_on(trainer: Trainer, state: TrainerState) -> None:
-    """Let early stopping go on with its count so far, which the Trainer forgets."""
+def restore_patience(trainer: Trainer, state: TrainerState) -> None:
+    """Restore early stopping's counter from `state`, which the Trainer forgets."""
     for callback in early_stopping(trainer):
         callback.early_stopping_patience_counter = waited(state)
 
@@ -310,7 +309,9 @@ def stopped_early(trainer: Trainer, state: TrainerState) -> bool:
 def require_finite(model: PreTrainedModel) -> None:
     """Raise `UserError` if any trained weight is NaN or infinite."""
     trained = {
-        name: here(weight) for name, weight in model.named_parameters() if weight.requires_grad
+        name: local_shard(weight)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
     }
     broken = [name for name, weight in trained.items() if not weight.isfinite().all()]
     if broken:

@@ -17,7 +17,7 @@ from finetune.machine import autocast, computing_type, same_randomness
 
 
 @contextlib.contextmanager
-def unnoticed(model: PeftModel) -> Iterator[None]:
+def state_preserved(model: PeftModel) -> Iterator[None]:
     """Passes inside change no random state and no module's mode, and leave no gradients."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -30,7 +30,7 @@ def unnoticed(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shaken(model: PeftModel) -> Iterator[None]:
+def perturbed_adapter(model: PeftModel) -> Iterator[None]:
     """Inside, the adapter is not the zero that it begins as, which would hide mistakes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
@@ -46,7 +46,7 @@ def shaken(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def jolted(model: PeftModel, rows: Sequence[Encoded], precision: str) -> Iterator[None]:
+def rounding_noise(model: PeftModel, rows: Sequence[Encoded], precision: str) -> Iterator[None]:
     """Inside, the embeddings of the rows' tokens are off by as much as a rounding is at most.
 
     What that does to a result tells how far apart two equal computations may end.
@@ -71,12 +71,12 @@ class Comparison:
         chosen = sorted({order[0], order[len(order) // 4], order[len(order) // 2]})
         self.rows = [{n: data[row][n][-256:] for n in ("input_ids", "labels")} for row in chosen]
         self.own = self.gradients()
-        with jolted(model, self.rows, precision):
+        with rounding_noise(model, self.rows, precision):
             self.noise = self.distance()
 
     def distance(self) -> float:
-        """How far the model computes now from its own way, on the same rows; see `apart`."""
-        return apart(self.own, self.gradients())
+        """The `relative_distance` of the gradients as computed now from the model's own."""
+        return relative_distance(self.own, self.gradients())
 
     def gradients(self) -> list[Tensor | None]:
         """The loss of the rows, padded, and its gradient for each trained weight."""
@@ -89,7 +89,7 @@ class Comparison:
         return [loss.detach(), *(None if p.grad is None else p.grad.clone() for p in trained)]
 
 
-def apart(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+def relative_distance(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
     """Root mean square of the tensors' relative distances; infinite where one of two is absent."""
     pairs = [*zip(one, other, strict=True)]
     if any((a is None) != (b is None) for a, b in pairs):
@@ -104,8 +104,8 @@ def on_device(model: nn.Module, batch: Batch) -> Batch:
     return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
 
 
-def allowed(noise: float) -> float:
-    """How far apart two equal computations may be, where `jolted` is off by `noise`."""
+def tolerance(noise: float) -> float:
+    """The largest distance of two equivalent computations, given `noise`, that of one rounding."""
     return 1.5 * noise + 1e-4
 
 
@@ -122,4 +122,4 @@ def drops_out(model: PeftModel, rows: Sequence[Encoded]) -> bool:
     with torch.no_grad(), model.disable_adapter(), autocast("fp32"):
         one, other = (body(model.get_base_model())(**batch)[0].float() for _ in range(2))
     model.eval()
-    return apart([one], [other]) > 0.01
+    return relative_distance([one], [other]) > 0.01

@@ -209,8 +209,8 @@ def set_random_states(states: RandomStates) -> None:
         torch.cuda.set_rng_state(gpu)
 
 
-def here(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless FSDP has taken it apart."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor that FSDP has taken apart; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -1,6 +1,6 @@
 """Section 1: what is missing is installed, and what is loaded is held at its version.
 
-Needs the standard library alone, because it runs before anything else is there.
+Importing it needs the standard library alone, because it runs before anything else is there.
 """
 
 from __future__ import annotations

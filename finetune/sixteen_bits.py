@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.answers import generate_answers
 from finetune.base_model import base_place, cache_of, linear_4bit, placement
 from finetune.fields import Fields
-from finetune.machine import free_cache, free_memory_size, is_sharded, is_spread
+from finetune.machine import free_cache, free_memory_size, is_spread
 from finetune.scores import is_right
 from qlora_helpers import Settings
 
 
 def why_not_measured(settings: Settings, model: PreTrainedModel) -> str:
     """Why the base model cannot be held in 16 bits beside `model` here; empty if it can."""
-    if is_sharded() or is_spread():
+    if is_spread():
         return "several GPUs hold this model in parts"
     config = transformers.AutoConfig.from_pretrained(
         base_place(settings), cache_dir=cache_of(settings)

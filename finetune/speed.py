@@ -33,10 +33,10 @@ from finetune.base_model import linear_4bit
 from finetune.batches import Cut
 from finetune.compare import (
     Comparison,
-    allowed,
     body,
-    shaken,
-    unnoticed,
+    perturbed_adapter,
+    state_preserved,
+    tolerance,
 )
 from finetune.machine import free_cache, is_spread, progress, short
 
@@ -136,9 +136,9 @@ def use_fast_kernels(model: PeftModel, data: Dataset, precision: str) -> str:
     undo(model)
     if is_spread():
         return "nothing: spread over GPUs, the model computes in its own way"
-    # A fresh adapter adds nothing (B is 0), so a wrong one would not show: it is shaken first.
+    # A fresh adapter adds nothing (B is 0), so a wrong one would not show: noise is added first.
     kernels = {"loss": fuse_loss, "lora": fuse_lora, "liger": use_liger}
-    with unnoticed(model), shaken(model):
+    with state_preserved(model), perturbed_adapter(model):
         compare = Comparison(model, data, precision)
         ways = progress(kernels.items(), "Comparing kernels", " kinds")
         told = [try_out(model, compare, name, fuse) for name, fuse in ways]
@@ -162,7 +162,7 @@ def try_out(
             tell = fuse(model)
         far, words = compare.distance(), tell()
         # In this order, since a NaN is not larger than anything.
-        if not far <= allowed(compare.noise):
+        if not far <= tolerance(compare.noise):
             why = f"{far:.2g} from the model's own, where rounding is {compare.noise:.2g}"
     except Exception as error:  # whatever a model's own code makes of what it does not know
         why = short(error)

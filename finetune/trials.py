@@ -27,7 +27,15 @@ from finetune.batches import (
     steps_of,
     with_void_row,
 )
-from finetune.compare import allowed, apart, body, drops_out, jolted, on_device, unnoticed
+from finetune.compare import (
+    body,
+    drops_out,
+    on_device,
+    relative_distance,
+    rounding_noise,
+    state_preserved,
+    tolerance,
+)
 from finetune.machine import (
     autocast,
     free_cache,
@@ -53,13 +61,15 @@ def flat_attention(model: PeftModel, data: Dataset, precision: str) -> str:
     lengths, own = row_lengths(data), own_attention(model)
     rows = [data[lengths.index(min(lengths))], data[lengths.index(max(lengths))]]
     alone = last_states(model, rows[1:], Cut(1, False, own), precision)
-    with jolted(model, rows, precision):
-        noise = apart([alone], [last_states(model, rows[1:], Cut(1, False, own), precision)])
+    with rounding_noise(model, rows, precision):
+        noise = relative_distance(
+            [alone], [last_states(model, rows[1:], Cut(1, False, own), precision)]
+        )
     kernel = has_varlen() and not drops_out(model, rows[:1])
     for name in ["varlen", own] if kernel else [own]:
         with contextlib.suppress(Exception):  # a model that takes no `position_ids`
             states = last_states(model, rows, Cut(2, True, name), precision)
-            if apart([alone], [states]) <= allowed(noise):
+            if relative_distance([alone], [states]) <= tolerance(noise):
                 return name
     return ""
 
@@ -119,7 +129,7 @@ class Trials:
     def choose(self) -> Trial:
         """The fastest of the cuts that fit; the model is left as it was, whatever happens."""
         own = own_attention(self.model)
-        with unnoticed(self.model), taken_back(self.model):
+        with state_preserved(self.model), taken_back(self.model):
             flat = flat_attention(self.model, self.data, self.precision)
             self.deadline = time.monotonic() + (45 if self.gpu else 20)
             padding = self.padding(Cut(self.sizes()[-1], False, own))
@@ -191,7 +201,7 @@ class Trials:
         Recomputes as few layers as memory demands; gives up where more than `most` must be.
         """
         sampler = self.sampler(cut)
-        batches = sampler.run(self.epochs)
+        batches = sampler.micro_batches_by_size(self.epochs)
         numbers = self.recomputed(cut, batches)
         if numbers[0] > most:
             return Trial(cut, note=f"would recompute {numbers[0]} layers")

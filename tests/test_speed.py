@@ -25,7 +25,7 @@ from finetune.answers import generate_answers, validation_loss
 from finetune.arithmetic import FrozenHeadLoss, LoraMatmul, has_varlen, varlen_options
 from finetune.batches import Collator, Cut, StepSampler, row_lengths
 from finetune.checkpoints import finished
-from finetune.compare import Comparison, apart, on_device
+from finetune.compare import Comparison, on_device, relative_distance
 from finetune.lock import claim, release
 from finetune.machine import computing_type
 from finetune.merge import merge_adapter
@@ -39,9 +39,9 @@ from finetune.speed import (
     keep_dense,
     own_attention,
     recompute_layers,
+    state_preserved,
     taken_back,
     undo,
-    unnoticed,
     use_fast_kernels,
     use_liger,
 )
@@ -330,7 +330,7 @@ def test_an_interrupted_comparison_or_trial_leaves_nothing_behind(monkeypatch, e
         fast(model)
     undo(model)
     assert next(calls) == 4 + (error is not KeyboardInterrupt)
-    with pytest.raises(error), unnoticed(model), taken_back(model):
+    with pytest.raises(error), state_preserved(model), taken_back(model):
         compute_by(model.train(), Cut(4, True, "eager", recomputed_layers=2, dense=True))
         gradients(model, Collator(PADDED, 2)(list(rows(4))))
         torch.rand(3)
@@ -345,7 +345,7 @@ def test_modes_that_differ_between_modules_are_put_back_as_they_were():
     modes = [number % 3 == 0 for number, _ in enumerate(model.modules())]
     for module, mode in zip(model.modules(), modes, strict=True):
         module.training = mode
-    with unnoticed(model):
+    with state_preserved(model):
         model.train()
     assert [module.training for module in model.modules()] == modes
 
@@ -559,10 +559,10 @@ def test_attention_with_a_cap_or_sinks_keeps_the_models_own(by_hand, name):
 def test_attention_dropout_keeps_the_models_own(by_hand):
     plain = random_model("Llama", attention_dropout=0.3)
     model = with_lora(in_nf4(plain), target_modules=["q_proj"], dropout=0.2)
-    with unnoticed(model), taken_back(model):
+    with state_preserved(model), taken_back(model):
         assert flat_attention(model, rows(20), "fp32") == "sdpa"
     model = with_lora(in_nf4(random_model("Llama")), target_modules=["q_proj"], dropout=0.2)
-    with unnoticed(model), taken_back(model):
+    with state_preserved(model), taken_back(model):
         assert flat_attention(model, rows(20), "fp32") == "varlen"
 
 
@@ -679,11 +679,15 @@ def test_rows_that_are_compared_are_short_ones():
 
 def test_results_are_apart_by_direction_size_and_absence():
     one, other = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])
-    assert apart([one, one], [one, one]) == 0
-    assert apart([one], [other]) == pytest.approx(2**0.5 / 5)
-    assert apart([one], [2 * one]) == pytest.approx(1)
-    assert apart([one, None], [one, None]) == 0
-    assert apart([one, None], [one, one]) == apart([one, one], [one, None]) == torch.inf
+    assert relative_distance([one, one], [one, one]) == 0
+    assert relative_distance([one], [other]) == pytest.approx(2**0.5 / 5)
+    assert relative_distance([one], [2 * one]) == pytest.approx(1)
+    assert relative_distance([one, None], [one, None]) == 0
+    assert (
+        relative_distance([one, None], [one, one])
+        == relative_distance([one, one], [one, None])
+        == torch.inf
+    )
 
 
 def test_a_batch_on_its_way_to_the_model_keeps_what_is_no_tensor():
