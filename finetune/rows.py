@@ -41,6 +41,7 @@ SYSTEM = ("system", "system_prompt")
 # Where a format has a second text, and whether it comes before the question or after it.
 SECOND = {"instruction": ("after", ("input", "context")), "question": ("before", ("context",))}
 MEANT = ("input", "context", "history", *SYSTEM)  # never dropped: used, or refused by name
+ANSWERS = ("completion", "response", "output", "answer")  # nor these beside a text or a talk
 
 
 def question_of(row: Fields, keys: Sequence[str]) -> tuple[str, int]:
@@ -89,10 +90,22 @@ def require_usable(row: Fields, keys: Sequence[str], used: set[str]) -> None:
     if name := next((n for n in MEANT if n not in used and not is_empty(row.get(n))), ""):
         form = "/".join(keys)
         raise ValueError(f"{name!r} beside {form}, which has no place for it: put it into the text")
+    if len(keys) == 1:
+        require_no_answer(row, keys[0])
     if str(row.get("label")).lower() in ("true", "false"):
         raise ValueError(
             "'label' is true or false: are these preferences (KTO)? They would be trained as if "
             "all were right; if it means something else, rename it"
+        )
+
+
+def require_no_answer(row: Fields, key: str) -> None:
+    """Raise `ValueError` for an answer beside a whole text or a conversation, which has no place."""
+    there = [name for name in row if name.lower() in ANSWERS and not is_empty(row[name])]
+    if there:
+        place = "make it the last turn" if key in TALKS else "name the columns prompt and completion"
+        raise ValueError(
+            f"{there[0]!r} stands beside {key!r}: if it is the answer, {place}; else take it out"
         )
 
 

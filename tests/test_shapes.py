@@ -136,6 +136,7 @@ TRAINED = {
     "prompt and response": ({"prompt": "q", "response": "a"}, qa("q", "a")),
     "input and output": ({"input": "q", "output": "a"}, qa("q", "a")),
     "a whole text": ({"text": "Once upon a time."}, "Once upon a time."),
+    "a text and no answer": ({"text": "q", "response": " "}, "q"),
     "a column of NaN": ({"prompt": "q", "completion": "a", "score": float("nan")}, qa("q", "a")),
 }  # fmt: skip
 
@@ -242,6 +243,18 @@ TOLD = {
     "nothing that can be seen": (
         {"prompt": "\u200b \ufeff\0", "completion": "a"},
         "'prompt' is empty",
+    ),
+    "an answer beside a text": (
+        {"text": "q", "Completion": "a"},
+        "'Completion' stands beside 'text': if it is the answer, name the columns prompt and",
+    ),
+    "an answer beside turns": (
+        said(*LONG[:3], response="a2"),
+        "'response' stands beside 'messages': if it is the answer, make it the last turn",
+    ),
+    "an answer beside ShareGPT": (
+        said(Q, A, key="conversations", output="b"),
+        "'output' stands beside 'conversations'",
     ),
     "a truth": ({"prompt": "q", "completion": True}, "'completion' is true or false"),
 }
