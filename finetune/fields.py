@@ -1,14 +1,15 @@
-"""A value in a data file: one line of JSON, and what stands in a field, as text."""
+"""A value in a data file: one line of JSON, several values in a text, and a field's text."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import decimal
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Fields = Mapping[str, Any]  # a row as its file has it: values by the names of fields
@@ -71,13 +72,61 @@ def parse_json(line: bytes) -> dict[str, Any]:
 
 
 def nearly_json(text: str) -> Any:
-    """What stands in a line with a comma behind it, or in Python's spelling; else None."""
-    try:
-        if text.endswith("},"):
-            return JSON.decode(text[:-1])
-        return ast.literal_eval(text) if text.startswith(("{'", "{}")) else None
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    """What stands in a line with a comma behind it, or in Python's spelling; else None.
+
+    Raises `ValueError` for what Python writes and JSON has no word for.
+    """
+    text = text.removesuffix(",").rstrip()
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
+        return JSON.decode(text) if text.endswith("}") else None
+    if not text.startswith(("{'", "{}")):
         return None
+    try:
+        tree = ast.parse(text, mode="eval")
+        row = ast.literal_eval(tree)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    require_like_json(tree)
+    return row
+
+
+def require_like_json(tree: ast.AST) -> None:
+    """Raise `ValueError` if a value of Python has a tuple or a set, or keys that JSON cannot have.
+
+    JSON knows texts as keys alone, and a key that stands twice would lose a value.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Tuple | ast.Set):
+            raise ValueError("Python's spelling with a tuple or a set: write lists in [ ] instead")
+        keys = [getattr(k, "value", None) for k in node.keys] if isinstance(node, ast.Dict) else []
+        if strange := [key for key in keys if not isinstance(key, str)]:
+            raise ValueError(f"a key that is no text: {strange[0]!r}; put it in quotes")
+        if twice := [key for n, key in enumerate(keys) if key in keys[:n]]:
+            raise ValueError(f"the same key stands twice: {twice[0]!r}; take one out")
+
+
+def values_in(text: str) -> Iterator[Any]:
+    """The JSON values that stand one after another in a text, commas between them or not.
+
+    A comma before the text's last bracket, which JSON does not allow, is left out.
+    """
+    text, place = re.sub(r",\s*(\][\s}]*)\Z", r"\1", text), 0
+    while True:
+        while text[place : place + 1] and text[place] in " \t\r\n,":
+            place += 1
+        if place == len(text):
+            return
+        value, place = JSON.raw_decode(text, place)
+        yield value
+
+
+def is_json(line: str) -> bool:
+    """Whether a line is a JSON value by itself."""
+    try:
+        JSON.decode(line)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
 
 
 def checked_object(row: object) -> dict[str, Any]:

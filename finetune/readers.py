@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 import pandas
 import pyarrow.parquet
 
-from finetune.fields import JSON, LONGEST_LINE, Doubled
+from finetune.fields import LONGEST_LINE, Doubled, is_empty, is_json, values_in
 from finetune.machine import short
 from finetune.rows import MEANT, ROW_FORMATS
+from qlora_helpers import first_of
 
 HEAD = 2**16  # bytes that are looked at to tell what a file is
 BOM = codecs.BOM_UTF8
@@ -195,43 +196,37 @@ def json_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
     except RecursionError:
         raise NotData("JSON that is nested too deeply") from None
     if len(found) > 1 and all(isinstance(each, list) for each in found):
-        yield from line_rows(io.BytesIO(data), name, head)
-        return
-    rows = found[0] if len(found) == 1 else found
-    key, rows = held_list(rows)
+        if not all(map(holds_rows, found)):
+            yield from line_rows(io.BytesIO(data), name, head)
+            return
+        found = [[*itertools.chain(*found)]]
+    key, rows = held_list(found[0] if len(found) == 1 else found, name)
     for number, row in enumerate(rows, 1):
         yield f"{name}:{key}row {number}", row
 
 
-def held_list(rows: list | dict[str, Any]) -> tuple[str, list[Any]]:
-    """The rows of a file, and under which key they stand if they are an object's only list."""
+def holds_rows(values: list[Any]) -> bool:
+    """Whether a list holds objects alone that are no turns of a conversation."""
+    return all(isinstance(each, dict) and not {"role", "from"} & each.keys() for each in values)
+
+
+def held_list(rows: list | dict[str, Any], name: str) -> tuple[str, list[Any]]:
+    """The rows of a file, and under which key they stand if they are an object's only list.
+
+    What else the object holds is told; raises `NotData` if one of its keys stands twice.
+    """
     if isinstance(rows, list):
         return "", rows
     lists = {key: value for key, value in rows.items() if isinstance(value, list)}
     held = [key for key, value in lists.items() if value and isinstance(value[0], dict)]
-    known = KNOWN & rows.keys()
-    return (f"{held[0]} ", rows[held[0]]) if len(held) == 1 and not known else ("", [rows])
-
-
-def values_in(text: str) -> Iterator[Any]:
-    """The JSON values that stand one after another in a text, commas between them or not."""
-    place = 0
-    while True:
-        while text[place : place + 1] and text[place] in " \t\r\n,":
-            place += 1
-        if place == len(text):
-            return
-        value, place = JSON.raw_decode(text, place)
-        yield value
-
-
-def is_json(line: str) -> bool:
-    """Whether a line is a JSON value by itself."""
-    try:
-        JSON.decode(line)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-    return True
+    if len(held) != 1 or KNOWN & rows.keys():
+        return "", [rows]
+    if isinstance(rows, Doubled):
+        raise NotData(f"the key {rows.doubled[0]!r} stands twice: put what it holds into one list")
+    others = [repr(key) for key in rows if key not in held and not is_empty(rows[key])]
+    if others:
+        print(f"! {name}: only {held[0]!r} is read, not {first_of(others)}")
+    return f"{held[0]} ", rows[held[0]]
 
 
 def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:

@@ -61,6 +61,8 @@ def parts_as_text(value: object, unused: set[str], key: str) -> object:
     texts = []
     for part in value:
         fields = part if isinstance(part, dict) else {"text": part}
+        if isinstance(part, Doubled):
+            raise ValueError(f"the same key stands twice in a turn's part: {part.doubled[0]!r}")
         kind = refused(fields) or fields.get("type", "text")
         text = fields.get("text", fields.get("value"))
         if kind != "text" or not isinstance(text, str):

@@ -428,7 +428,13 @@ FILES = {
     "mac.csv": CSV.replace("\n", "\r").encode(),
     "joined.jsonl": b"\n".join(line.encode("utf-8-sig") for line in LINES),
     "commas.jsonl": ",\n".join(LINES).encode() + b",",
+    "blanks before commas.jsonl": " ,\n".join(LINES).encode() + b" ,",
     "python.jsonl": "\n".join(map(repr, ROWS)).encode(),
+    "python with commas.jsonl": ",\n".join(map(repr, ROWS)).encode() + b" ,",
+    "last comma.json": f"[{','.join(LINES)},\n]".encode(),
+    "last comma in lines.json": "[\n{},\n]".format(",\n".join(LINES)).encode(),
+    "last comma, held.json": f'{{"data": [{",".join(LINES)},]\n}}'.encode(),
+    "arrays.json": "\n".join(f"[{line}]" for line in LINES).encode(),
     "packed.jsonl.gz": gzip.compress(JSONL.encode()),
     "packed without saying so.jsonl": gzip.compress(JSONL.encode()),
     "array.json": json.dumps(ROWS, indent=2).encode(),
@@ -843,3 +849,38 @@ def test_a_data_set_of_several_parts_asks_for_one(tmp_path, read, monkeypatch):
         server.files["datasets/ada/more"] = dict(server.files["datasets/ada/rows"])
         server.files["datasets/ada/more"]["README.md"] = first.encode()
         assert read("hf:ada/more") == [qa("Yes?", "No.")]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ({"system_message": "Always German", "data": ROWS, "none": []}, "not 'system_message'"),
+        ({"data": ROWS, "extra": [1], "more": "x"}, "not 'extra', 'more'"),
+    ],
+)
+def test_what_stands_beside_the_rows_of_an_object_is_told(tmp_path, read, capsys, text, told):
+    make(tmp_path, "x.json", json.dumps(text, indent=1).encode())
+    assert read(str(tmp_path / "x.json")) == TEXTS
+    assert f"! x.json: only 'data' is read, {told}\n" in capsys.readouterr().out
+
+
+PART = '{"type": "text", "text": "q", "text": "LOST"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"data": [%s], "data": [%s]}' % tuple(LINES[:2]), "the key 'data' stands twice: "),
+        ("{'prompt': 'q', 'completion': 'a', 3: 'x'}", "a key that is no text: 3; put it in"),
+        ("{'prompt': 'q', 'completion': 'a', 'prompt': 'b'}", "the same key stands twice: 'pro"),
+        ("{'prompt': 'q', 'completion': ('a',)}", "Python's spelling with a tuple or a set: "),
+        (
+            '{"messages": [{"role": "user", "content": [%s]}]}' % PART,
+            "the same key stands twice in a turn's part: 'text'",
+        ),
+    ],
+)
+def test_what_would_lose_a_value_is_refused(tmp_path, read, line, told):
+    make(tmp_path, "x.jsonl", line.encode())
+    with pytest.raises(UserError, match=f"x.jsonl(:1)?: {told}"):
+        read(str(tmp_path / "x.jsonl"))
