@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from finetune.fields import Fields, checked_object, parse_json
+from finetune.fields import BadRow, Fields, checked_object, parse_json
 from finetune.files import telling_if_full
 from finetune.lock import claim
 from finetune.machine import main_first, progress
@@ -72,8 +72,7 @@ class RowReader:
         return as_columns(row.turns, row.kept)
 
     def _reject(self, where: str, reason: str, found: object) -> None:
-        text = found.decode("utf-8", "replace") if isinstance(found, bytes) else repr(found)
-        text = text.strip()[:SHOWN]
+        text = as_shown(found).strip()[:SHOWN]
         self.kinds[reason.partition(":")[0]] += 1
         if len(self.first) < 10:
             self.first.append(f"{where}: {reason}   {text[:60]}")
@@ -112,6 +111,13 @@ class RowReader:
         after = f". Left out: {left} after a last answer" if self.left_out else ""
         files = first_of([file.name for file in self.files])
         return f"{many(count, 'row')} ({self.format}) from {files}{unused}{after}"
+
+
+def as_shown(found: object) -> str:
+    """A line, a table's cells or an object as text."""
+    if isinstance(found, bytes):
+        return found.decode("utf-8", "replace")
+    return found.cells if isinstance(found, BadRow) else repr(found)
 
 
 def as_columns(turns: Sequence[Turn], kept: int = 0) -> dict[str, Any]:

@@ -18,8 +18,18 @@ LONGEST_LINE = 2**20  # bytes, about a quarter of a million tokens; what is long
 
 UNSEEN = "\0\u200b\u200c\u200d\u2060\ufeff"  # NUL, and what takes no room
 
-# What JSON calls a value that should have been text; what is not here is null.
-JSON_NAMES = {bool: "true or false", list: "a list", dict: "an object"}
+# What a value is called that should have been text, in the words of JSON where it has one.
+KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    datetime.time: "a time of day",
+    datetime.timedelta: "a length of time",
+    bytes: "bytes",
+    tuple: "a tuple",
+}
+PANDAS = "written by pandas? Use to_json(orient='records', lines=True)"
 
 
 class Number(str):
@@ -28,6 +38,20 @@ class Number(str):
 
 class NoNumber(str):
     """NaN or an infinity, which JSON does not know and Python's writer writes."""
+
+
+class NoText(str):
+    """A cell of a sheet as it is shown that is no text, and why."""
+
+    why = ""
+
+
+class BadRow(ValueError):
+    """A row of a table that cannot be used: why, and its cells as text."""
+
+    def __init__(self, why: str, cells: Sequence[object]):
+        super().__init__(why)
+        self.cells = ", ".join("" if cell is None else str(cell) for cell in cells)
 
 
 class Doubled(dict):
@@ -143,6 +167,15 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ([], {})
 
 
+def kind_of(value: object) -> str:
+    """What a value is that should have been text, and what to do."""
+    if isinstance(value, dict) and "0" in value:  # a column with its rows' numbers
+        return f"an object: {PANDAS}"
+    known = next((name for kind, name in KINDS.items() if isinstance(value, kind)), "")
+    kind = value if isinstance(value, NoNumber) else known or f"a {type(value).__name__}"
+    return f"{kind}: it must be text in quotes"
+
+
 def checked_text(value: object, name: str) -> str:
     """`value` as text with something in it, numbers as they stand; else raises `ValueError`."""
     number = isinstance(value, (int, float, decimal.Decimal, datetime.date))
@@ -150,11 +183,38 @@ def checked_text(value: object, name: str) -> str:
         value = NoNumber("NaN" if math.isnan(value) else "Infinity")
     elif number and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, NoText):
+        raise ValueError(f"{name} is {value}, {value.why}")
     if not isinstance(value, str) or isinstance(value, NoNumber):
-        kind = value if isinstance(value, NoNumber) else JSON_NAMES.get(type(value), "null")
-        raise ValueError(f"{name} is {kind}: it must be text in quotes")
+        raise ValueError(f"{name} is {kind_of(value)}")
     if not value.strip().strip(UNSEEN).strip():
         raise ValueError(f"{name} is empty")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{name} holds half of a surrogate pair: a broken emoji?")
     return str(value)
+
+
+def cell_value(value: object, kind: str) -> object:
+    """What a cell of Excel holds, as it is shown; an empty text for nothing.
+
+    `kind` is openpyxl's letter, in which "e" is an error. Excel writes line breaks as `_x000D_`.
+    """
+    if kind == "e":
+        return no_text(str(value), "an error of Excel: mend its formula or empty the cell")
+    if isinstance(value, bool):
+        return no_text(str(value).upper(), "a Boolean: format the column as text")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        return value.date()
+    if isinstance(value, str):
+        plain = re.sub("_x([0-9A-Fa-f]{4})_", lambda code: chr(int(code[1], 16)), value)
+        return plain.replace("\r\n", "\n").replace("\r", "\n")
+    return "" if value is None else value
+
+
+def no_text(shown: str, why: str) -> NoText:
+    """A cell that is no text."""
+    cell = NoText(shown)
+    cell.why = why
+    return cell

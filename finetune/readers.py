@@ -17,28 +17,32 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pandas
 import pyarrow.parquet
 
-from finetune.fields import LONGEST_LINE, Doubled, is_empty, is_json, values_in
+from finetune.fields import (
+    LONGEST_LINE,
+    BadRow,
+    Doubled,
+    cell_value,
+    is_empty,
+    is_json,
+    values_in,
+)
 from finetune.machine import short
-from finetune.rows import MEANT, ROW_FORMATS
+from finetune.rows import MEANT, ROW_FORMATS, holds_rows, with_talks
+from finetune.sources import (
+    NOT_DATA,
+    OLD_OFFICE,
+    TABLES,
+    other_archive,
+    separator_of,
+    utf16_codec,
+    why_old_office,
+)
 from qlora_helpers import first_of
 
 HEAD = 2**16  # bytes that are looked at to tell what a file is
 BOM = codecs.BOM_UTF8
-TABLES = (b"PAR1", b"PK\x03\x04")  # what Parquet and Excel files begin with
-NOT_DATA = {
-    b"version https://git-lfs": "a Git LFS pointer, not the data: download the file itself "
-    "(git lfs pull)",
-    b"<!DOCTYPE html": "a web page, not data: download the raw file",
-    b"<html": "a web page, not data: download the raw file",
-    b"%PDF": "a PDF, not data",
-    b"\xd0\xcf\x11\xe0": "an old Excel file: save it as .xlsx",
-    b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
-    b"Rar!": "a RAR archive: unpack it",
-}
-
 # An object whose first list holds objects and is no conversation.
 HOLDS_LIST = re.compile(rb'{[^][{}]*"(?!messages|conversation|prompt|history)\w+"\s*:\s*\[\s*{')
 # A letter outside ASCII in UTF-8; é before a quotation mark in Windows-1252 is none.
@@ -104,6 +108,9 @@ def reader_of(file: Path, head: bytes) -> Any:
     start = head.removeprefix(BOM).lstrip()
     if why := next((told for magic, told in NOT_DATA.items() if start.startswith(magic)), ""):
         raise NotData(why)
+    if start.startswith(OLD_OFFICE):
+        with opened(file) as stream:
+            raise NotData(why_old_office(stream.read()))
     if head.startswith(TABLES[0]):
         return parquet_rows
     if head.startswith(TABLES[1]):
@@ -131,18 +138,6 @@ def as_utf8(stream: BinaryIO, head: bytes) -> BinaryIO:
     if b"\r" in head and b"\n" not in head:
         stream = io.BytesIO(stream.read().replace(b"\r", b"\n"))
     return stream
-
-
-def utf16_codec(head: bytes) -> str:
-    """The codec of a UTF-16 file that begins with `head`; empty if it is not UTF-16.
-
-    Without a byte-order mark: in the first character, an ASCII one, the high byte is zero.
-    """
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-16"
-    if head[1:2] == b"\0":
-        return "utf-16-le"
-    return "utf-16-be" if len(head) > 1 and head[:1] == b"\0" else ""
 
 
 def line_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
@@ -205,11 +200,6 @@ def json_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
         yield f"{name}:{key}row {number}", row
 
 
-def holds_rows(values: list[Any]) -> bool:
-    """Whether a list holds objects alone that are no turns of a conversation."""
-    return all(isinstance(each, dict) and not {"role", "from"} & each.keys() for each in values)
-
-
 def held_list(rows: list | dict[str, Any], name: str) -> tuple[str, list[Any]]:
     """The rows of a file, and under which key they stand if they are an object's only list.
 
@@ -236,11 +226,12 @@ def csv_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
         print(f"! {name} is not UTF-8, and is read as Windows-1252: look at the first row, below")
     text = io.TextIOWrapper(stream, encoding, errors="strict", newline="")
     csv.field_size_limit(LONGEST_LINE)
-    heading = head.removeprefix(BOM).split(b"\n")[0].decode("utf-8", "replace")
-    separator = max(",;\t|", key=heading.count)
+    said, separator = separator_of(head.removeprefix(BOM).decode("utf-8", "replace"))
     try:
         table = csv.reader(text, delimiter=separator, strict=True)
-        yield from table_rows(next(table, []), table, name)
+        if said:
+            next(table)
+        yield from table_rows(table, name)
     except csv.Error as error:
         told = 'is a quote not closed, not written twice ("") within a text, or beside a blank?'
         raise NotData(f"broken CSV at line {table.line_num}: {error}; {told}") from None
@@ -264,18 +255,19 @@ def encoding_of(head: bytes) -> str:
     return "utf-8-sig"
 
 
-def table_rows(
-    heading: Sequence[object], rows: Iterable[Sequence[object]], name: str
-) -> Iterator[Source]:
-    """The rows of a table that are not blank, counted from the one under the heading.
+def table_rows(rows: Iterable[Sequence[object]], name: str) -> Iterator[Source]:
+    """The rows under a table's heading that are not blank, counted as Excel does: from its first.
 
-    A name that a format has in small letters may be written otherwise in the heading.
+    The heading is the first row that is not blank. A name that a format has in small letters may be
+    written otherwise there.
     """
+    counted = enumerate(rows, 1)
+    heading = next((cells for _, cells in counted if not all(map(is_empty, cells))), [])
     names = [str(cell).strip() or f"column {n}" for n, cell in enumerate(heading, 1)]
     names = [name.lower() if name.lower() in KNOWN else name for name in names]
-    for number, cells in enumerate(rows, 1):
+    for number, cells in counted:
         again = [*cells] == [*heading]  # of a file that was put together from several
-        if not all(map(is_blank, cells)) and not again:
+        if is_filled(cells) and not again:
             yield f"{name}:row {number}", table_row(names, cells)
 
 
@@ -287,23 +279,28 @@ def is_blank(cell: object) -> bool:
 def table_row(names: Sequence[str], cells: Sequence[object]) -> Any:
     """A row by its columns' names, without blank cells of columns that no format knows.
 
-    A `ValueError` if something stands where there is no heading.
+    A `BadRow` if something stands where there is no heading.
     """
-    if not all(map(is_blank, cells[len(names) :])):
-        return ValueError(f"too many cells: {len(cells)} under a heading of {len(names)}")
+    if is_filled(cells[len(names) :]):
+        told = f"too many cells: {len(cells)} under a heading of {len(names)}"
+        return BadRow(f"{told}: put texts that hold a comma in quotes", cells)
     pairs = [*itertools.zip_longest(names, cells[: len(names)])]
     row = Doubled((name, cell) for name, cell in pairs if name in KNOWN or not is_blank(cell))
     row.doubled = [name for n, name in enumerate(names) if name in names[:n]]
-    return row
+    return with_talks(row)
 
 
 def excel_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
-    """The rows of a workbook's first sheet that has any."""
-    as_it_is = {"keep_default_na": False}  # a cell that says NA or None is text
+    """The rows of a workbook's first sheet that has any; a hidden one's only if no other has."""
+    data = io.BytesIO(stream.read())
+    if why := other_archive(data):
+        raise NotData(why)
     try:
-        book = pandas.read_excel(
-            io.BytesIO(stream.read()), sheet_name=None, header=None, dtype=object, **as_it_is
-        )
+        import openpyxl
+
+        book = openpyxl.load_workbook(data, read_only=True, data_only=True, keep_links=False)
+        sheets = sorted(book.worksheets, key=lambda sheet: sheet.sheet_state != "visible")
+        tables = {sheet.title: cells_of(sheet) for sheet in sheets}
     except ImportError:
         raise NotData(
             "Excel needs a package: run %pip install openpyxl, or save it as CSV"
@@ -312,11 +309,24 @@ def excel_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
         raise NotData(
             f"a zip archive, or an Excel file that cannot be read ({short(error)})"
         ) from None
-    full = [sheet for sheet, table in book.items() if len(table) > 1]
+    full = [title for title, rows in tables.items() if sum(map(is_filled, rows)) > 1]
     if len(full) > 1:
         print(f"! {name}: only the sheet {full[0]!r} is read, not {', '.join(full[1:])}")
-    heading, *rows = book[full[0]].to_numpy().tolist() if full else [[]]
-    yield from table_rows(heading, rows, name)
+    yield from table_rows(tables[full[0]] if full else [], name)
+
+
+def is_filled(cells: Sequence[object]) -> bool:
+    """Whether something stands in a row."""
+    return not all(map(is_blank, cells))
+
+
+def cells_of(sheet: Any) -> list[list[object]]:
+    """The values of a sheet's rows, all as wide as the widest in which something stands."""
+    sheet.reset_dimensions()  # which some programs write wrongly
+    rows = [[cell_value(cell.value, cell.data_type) for cell in row] for row in sheet.rows]
+    filled = (n for row in rows for n, cell in enumerate(row, 1) if cell != "")
+    width = max(filled, default=0)
+    return [[*row[:width], *[""] * (width - len(row))] for row in rows]
 
 
 def parquet_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
@@ -329,6 +339,6 @@ def parquet_rows(stream: BinaryIO, name: str, head: bytes) -> Iterator[Source]:
         batches = table.iter_batches(256)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield f"{name}:row {number}", row
+            yield f"{name}:row {number}", with_talks(row)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise NotData(f"a Parquet file that cannot be read ({short(error)})") from None

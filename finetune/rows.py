@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from finetune.fields import Fields, checked_text, is_empty
-from finetune.talks import REFUSED, Turn, ordered, read_history, read_talk, refused
+from finetune.fields import BadRow, Fields, checked_text, is_empty
+from finetune.talks import REFUSED, Turn, ordered, read_history, read_talk, refused, talk_in_cell
 
 
 class Row(NamedTuple):
@@ -64,6 +64,8 @@ def pair_turns(row: Fields, keys: Sequence[str], unused: set[str]) -> tuple[list
         question, kept = question_of(row, keys)
         before = [Turn("user", question)]
     if isinstance(answer, list):
+        if answer and not any(isinstance(turn, dict) for turn in answer):
+            raise ValueError(f"{keys[1]!r} is a list: it must be text in quotes")
         return before + read_talk(answer, keys[1], unused), kept
     return [*before, Turn("assistant", checked_text(answer, repr(keys[1])))], kept
 
@@ -100,10 +102,11 @@ def require_usable(row: Fields, keys: Sequence[str], used: set[str]) -> None:
 
 
 def require_no_answer(row: Fields, key: str) -> None:
-    """Raise `ValueError` for an answer beside a whole text or a conversation, which has no place."""
+    """Raise `ValueError` for an answer beside a whole text or a conversation."""
     there = [name for name in row if name.lower() in ANSWERS and not is_empty(row[name])]
     if there:
-        place = "make it the last turn" if key in TALKS else "name the columns prompt and completion"
+        columns = "name the columns prompt and completion"
+        place = "make it the last turn" if key in TALKS else columns
         raise ValueError(
             f"{there[0]!r} stands beside {key!r}: if it is the answer, {place}; else take it out"
         )
@@ -149,3 +152,17 @@ def with_system(row: Fields, turns: list[Turn]) -> list[Turn]:
     if len(texts) + sum(turn.role == "system" for turn in turns) > 1:
         raise ValueError("two system texts: a row may have one")
     return [Turn("system", text) for text in texts] + turns
+
+
+def with_talks(row: Any) -> Any:
+    """A table's row with the conversations in its cells; a `BadRow` for one that is no JSON."""
+    try:
+        row.update({name: talk_in_cell(row[name], name) for name in PAIRS[0] if name in row})
+    except ValueError as error:
+        return BadRow(str(error), [*row.values()])
+    return row
+
+
+def holds_rows(values: list[Any]) -> bool:
+    """Whether a list holds objects alone that are no turns of a conversation."""
+    return all(isinstance(each, dict) and not {"role", "from"} & each.keys() for each in values)

@@ -1,9 +1,13 @@
-"""Section 6: the files and data sets that `data_files` names."""
+"""Section 6: the files and data sets that `data_files` names, and what a file's bytes say of it."""
 
 from __future__ import annotations
 
+import codecs
 import glob
+import re
+import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 from huggingface_hub import snapshot_download
@@ -18,6 +22,23 @@ HUB = "hf:"
 UPLOADS = "/content/data/*.jsonl"  # the setting as it comes: a sheet in that folder will do, too
 # Files of a Hub's data set that can hold rows, or say which files are its training split.
 DATA_KINDS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet", "gz", "xlsx")
+TABLES = (b"PAR1", b"PK\x03\x04")  # what Parquet and Excel files begin with
+NOT_DATA = {
+    b"version https://git-lfs": "a Git LFS pointer, not the data: download the file itself "
+    "(git lfs pull)",
+    b"<!DOCTYPE html": "a web page, not data: download the raw file",
+    b"<html": "a web page, not data: download the raw file",
+    b"%PDF": "a PDF, not data",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
+    b"Rar!": "a RAR archive: unpack it",
+}
+OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # also what a password is put round
+# What a zip archive is by a file in it, and what to do with it; Excel's own comes first.
+ARCHIVES = {
+    "xl/workbook.xml": "",
+    "xl/workbook.bin": "a binary Excel file (.xlsb): save it as .xlsx or CSV",
+    "content.xml": "an OpenDocument file (.ods): save it as .xlsx or CSV",
+}
 
 
 def find_files(settings: Settings) -> list[Path]:
@@ -139,3 +160,44 @@ def hub_files(name: str) -> list[Path]:
     if "train" not in found:
         raise UserError(f"data_files = '{name}' has no split 'train', only {list(found)}")
     return [Path(file) for file in found["train"]]
+
+
+def other_archive(stream: BinaryIO) -> str:
+    """What a zip archive is that is no .xlsx, and what to do; empty for one that may be."""
+    try:
+        names = zipfile.ZipFile(stream).namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return ""
+    known = next((told for name, told in ARCHIVES.items() if name in names), None)
+    return "a zip archive: unpack it" if known is None else known
+
+
+def why_old_office(data: bytes) -> str:
+    """What a file of Excel is that is not read: behind a password, or an old one."""
+    if "EncryptedPackage".encode("utf-16-le") in data:
+        return "protected by a password: open it in Excel, remove the password and save it"
+    return "an old Excel file: save it as .xlsx"
+
+
+def utf16_codec(head: bytes) -> str:
+    """The codec of a UTF-16 file that begins with `head`; empty if it is not UTF-16.
+
+    Without a byte-order mark: in the first character, an ASCII one, the high byte is zero.
+    """
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    if head[1:2] == b"\0":
+        return "utf-16-le"
+    return "utf-16-be" if len(head) > 1 and head[:1] == b"\0" else ""
+
+
+def separator_of(head: str) -> tuple[bool, str]:
+    """Whether the first line says the separator ("sep=;", as for Excel), and the separator.
+
+    Else it is what stands most often in the heading, outside quotes.
+    """
+    if said := re.match(r'"?sep=([^\s"]|\t)"?\r?\n', head, re.IGNORECASE):
+        return True, said[1]
+    lines = re.sub('"[^"]*"', "", head).split("\n") if '"' in head else head.split("\n")
+    heading = next((line for line in lines if line.strip(" ,;|\t\r")), head.split("\n")[0])
+    return False, max(",;\t|", key=heading.count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from finetune.fields import JSON, Doubled, Fields, checked_text, is_empty
@@ -131,13 +132,37 @@ def is_trained(turn: Fields, role: str) -> bool:
     return True
 
 
+TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|from)["']""")  # how a conversation's text begins
+
+
+def talk_in_cell(cell: object, name: str) -> object:
+    """The conversation in a table's cell, or the cell as it is if it holds none.
+
+    Raises `ValueError` for one in Python's spelling, which is not JSON.
+    """
+    if not isinstance(cell, str) or not TALK.match(cell):
+        return cell
+    try:
+        return JSON.decode(cell)
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(broken_talk(cell, name)) from None
+
+
+def broken_talk(cell: str, name: str) -> str:
+    """What to say of a conversation in a cell that is no JSON."""
+    if re.match(r"\s*\[\s*\{\s*'", cell):
+        hint = "export with to_json(orient='records', lines=True)"
+        return f"{name!r} is a conversation in Python's spelling: {hint}"
+    return f"{name!r} is broken JSON in a cell"
+
+
 def read_talk(talk: object, key: str, unused: set[str]) -> list[Turn]:
     """The turns of a conversation; raises `ValueError` with the reason."""
     if isinstance(talk, str) and talk.lstrip().startswith("["):  # a table's cell
         try:
             talk = JSON.decode(talk)
         except (json.JSONDecodeError, RecursionError):
-            raise ValueError(f"{key!r} is broken JSON in a cell") from None
+            raise ValueError(broken_talk(talk, key)) from None
     if not isinstance(talk, list):
         raise ValueError(f"{key!r} is no conversation: it must be a list of turns")
     read = (read_turn(turn, unused, key) for turn in talk)

@@ -1,12 +1,16 @@
 """Row shapes and files as people have them, each with the exact text that is trained, or told."""
 
+import datetime
 import gzip
+import io
 import json
 import os
 import re
 import sys
 import types
+import zipfile
 
+import openpyxl
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -417,6 +421,21 @@ def excel(**sheets):
     return write
 
 
+TABLE = [["prompt", "completion"], *([row["prompt"], row["completion"]] for row in ROWS)]
+
+
+def cells(file, rows, hidden=()):
+    """A workbook of a hidden sheet, if there are rows for it, and of a visible one."""
+    book = openpyxl.Workbook()
+    for row in hidden:
+        book.active.append(row)
+    book.active.sheet_state = "hidden" if hidden else "visible"
+    sheet = book.create_sheet() if hidden else book.active
+    for row in rows:
+        sheet.append(row)
+    book.save(file)
+
+
 FILES = {
     "a.jsonl": JSONL.encode(),
     "windows.jsonl": JSONL.replace("\n", "\r\n").encode("utf-8-sig"),
@@ -444,11 +463,15 @@ FILES = {
     "objects.json": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
     "a.csv": CSV.encode(),
     "excels.csv": CSV.replace(",", ";").encode("utf-8-sig"),
+    "sep.csv": ("sep=;\r\n" + CSV.replace(",", ";")).encode("utf-8-sig"),
+    "blank lines.csv": f"\n  \n,,\n{CSV}".encode(),
+    "quoted heading.csv": CSV.replace("completion", 'completion,"a;b;c;d;e"').encode(),
     "tabs.tsv": CSV.replace(",", "\t").encode(),
     "old windows.csv": CSV.encode("cp1252"),
     "packed.csv.gz": gzip.compress(CSV.encode()),
     "a.parquet": lambda file: pandas.DataFrame(ROWS).to_parquet(file),
     "a.xlsx": excel(rows=ROWS),
+    "hidden.xlsx": lambda file: cells(file, TABLE, hidden=[["prompt", "completion"], ["x", "y"]]),
     "sheets.xlsx": excel(empty=[], rows=ROWS, notes=[{"a": 1}]),
 }
 
@@ -479,7 +502,20 @@ def beyond_time(file):
     pyarrow.parquet.write_table(table, file)
 
 
+def zipped(*names):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return data.getvalue()
+
+
+LOCKED = b"\xd0\xcf\x11\xe0" + bytes(99_999) + "EncryptedPackage".encode("utf-16-le")
 NO_DATA = {
+    "a.zip.jsonl": (zipped("a.jsonl"), "a zip archive: unpack it"),
+    "sheet.ods.csv": (zipped("mimetype", "content.xml"), "an OpenDocument file (.ods): save it as"),
+    "sheet.xlsb.xlsx": (zipped("xl/workbook.bin"), "a binary Excel file (.xlsb): save it as .xlsx"),
+    "locked.xlsx": (LOCKED, "protected by a password"),
     "pointer.jsonl": (LFS, "a Git LFS pointer, not the data"),
     "page.jsonl": (b"<!DOCTYPE html>\n<html>" * 500, "a web page, not data"),
     "notes.jsonl": (b"Dear diary,\n" * 500, 'no JSONL: it begins with "Dear diary,"'),
@@ -636,11 +672,10 @@ def test_rows_of_a_table_are_named_by_number(tmp_path, read, settings):
         file = make(tmp_path, name, content)
         with pytest.raises(UserError) as told:
             read(str(file))
-        row = 5 if name == "a.csv" else 3
+        row = {"a.csv": 6, "a.xlsx": 4}.get(name, 3)  # a sheet's heading is its row 1
         assert f"{name}:row {row}: 'prompt' is empty" in str(told.value), told.value
-        assert ("a.csv:row 6: too many cells: 3 under a heading of 2" in str(told.value)) == (
-            name == "a.csv"
-        )
+        many = "a.csv:row 7: too many cells: 3 under a heading of 2: put texts that hold a comma in"
+        assert (f"{many} quotes   a, b, c" in str(told.value)) == (name == "a.csv")
 
 
 def test_a_cell_may_hold_a_conversation(tmp_path, read):
@@ -745,7 +780,7 @@ def test_a_sheet_as_people_keep_it(tmp_path, settings, capsys, kind):
         table.to_csv(file, index=False, header=False)
     rows = read_rows(settings(data_files=str(file), output_dir=str(tmp_path / "out")))
     assert rows["prompt"] == ["q1", "q2"] and rows["completion"] == ["a1", "a2"]
-    assert rows["where"] == [f"a.{kind}:row 1", f"a.{kind}:row 3"]
+    assert rows["where"] == [f"a.{kind}:row 2", f"a.{kind}:row 4"]
     assert f"2 rows (prompt/completion) from a.{kind}. Not used: 'Note' in 1\n" in (
         capsys.readouterr().out
     )
@@ -757,7 +792,7 @@ def test_a_sheet_as_people_keep_it(tmp_path, settings, capsys, kind):
     [
         ([["prompt", "Prompt", "completion"], ["a", "b", "c"]], "the same key stands twice"),
         ([["prompt", "completion"], ["a", "b", "", "c"]], "too many cells: 4 under a heading"),
-        ([["prompt", "completion"], ["", "b"]], "row 1: 'prompt' is empty"),
+        ([["prompt", "completion"], ["", "b"]], "row 2: 'prompt' is empty"),
         ([["Frage", "Antwort"], ["a", "b"]], "rename the columns to prompt and completion"),
     ],
 )
@@ -870,12 +905,12 @@ PART = '{"type": "text", "text": "q", "text": "LOST"}'
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('{"data": [%s], "data": [%s]}' % tuple(LINES[:2]), "the key 'data' stands twice: "),
+        (f'{{"data": [{LINES[0]}], "data": [{LINES[1]}]}}', "the key 'data' stands twice: "),
         ("{'prompt': 'q', 'completion': 'a', 3: 'x'}", "a key that is no text: 3; put it in"),
         ("{'prompt': 'q', 'completion': 'a', 'prompt': 'b'}", "the same key stands twice: 'pro"),
         ("{'prompt': 'q', 'completion': ('a',)}", "Python's spelling with a tuple or a set: "),
         (
-            '{"messages": [{"role": "user", "content": [%s]}]}' % PART,
+            '{"messages": [{"role": "user", "content": [' + PART + "]}]}",
             "the same key stands twice in a turn's part: 'text'",
         ),
     ],
@@ -884,3 +919,69 @@ def test_what_would_lose_a_value_is_refused(tmp_path, read, line, told):
     make(tmp_path, "x.jsonl", line.encode())
     with pytest.raises(UserError, match=f"x.jsonl(:1)?: {told}"):
         read(str(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ("#N/A", "'completion' is #N/A, an error of Excel: "),
+        ("#REF!", "'completion' is #REF!, an error of Excel: "),
+        (True, "'completion' is TRUE, a Boolean: format the column as text"),
+        (datetime.time(9, 30), "'completion' is a time of day: it must be text"),
+        (datetime.timedelta(3), "'completion' is a length of time: it must be text"),
+        ("[{'role': 'assistant', 'content': 'a'}]", "'completion' is a conversation in Python's "),
+    ],
+)
+def test_a_cell_that_is_no_text_is_told_for_what_it_is(tmp_path, read, cell, told):
+    cells(tmp_path / "a.xlsx", [["prompt", "completion"], ["q", cell]])
+    with pytest.raises(UserError, match=f"a.xlsx:row 2: {re.escape(told)}"):
+        read(str(tmp_path / "a.xlsx"))
+    cells(tmp_path / "a.xlsx", [["instruction", "input", "output"], ["q", "#N/A", "a"]])
+    with pytest.raises(UserError, match=r"a\.xlsx:row 2: 'input' is #N/A, an error of Excel"):
+        read(str(tmp_path / "a.xlsx"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (datetime.datetime(2024, 5, 1), "2024-05-01"),
+        (datetime.datetime(2024, 5, 1, 9, 30), "2024-05-01 09:30:00"),
+        ("one_x000D_\ntwo_x000D_three", "one\ntwo\nthree"),
+        (2.0, "2"),
+        (0, "0"),
+    ],
+)
+def test_a_cell_of_excel_is_read_as_it_is_shown(tmp_path, read, cell, text):
+    cells(tmp_path / "a.xlsx", [[None], ["prompt", "completion"], ["q", cell]])
+    assert read(str(tmp_path / "a.xlsx")) == [qa("q", text)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx", "parquet"])
+def test_a_conversation_in_a_cell_of_a_pair_is_read_as_one(tmp_path, read, kind):
+    talk = said(*LONG)["messages"]
+    row = {"prompt": json.dumps(talk[:3]), "completion": json.dumps(talk[3:])}
+    written(tmp_path / f"a.{kind}", [row])
+    assert read(str(tmp_path / f"a.{kind}")) == [TWO]
+    written(tmp_path / f"a.{kind}", [row | {"prompt": str(talk[:3])}])
+    with pytest.raises(UserError, match=r"'prompt' is a conversation in Python's spelling: export"):
+        read(str(tmp_path / f"a.{kind}"))
+    plain = {"prompt": '[{"name": "x"}]', "completion": "[]"}
+    written(tmp_path / f"a.{kind}", [plain])
+    assert read(str(tmp_path / f"a.{kind}")) == [qa(*plain.values())]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "q", "completion": [2, 3]}, "'completion' is a list: it must be text"),
+        ({"prompt": "q", "completion": ["a", "b"]}, "'completion' is a list: it must be text"),
+        (
+            {"prompt": {"0": "q", "1": "r"}, "completion": {"0": "a", "1": "b"}},
+            r"'prompt' is an object: written by pandas\? Use to_json\(orient='records', lines",
+        ),
+    ],
+)
+def test_what_is_no_text_is_told_with_what_to_do(tmp_path, read, row, told):
+    make(tmp_path, "a.json", json.dumps(row).encode())
+    with pytest.raises(UserError, match=told):
+        read(str(tmp_path / "a.json"))
