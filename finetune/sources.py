@@ -6,6 +6,7 @@ import codecs
 import glob
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ from finetune.machine import short
 from qlora_helpers import Settings, UserError, first_of, locate, on_colab
 
 HUB = "hf:"
+ABOUT = ("README", "LICENSE")  # files about the data
 UPLOADS = "/content/data/*.jsonl"  # the setting as it comes: a sheet in that folder will do, too
 # Files of a Hub's data set that can hold rows, or say which files are its training split.
 DATA_KINDS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet", "gz", "xlsx")
@@ -63,17 +65,53 @@ def files_of_name(name: str) -> list[Path]:
     place = locate(name)
     if place.is_file():
         return [place]
-    files = data_in(place) if place.is_dir() else matching(place)
+    folder = place if place.is_dir() else None
+    files = data_in(place) if folder else matching(place)
     if not files and name == UPLOADS:
-        files = data_in(place.parent)
-    return [file for file in files if file.is_file() and not is_output(file)]
+        folder = place.parent
+        files = data_in(folder)
+    files = [file for file in files if file.is_file() and not is_output(file)]
+    if files and folder:
+        tell_left_out(folder, files)
+    return files
+
+
+def tell_left_out(folder: Path, files: Sequence[Path]) -> None:
+    """Say what else is in a folder: neither hidden, nor about the data, nor a run's."""
+    others = [path for path in shown_in(folder) if path not in files]
+    others = [path for path in others if not path.name.startswith(ABOUT) and not of_a_run(path)]
+    if others:
+        names = [path.name + ("/" if path.is_dir() else "") for path in others]
+        print(f"! In {folder}, not read: {first_of(names)}")
+
+
+def of_a_run(path: Path) -> bool:
+    """Whether something in a folder is a run's, a run, or a folder of runs."""
+    try:
+        folders = [path, *path.iterdir()] if path.is_dir() else []
+        return is_output(path) or any(map(is_run, folders))
+    except PermissionError:
+        return False
 
 
 def data_in(folder: Path) -> list[Path]:
-    """The files of a folder that can hold rows, by name, without hidden ones and Excel's locks."""
+    """The files of a folder that can hold rows, by name; raises `UserError` for one of `datasets`.
+
+    `save_to_disk` writes one, whose JSON files hold no rows.
+    """
+    for file, split in (("dataset_dict.json", "['train']"), ("state.json", "")):
+        if (folder / file).is_file():
+            raise UserError(
+                f"{folder} was written by save_to_disk of datasets, which is not read here: run "
+                f"datasets.load_from_disk('{folder}'){split}.to_json('rows.jsonl') and name that"
+            )
+    return [path for path in shown_in(folder) if path.suffix[1:].lower() in DATA_KINDS]
+
+
+def shown_in(folder: Path) -> list[Path]:
+    """What is in a folder, by name, without what is hidden and Excel's locks."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    shown = (path for path in found if not path.name.startswith((".", "~$")))
-    return [path for path in shown if path.suffix[1:].lower() in DATA_KINDS]
+    return [path for path in found if not path.name.startswith((".", "~$"))]
 
 
 def matching(pattern: Path) -> list[Path]:

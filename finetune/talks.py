@@ -162,7 +162,7 @@ def read_talk(talk: object, key: str, unused: set[str]) -> list[Turn]:
         try:
             talk = JSON.decode(talk)
         except (json.JSONDecodeError, RecursionError):
-            raise ValueError(broken_talk(talk, key)) from None
+            raise ValueError(broken_talk(str(talk), key)) from None
     if not isinstance(talk, list):
         raise ValueError(f"{key!r} is no conversation: it must be a list of turns")
     read = (read_turn(turn, unused, key) for turn in talk)

@@ -985,3 +985,28 @@ def test_what_is_no_text_is_told_with_what_to_do(tmp_path, read, row, told):
     make(tmp_path, "a.json", json.dumps(row).encode())
     with pytest.raises(UserError, match=told):
         read(str(tmp_path / "a.json"))
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path, read, capsys):
+    for name in ("a.jsonl", "b.jsonl.txt", "c", "old.xls", "README.md", "LICENSE", ".hidden"):
+        make(tmp_path, name, JSONL.encode())
+    (tmp_path / "more").mkdir()
+    for _ in range(2):  # the second time, there is a run's folder beside them
+        assert read(str(tmp_path)) == TEXTS
+        told = f"! In {tmp_path}, not read: b.jsonl.txt, c, more/, old.xls\n"
+        assert told in capsys.readouterr().out
+    for name in ("b.jsonl.txt", "c", "old.xls"):
+        (tmp_path / name).unlink()
+    (tmp_path / "more").rmdir()
+    read(str(tmp_path))
+    assert "not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mark", "call"),
+    [("state.json", r"'\).to_json"), ("dataset_dict.json", r"'\)\['train'\].to_json")],
+)
+def test_a_folder_that_datasets_saved_is_told(tmp_path, read, mark, call):
+    make(tmp_path, mark, b"{}")
+    with pytest.raises(UserError, match=rf"was written by save_to_disk(.|\n)*{call}"):
+        read(str(tmp_path))
