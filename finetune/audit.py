@@ -160,8 +160,8 @@ def audit_labels(
     if len(strange):
         lines = ", ".join(found.select(strange[:5])["told"][:])
         print(
-            f"! {len(strange):,} row(s) hold characters that this tokenizer does not know, and "
-            f"learn {tokenizer.unk_token} in their place: {lines}"
+            f"! {many(len(strange), 'row')} with characters that this tokenizer does not know: the "
+            f"model would learn {tokenizer.unk_token} in their place: {lines}"
         )
     loss = "every answer trained from its first token"
     if not completion_only_loss:

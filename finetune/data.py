@@ -88,14 +88,15 @@ class RowReader:
         A mix of formats may not, whatever the setting, nor may a file that is no data.
         """
         if self.wrong:
-            files = listed("These files are no data. Nothing was trained.", self.wrong)
+            these = "This file is" if len(self.wrong) == 1 else "These files are"
+            files = listed(f"{these} no data. Nothing was trained.", self.wrong)
             raise UserError("\n".join([files, *self.first]))
         if not self.kinds:
             return
         kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.kinds.most_common())
         total = self.kinds.total()
         which = "All" if total <= KEPT else f"The first {KEPT:,}"
-        text = f"{total:,} line(s) cannot be used ({kinds}). {which} are in {self.rejected}"
+        text = f"{many(total, 'line')} cannot be used ({kinds}). {which} are in {self.rejected}"
         if any(kind.startswith("no '") for kind in self.kinds):
             text += f"\nKnown are: {', '.join(map('/'.join, ROW_FORMATS))}. "
             text += "In a sheet, rename the columns to prompt and completion."
@@ -157,7 +158,9 @@ def read_rows(settings: Settings) -> Dataset:
         write_rows(reader, writing)
     reader.report(settings.on_bad_rows)
     if not reader.format:
-        raise UserError(f"The files hold no rows: {', '.join(file.name for file in files)}")
+        names = first_of([file.name for file in files])
+        told = "All rows were skipped, none is left" if reader.kinds else "The files hold no rows"
+        raise UserError(f"{told}: {names}")
     final = folder / f"rows-{reader.digest.hexdigest()[:16]}.arrow"
     rows = datasets.Dataset.from_file(str(keep_new(writing, final)))
     print(reader.told(len(rows)))
@@ -197,7 +200,7 @@ def drop_duplicates(rows: Dataset) -> Dataset:
     _, first = np.unique(row_hashes(rows, "prompt", "completion", "turns"), return_index=True)
     if len(first) == len(rows):
         return rows
-    print(f"Dropped {len(rows) - len(first):,} exact duplicates.")
+    print(f"Dropped {many(len(rows) - len(first), 'exact duplicate')}.")
     return rows.select(np.sort(first))
 
 

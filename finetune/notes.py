@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
+from qlora_helpers import many
+
 
 def row_hashes(rows: Dataset, *columns: str) -> np.ndarray:
     """A 64-bit hash of each row's texts, `[rows]`: eight bytes a row, however long the texts."""
@@ -44,15 +46,13 @@ def _holds_another_format(prompt: str, completion: str) -> bool:
     return FOREIGN.search(prompt) is not None or FOREIGN.search(completion) is not None
 
 
-ENDS_IN_WORD = "may have a prompt that ends in the middle of a word"
+ENDS_IN_WORD = "a prompt that may end in the middle of a word"
 NOTES = {
-    "hold another format's markers ([INST], <|im_start|>, …)": _holds_another_format,
-    "hold a marker of the prompt format": _holds_marker,
+    "another format's markers ([INST], <|im_start|>, …)": _holds_another_format,
+    "a marker of the prompt format": _holds_marker,
     ENDS_IN_WORD: _splits_word,
-    "have a completion that begins with the whole prompt": _repeats_prompt,
-    "have a completion that begins with a space, which is trained as a second one": (
-        _starts_with_space
-    ),
+    "a completion that begins with the whole prompt": _repeats_prompt,
+    "a completion that begins with a space, which is trained as a second one": (_starts_with_space),
 }
 PUNCTUATION = " \n.,;:!?…\"'()[]{}`’”»*_-。，；：！？、）】」』"
 LOOKED_AT = 2000  # completions that are searched for an end that most share
@@ -83,7 +83,7 @@ def data_notes(rows: Dataset) -> list[str]:
     tail = shared_tail(rows.select(some)["completion"][:]) if len(rows) > 3 else ""
     checks = dict(NOTES)
     if tail:
-        ending = f"have a completion that ends in {tail!r}, which is trained, too"
+        ending = f"a completion that ends in {tail!r}, which is trained, too"
         checks[ending] = lambda prompt, completion: (
             prompt != "" and completion.rstrip().endswith(tail)
         )
@@ -99,7 +99,8 @@ def data_notes(rows: Dataset) -> list[str]:
                     first[note].append(where)
     if lower > len(rows) / 2:
         del first[ENDS_IN_WORD]
-    notes = [f"{counts[note]:,} row(s) {note}: {', '.join(at)}" for note, at in first.items() if at]
+    found = {note: ", ".join(at) for note, at in first.items() if at}
+    notes = [f"{many(counts[note], 'row')} with {note}: {at}" for note, at in found.items()]
     same = np.unique(row_hashes(rows, "completion"), return_counts=True)[1].max() / len(rows)
     if same >= 0.9 and len(rows) > 1:
         notes.append(f"{same:.0%} of the completions are the same text")

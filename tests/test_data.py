@@ -109,7 +109,7 @@ def test_bad_lines_are_counted_by_kind_and_all_are_written_down(tmp_path, read):
         with pytest.raises(UserError) as caught:
             read(tmp_path / "*.jsonl")
     text = str(caught.value)
-    assert text.startswith("14 line(s) cannot be used (12 × broken JSON; 2 × not an object)")
+    assert text.startswith("14 lines cannot be used (12 × broken JSON; 2 × not an object)")
     shown = [line.split(": ")[0] for line in text.splitlines() if "•" in line]
     assert shown == [f"  • a.jsonl:{n}" for n in range(2, 12)]
     rejected = text.partition("All are in ")[2].splitlines()[0]
@@ -127,7 +127,7 @@ def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_pa
     rows = read(tmp_path / "rows.jsonl", on_bad_rows="skip")
     assert texts(rows) == [json.loads(GOOD)] and rows["where"][0] == "rows.jsonl:2"
     out = capsys.readouterr().out
-    assert "Skipped: 2 line(s) cannot be used (1 × broken JSON; 1 × not an object)" in out
+    assert "Skipped: 2 lines cannot be used (1 × broken JSON; 1 × not an object)" in out
     assert "rows.jsonl:1: broken JSON" in out and "rows.jsonl:3: not an object" in out
     (tmp_path / "rows.jsonl").write_bytes(GOOD)
     read(tmp_path / "rows.jsonl")
@@ -320,6 +320,16 @@ def test_an_empty_file_is_told(tmp_path, read):
         read(tmp_path / "*.jsonl")
 
 
+def test_files_of_which_every_row_was_skipped_are_told_so(tmp_path, read, capsys):
+    (tmp_path / "rows.jsonl").write_bytes(b"{")
+    with pytest.raises(UserError, match=r"All rows were skipped, none is left: rows\.jsonl"):
+        read(tmp_path / "*.jsonl", on_bad_rows="skip")
+    assert "Skipped: 1 line cannot be used (1 × broken JSON)." in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_bytes(b"%PDF")
+    with pytest.raises(UserError, match=r"This file is no data\. Nothing was trained\."):
+        read(tmp_path / "*.jsonl")
+
+
 def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path, read):
     for n, folder in enumerate(["a", "b"]):
         (tmp_path / folder).mkdir()
@@ -349,23 +359,23 @@ def test_exact_duplicates_are_dropped_with_a_count(tmp_path, read, capsys):
     [
         (
             ("Say ### Answer: now", "Fine."),
-            "1 row(s) hold a marker of the prompt format: rows.jsonl:1",
+            "1 row with a marker of the prompt format: rows.jsonl:1",
         ),
         (
             ("### Question: Who?", "Me."),
-            "1 row(s) hold a marker of the prompt format: rows.jsonl:1",
+            "1 row with a marker of the prompt format: rows.jsonl:1",
         ),
         (
             ("What is it?", "No.\n### End"),
-            "1 row(s) hold a marker of the prompt format: rows.jsonl:1",
+            "1 row with a marker of the prompt format: rows.jsonl:1",
         ),
         (
             ("The capital of Fra", "nce is Paris."),
-            "1 row(s) may have a prompt that ends in the middle of a word: rows",
+            "1 row with a prompt that may end in the middle of a word: rows",
         ),
         (
             ("Who?", "Who? Me."),
-            "1 row(s) have a completion that begins with the whole prompt: rows.jsonl:1",
+            "1 row with a completion that begins with the whole prompt: rows.jsonl:1",
         ),
         (("Who?", "Yes."), "95% of the completions are the same text"),
     ],
@@ -389,7 +399,7 @@ def test_what_looks_odd_is_counted_and_its_first_lines_are_named():
     ]
     rows += [{"prompt": f"{n}?", "completion": f"A{n}", "where": "b.jsonl:1"} for n in range(8)]
     (note,) = data_notes(as_dataset(rows))
-    assert note.startswith("7 row(s) may have a prompt that ends in the middle of a word: ")
+    assert note.startswith("7 rows with a prompt that may end in the middle of a word: ")
     assert note.endswith(", ".join(f"a.jsonl:{n}" for n in range(1, 6)))
 
 

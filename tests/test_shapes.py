@@ -305,7 +305,7 @@ def test_rows_that_differ_in_a_field_that_is_used_are_no_duplicates(tmp_path, re
     rows = [{"instruction": "q", "context": c, "response": "a"} for c in ("x", "y", "x")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(read(str(tmp_path / "rows.jsonl"))) == 2
-    assert "Dropped 1 exact duplicates." in capsys.readouterr().out
+    assert "Dropped 1 exact duplicate." in capsys.readouterr().out
     talks = [[*MARKED[0], *MARKED[1]], [MARKED[0][0], MARKED[0][1] | {"weight": 1}, *MARKED[1]]]
     talks = [json.dumps({"messages": talk}) for talk in talks]
     (tmp_path / "rows.jsonl").write_text("\n".join(talks))

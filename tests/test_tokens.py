@@ -934,7 +934,7 @@ def test_answers_in_unknown_characters_are_told_with_their_lines(mistral_tokeniz
     rows = [{"prompt": "a", "completion": "a"}, {"prompt": "a", "completion": "b"}]
     audit_labels(encode_rows(rows, tokenizer), tokenizer)
     shown = capsys.readouterr().out
-    assert "! 1 row(s) hold characters that this tokenizer does not know" in shown
+    assert "! 1 row with characters that this tokenizer does not know" in shown
     assert "learn <unk> in their place: row 2" in shown
     audit_labels(encode_rows(rows, mistral_tokenizer), mistral_tokenizer)
     assert capsys.readouterr().out == ""
