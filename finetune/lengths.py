@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -31,27 +31,65 @@ def shorten(
     def excess(text: str) -> int:
         return encode_examples(tokenizer, [head + text], [completion])["length"][0] - max_length
 
-    head, text = prompt[:kept], prompt[kept:]
-    (encoding,), cut, end = tokenize(tokenizer, [text]), 0, text
-    # Again if need be: the rest of a prompt may have more tokens than it had within the whole.
-    while end and (over := excess(end)) > 0:
-        cut += over
-        end = text[encoding.token_to_chars(cut)[0] :].strip() if cut < len(encoding.ids) else ""
+    head = prompt[:kept]
+    end = longest_end(tokenizer, prompt[kept:], excess)
     return head + end if end else ""
 
 
-def shorten_talk(tokenizer: PreTrainedTokenizerBase, turns: str, max_length: int) -> str:
+def longest_end(tokenizer: PreTrainedTokenizerBase, text: str, excess: Callable[[str], int]) -> str:
+    """A text without so much of its beginning that `excess`, in tokens, is none; else empty."""
+    (encoding,), cut, end = tokenize(tokenizer, [text]), 0, text
+    # Again if need be: the rest of a text may have more tokens than it had within the whole.
+    while end and (over := excess(end)) > 0:
+        cut += over
+        end = text[encoding.token_to_chars(cut)[0] :].strip() if cut < len(encoding.ids) else ""
+    return end
+
+
+def shorten_talk(
+    tokenizer: PreTrainedTokenizerBase, turns: str, max_length: int, kept: int = 0
+) -> str:
     """The newest turns of a conversation, behind its system text, of `max_length` tokens at most.
 
-    Empty if not even the last question and its answers are short enough.
+    If the last question and its answers are too long, that question loses its beginning, or what
+    follows its first `kept` characters. Empty if the rest is too long.
     """
     talk = json.loads(turns)
     system = [turn for turn in talk if turn[0] == "system"]
+    shorter = ""
     for start in [n for n, turn in enumerate(talk) if turn[0] == "user"]:
-        shorter = json.dumps([*system, *talk[start:]], ensure_ascii=False)
-        if encode_examples(tokenizer, [""], [""], turns=[shorter])["length"][0] <= max_length:
+        shorter = as_turns([*system, *talk[start:]])
+        if length_of(tokenizer, shorter) <= max_length:
             return shorter
-    return ""
+    return shorten_question(tokenizer, json.loads(shorter), max_length, kept) if shorter else ""
+
+
+def shorten_question(
+    tokenizer: PreTrainedTokenizerBase, talk: list, max_length: int, kept: int
+) -> str:
+    """A conversation of one question, of which that loses its beginning; empty if all of it."""
+
+    def with_question(text: str) -> str:
+        role, _, *mark = talk[at]
+        return as_turns([*talk[:at], [role, head + text, *mark], *talk[at + 1 :]])
+
+    def excess(text: str) -> int:
+        return length_of(tokenizer, with_question(text)) - max_length
+
+    at = [role for role, *_ in talk].index("user")
+    head, text = talk[at][1][:kept], talk[at][1][kept:]
+    end = longest_end(tokenizer, text, excess)
+    return with_question(end) if end else ""
+
+
+def as_turns(talk: list) -> str:
+    """A conversation as its column holds it."""
+    return json.dumps(talk, ensure_ascii=False)
+
+
+def length_of(tokenizer: PreTrainedTokenizerBase, turns: str) -> int:
+    """How many tokens a conversation has."""
+    return encode_examples(tokenizer, [""], [""], turns=[turns])["length"][0]
 
 
 def shorter_row(tokenizer: PreTrainedTokenizerBase, row: dict, max_length: int) -> dict[str, Any]:
@@ -64,7 +102,7 @@ def shorter_row(tokenizer: PreTrainedTokenizerBase, row: dict, max_length: int) 
     if not row.get("turns"):
         pair = row["prompt"], row["completion"]
         return {"prompt": shorten(tokenizer, *pair, max_length, row.get("kept") or 0)}
-    turns = shorten_talk(tokenizer, row["turns"], max_length)
+    turns = shorten_talk(tokenizer, row["turns"], max_length, row.get("kept") or 0)
     talk = [(role, text) for role, text, _ in json.loads(turns)[:-1]] if turns else []
     return {"prompt": readable_turns(talk), "turns": turns}
 

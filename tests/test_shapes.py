@@ -1010,3 +1010,25 @@ def test_a_folder_that_datasets_saved_is_told(tmp_path, read, mark, call):
     make(tmp_path, mark, b"{}")
     with pytest.raises(UserError, match=rf"was written by save_to_disk(.|\n)*{call}"):
         read(str(tmp_path))
+
+
+def test_truncate_shortens_a_question_behind_a_system_text(tmp_path, settings, smollm_tokenizer):
+    words = " ".join(f"w{n}" for n in range(200))
+    rows = {
+        "talk": said(("system", "Be brief."), ("user", words), A),
+        "pair": {"prompt": words, "completion": "a", "system": "Be brief."},
+        "alpaca": {"instruction": "Sum up.", "input": words, "output": "a", "system": "Be brief."},
+    }
+    for name, row in rows.items():
+        lines = [row, {**row, "system": "s " * 80}] if "system" in row else [row]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        cfg = settings(
+            data_files=str(tmp_path / f"{name}.jsonl"), output_dir=str(tmp_path / name),
+            max_length=60, too_long="truncate",
+        )  # fmt: skip
+        data = encode_rows(read_rows(cfg), smollm_tokenizer)
+        (kept,) = fit_length(data, smollm_tokenizer, cfg)
+        first = r"Sum up\.\n\n" if name == "alpaca" else ""
+        asked = rf"### System: Be brief\.\n\n### Question: {first}(\S+ )+w199"
+        assert re.fullmatch(rf"{asked}\n\n### Answer: a\n\n### End", training_text(kept))
+        assert 50 < kept["length"] <= 60
