@@ -167,9 +167,14 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ([], {})
 
 
+def is_column(value: object) -> bool:
+    """Whether a value is a whole column by its rows' numbers, as pandas writes it by itself."""
+    return isinstance(value, dict) and value != {} and all(str(key).isdigit() for key in value)
+
+
 def kind_of(value: object) -> str:
     """What a value is that should have been text, and what to do."""
-    if isinstance(value, dict) and "0" in value:  # a column with its rows' numbers
+    if is_column(value):
         return f"an object: {PANDAS}"
     known = next((name for kind, name in KINDS.items() if isinstance(value, kind)), "")
     kind = value if isinstance(value, NoNumber) else known or f"a {type(value).__name__}"

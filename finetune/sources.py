@@ -65,13 +65,12 @@ def files_of_name(name: str) -> list[Path]:
     place = locate(name)
     if place.is_file():
         return [place]
-    folder = place if place.is_dir() else None
-    files = data_in(place) if folder else matching(place)
+    files = data_in(place) if place.is_dir() else matching(place)
+    folder = place.parent if name == UPLOADS else place
     if not files and name == UPLOADS:
-        folder = place.parent
         files = data_in(folder)
     files = [file for file in files if file.is_file() and not is_output(file)]
-    if files and folder:
+    if files and folder.is_dir():
         tell_left_out(folder, files)
     return files
 

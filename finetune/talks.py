@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from finetune.fields import JSON, Doubled, Fields, checked_text, is_empty
+from finetune.fields import JSON, PANDAS, Doubled, Fields, checked_text, is_column, is_empty
 
 
 class Turn(NamedTuple):
@@ -164,7 +164,8 @@ def read_talk(talk: object, key: str, unused: set[str]) -> list[Turn]:
         except (json.JSONDecodeError, RecursionError):
             raise ValueError(broken_talk(str(talk), key)) from None
     if not isinstance(talk, list):
-        raise ValueError(f"{key!r} is no conversation: it must be a list of turns")
+        told = PANDAS if is_column(talk) else "it must be a list of turns"
+        raise ValueError(f"{key!r} is no conversation: {told}")
     read = (read_turn(turn, unused, key) for turn in talk)
     return [turn for turn in read if turn]
 

@@ -321,10 +321,12 @@ def test_an_empty_file_is_told(tmp_path, read):
 
 
 def test_files_of_which_every_row_was_skipped_are_told_so(tmp_path, read, capsys):
-    (tmp_path / "rows.jsonl").write_bytes(b"{")
+    (tmp_path / "rows.jsonl").write_bytes(b"{}")
     with pytest.raises(UserError, match=r"All rows were skipped, none is left: rows\.jsonl"):
         read(tmp_path / "*.jsonl", on_bad_rows="skip")
-    assert "Skipped: 1 line cannot be used (1 × broken JSON)." in capsys.readouterr().out
+    assert (
+        "Skipped: 1 line cannot be used (1 × no 'prompt'). All are in " in capsys.readouterr().out
+    )
     (tmp_path / "rows.jsonl").write_bytes(b"%PDF")
     with pytest.raises(UserError, match=r"This file is no data\. Nothing was trained\."):
         read(tmp_path / "*.jsonl")

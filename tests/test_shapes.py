@@ -750,7 +750,9 @@ def test_on_colab_somebody_without_data_is_offered_an_upload(tmp_path, read, mon
     assert (tmp_path / "content" / "data" / "mine.jsonl").read_text() == JSONL
 
 
-def test_a_sheet_in_the_notebooks_own_folder_is_read_without_a_setting(tmp_path, read, monkeypatch):
+def test_a_sheet_in_the_notebooks_own_folder_is_read_without_a_setting(
+    tmp_path, read, monkeypatch, capsys
+):
     monkeypatch.setattr("qlora_helpers.content_root", lambda: tmp_path / "content")
     data = tmp_path / "content" / "data"
     data.mkdir(parents=True)
@@ -763,7 +765,9 @@ def test_a_sheet_in_the_notebooks_own_folder_is_read_without_a_setting(tmp_path,
     with pytest.raises(UserError, match=r"To read Kunden\.XLSX: data_files = .*Kunden.XLSX"):
         read("/content/data/train*.jsonl")
     (data / "rows.jsonl").write_text(LINES[0])
+    capsys.readouterr()
     assert read("/content/data/*.jsonl") == TEXTS[:1]
+    assert f"! In {data}, not read: Kunden.XLSX, notes.txt\n" in capsys.readouterr().out
 
 
 HEADED = [["Prompt ", "COMPLETION", None, "Note", None], ["q1", "a1", None, None, None]]
@@ -979,6 +983,7 @@ def test_a_conversation_in_a_cell_of_a_pair_is_read_as_one(tmp_path, read, kind)
             {"prompt": {"0": "q", "1": "r"}, "completion": {"0": "a", "1": "b"}},
             r"'prompt' is an object: written by pandas\? Use to_json\(orient='records', lines",
         ),
+        ({"messages": {"3": []}}, r"'messages' is no conversation: written by pandas\?"),
     ],
 )
 def test_what_is_no_text_is_told_with_what_to_do(tmp_path, read, row, told):
