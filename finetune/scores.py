@@ -141,6 +141,10 @@ def middle_out(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
 
 
+# Jupyter and Colab would else take what stands between two dollar signs for a formula.
+NO_FORMULAS = 'class="tex2jax_ignore mathjax_ignore"'
+
+
 def show_comparison(table: DataFrame, result: Record, rows: int = 10, most: int = 300) -> Any:
     """Rows of `compare` as a styled table, those not right first, scores in its caption.
 
@@ -158,7 +162,7 @@ def show_comparison(table: DataFrame, result: Record, rows: int = 10, most: int 
     exact = is_right(table, "after").head(rows)
     green = ["background-color: #d7f0dd; color: #111" if right else "" for right in exact]
     left = {"text-align": "left", "vertical-align": "top"}
-    left |= {"white-space": "pre-wrap", "max-width": "24em"}
+    left |= {"white-space": "pre-wrap", "max-width": "24em", "unicode-bidi": "plaintext"}
     head = [
         {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
         {"selector": "th", "props": "text-align: left"},
@@ -169,5 +173,6 @@ def show_comparison(table: DataFrame, result: Record, rows: int = 10, most: int 
         .set_properties(**left)
         .apply(lambda _: green, subset=["after"])
         .set_caption(html.escape(caption))
+        .set_table_attributes(NO_FORMULAS)
         .set_table_styles(head)
     )

@@ -168,6 +168,14 @@ def test_the_table_shows_the_first_rows_shortened_and_marks_exact_answers_after_
     assert everything.index("p10.") < everything.index("p2.") < everything.index("p11.")
 
 
+def test_dollars_stay_dollars_and_each_text_runs_in_its_own_direction():
+    rows = [{"prompt": "How much?", "completion": "It costs $5 today and $6 tomorrow"}]
+    table = compare(rows, [Answer("$1 or $2", True)], [Answer("\u05e9\u05dc\u05d5\u05dd", True)])
+    html = show_comparison(table, scores(table, LOSSES)).to_html()
+    assert re.search(r'<table [^>]*class="tex2jax_ignore mathjax_ignore"', html)
+    assert "unicode-bidi: plaintext" in html and "It costs $5 today and $6" in html
+
+
 def test_losses_of_a_model_in_16_bits_are_computed_in_32(tmp_path, mistral_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(
         tiny_base(tmp_path, mistral_tokenizer), dtype=torch.bfloat16
