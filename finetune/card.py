@@ -28,9 +28,12 @@ model = AutoModelForCausalLM.from_pretrained(
     base, revision={revision}, quantization_config=nf4, dtype="{dtype}", device_map="auto"
 )
 for layer in model.modules():  # on some CPUs bitsandbytes would compute otherwise than it trains
-    layer.support_avx512bf16_for_cpu = False"""
+    layer.support_avx512bf16_for_cpu = False
+    if hasattr(layer, "compute_dtype"):  # what was saved in 4 bits brings a type of its own
+        layer.compute_dtype, layer.compute_type_is_set = torch.{dtype}, True"""
 
-LOAD_ADAPTER = """from peft import PeftModel
+LOAD_ADAPTER = """import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 {here}
@@ -47,13 +50,19 @@ output = model.generate(**inputs.to(model.device), max_new_tokens={max_new_token
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 print(answer.strip(){end})"""
 
-DEQUANTISE = """from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+DEQUANTISE = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 {nf4}
-model.dequantize().save_pretrained("dequantised")
+model.dequantize().to(torch.{dtype}).save_pretrained("dequantised")
 AutoTokenizer.from_pretrained(base, revision={revision}).save_pretrained("dequantised")"""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
+
+
+def compute_type(settings: Settings) -> str:
+    """The type that training computes in, by its name in torch."""
+    return str(computing_type(resolve_precision(settings.bf16)[0])).removeprefix("torch.")
 
 
 def load_base(settings: Settings, revision: str | None) -> str:
@@ -63,7 +72,7 @@ def load_base(settings: Settings, revision: str | None) -> str:
     return NF4.format(
         base=called(settings.base_model),
         note="  # a folder, made as this card says" if embedded else local,
-        dtype=str(computing_type(resolve_precision(settings.bf16)[0])).removeprefix("torch."),
+        dtype=compute_type(settings),
         revision=f'"{revision}"' if revision else None,
     )
 
@@ -139,6 +148,7 @@ def how_to_serve(settings: Settings, run: Record) -> str:
         return wrapped(f"{why}: vLLM takes no {what}.")
     base = DEQUANTISE.format(
         nf4=load_base(settings, run["base_revision"]),
+        dtype=compute_type(settings),
         revision=f'"{run["base_revision"]}"' if run["base_revision"] else None,
     )
     once = (

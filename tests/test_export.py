@@ -164,6 +164,34 @@ def test_the_cards_lines_make_the_same_base(exported, smollm, tmp_path, monkeypa
             assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name)), name
 
 
+def test_a_base_saved_in_4_bits_computes_and_is_dequantised_in_the_cards_type(
+    cfg_of, mistral_tokenizer, tmp_path, monkeypatch
+):
+    """Its own type, which it was saved with, is another."""
+    base = tiny_base(tmp_path / "base", mistral_tokenizer)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **nf4)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    four = load(base, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"})
+    four.save_pretrained(tmp_path / "four")
+    mistral_tokenizer.save_pretrained(tmp_path / "four")
+    cfg = cfg_of(base_model=str(tmp_path / "four"), bf16=False)
+    loading, dequantising = blocks(model_card(cfg, RUN), "python")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(loading[: loading.index("model = PeftModel")], scope)
+    layers = [each for each in scope["model"].modules() if hasattr(each, "compute_dtype")]
+    assert layers and {(e.compute_dtype, e.compute_type_is_set) for e in layers} == {
+        (torch.float32, True)
+    }
+    exec(dequantising, {})
+    with safe_open(next((tmp_path / "dequantised").glob("*.safetensors")), "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
+    told = json.loads((tmp_path / "dequantised" / "config.json").read_text())
+    assert "float32" in (told.get("dtype"), told.get("torch_dtype"))
+    assert "quantization_config" not in told
+
+
 @pytest.mark.slow
 def test_what_the_16_bit_base_costs_is_measured_and_told(
     exported, smollm, smollm_tokenizer, table, capsys
