@@ -18,11 +18,11 @@ import pyarrow as pa
 from datasets import Dataset
 
 from finetune.fields import BadRow, Fields, checked_object, parse_json
-from finetune.files import telling_if_full
+from finetune.files import file_hash, telling_if_full
 from finetune.lock import claim
 from finetune.machine import main_first, progress
 from finetune.notes import data_notes, row_hashes
-from finetune.readers import sources
+from finetune.readers import places_of, sources
 from finetune.rows import ROW_FORMATS, read_row
 from finetune.sources import find_files
 from finetune.talks import Turn
@@ -30,6 +30,7 @@ from qlora_helpers import Settings, UserError, first_of, listed, many, readable_
 
 COLUMNS = {name: pa.string() for name in ("prompt", "completion", "turns", "key", "where")}
 COLUMNS["kept"] = pa.int32()
+HASHES = "sha256.json"
 SHOWN, KEPT = 1000, 10_000  # characters of a bad line, and how many of those, that are written down
 
 
@@ -161,6 +162,7 @@ def read_rows(settings: Settings) -> Dataset:
         names = first_of([file.name for file in files])
         told = "All rows were skipped, none is left" if reader.kinds else "The files hold no rows"
         raise UserError(f"{told}: {names}")
+    keep_hashes(files, folder / HASHES)
     final = folder / f"rows-{reader.digest.hexdigest()[:16]}.arrow"
     rows = datasets.Dataset.from_file(str(keep_new(writing, final)))
     print(reader.told(len(rows)))
@@ -168,6 +170,18 @@ def read_rows(settings: Settings) -> Dataset:
     for note in data_notes(rows):
         print(f"! {note}")
     return rows
+
+
+def keep_hashes(files: Sequence[Path], kept: Path) -> None:
+    """Write down the SHA-256 of each file, for the report: by then it may be gone or another."""
+    hashes = {name: file_hash(file) for file, name in places_of(files).items()}
+    kept.write_text(json.dumps(hashes), encoding="utf-8")
+
+
+def data_hashes(settings: Settings) -> dict[str, str]:
+    """The SHA-256 of each file that `read_rows` has read for this run."""
+    kept = settings.run_dir / "data" / HASHES
+    return json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
 
 
 def write_rows(rows: Iterable[Fields], file: Path) -> None:

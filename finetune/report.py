@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series, concat, json_normalize
 
 from finetune.base_model import called
+from finetune.data import data_hashes
 from finetune.files import Record, file_hash, telling_if_full
-from finetune.readers import places_of
 from finetune.scores import rows_of, score_lines, show_comparison, verdict
-from finetune.sources import find_files
-from qlora_helpers import Settings
+from qlora_helpers import Settings, UserError
 
 
 def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
@@ -130,12 +129,11 @@ def write_report(
     """Write the run to its folder: `run.json`, and `report.html`, which needs no other file.
 
     `run` is `manifest`'s, `table` `compare`'s, `log` the trainer's `log_history`; `data` is what is
-    to be said of the rows. The hashes (SHA-256) are of the data files and of the saved adapter.
+    to be said of the rows. The hashes (SHA-256) are of the data files, as they were read, and of
+    the saved adapter. Raises `UserError` if the curves have not been drawn.
     """
-    files = find_files(settings)
-    hashes = {name: file_hash(file) for file, name in places_of(files).items()}
     adapter = "adapter_model.safetensors"
-    hashes[adapter] = file_hash(settings.final_model / adapter)
+    hashes = data_hashes(settings) | {adapter: file_hash(settings.final_model / adapter)}
     run = {**run, "data": data, "sha256": hashes}
     answers = {"log": log, "answers": table.to_dict("records")}
     text = json.dumps(run | answers, indent=1, ensure_ascii=False)
@@ -161,6 +159,14 @@ tbody th { width: 14em }
 """
 
 
+def curves_of(settings: Settings) -> Path:
+    """The picture that section 12 draws; raises `UserError` if it is not there."""
+    curves = settings.run_dir / "curves.png"
+    if not curves.is_file():
+        raise UserError(f"The report shows the curves, and {curves} is not there: run section 12.")
+    return curves
+
+
 def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dict]) -> str:
     """The report as HTML: scores, curves, answers, then all that made them.
 
@@ -173,7 +179,7 @@ def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dic
 
     result = run["results"]
     scores = DataFrame(score_lines(result)).to_html(index=False, border=0)
-    curves = b64encode((settings.run_dir / "curves.png").read_bytes()).decode()
+    curves = b64encode(curves_of(settings).read_bytes()).decode()
     learned = html.escape(what_it_learned(log, settings.keep_best))
     created = run["created"][:16].replace("T", " ")
     made = {name: value for name, value in run.items() if not isinstance(value, (dict, list))}

@@ -186,7 +186,8 @@ def test_a_base_saved_in_4_bits_computes_and_is_dequantised_in_the_cards_type(
     }
     exec(dequantising, {})
     with safe_open(next((tmp_path / "dequantised").glob("*.safetensors")), "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {torch.float32}
     told = json.loads((tmp_path / "dequantised" / "config.json").read_text())
     assert "float32" in (told.get("dtype"), told.get("torch_dtype"))
     assert "quantization_config" not in told

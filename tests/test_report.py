@@ -24,6 +24,7 @@ from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by bein
 
 from finetune.answers import Answer, validation_loss
 from finetune.batches import Cut, StepSampler
+from finetune.data import read_rows
 from finetune.pace import Speed
 from finetune.plan import Plan
 from finetune.report import (
@@ -38,6 +39,7 @@ from finetune.save import manifest
 from finetune.scores import compare, scores
 from finetune.tokens import encode_rows
 from finetune.train import hold_in_fp32
+from qlora_helpers import UserError
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird"]
 dice = random.Random(0)
@@ -336,6 +338,7 @@ def reported(overfitted, settings, tmp_path):
     for rank, answer in ((8, "no"), (16, ROWS[0]["completion"])):
         name = {"run_name": f"rank-{rank}", "lora_r": rank}
         cfg = settings(output_dir=str(tmp_path), data_files=str(tmp_path / "*.jsonl"), **name)
+        read_rows(cfg)
         cfg.final_model.mkdir(parents=True)
         (cfg.final_model / "adapter_model.safetensors").write_bytes(b"adapter")
         log = trainer.state.log_history
@@ -370,6 +373,23 @@ def test_run_json_holds_all_that_made_the_run(reported, tmp_path):
         assert run["sha256"][name] == sha256((tmp_path / name).read_bytes()).hexdigest()
     assert len(run["answers"]) == 2
     assert len([entry for entry in run["log"] if "eval_loss" in entry]) == 9
+
+
+def test_a_report_tells_the_files_as_they_were_read_though_they_are_gone_now(reported, tmp_path):
+    cfg, _, run = reported[1]
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "more.jsonl").write_text("others")
+    table = compare([ROWS[0]], *[[Answer("a", True)]] * 2)
+    write_report(cfg, run, table, run["log"], run["data"])
+    again = json.loads((cfg.run_dir / "run.json").read_text())
+    assert again["sha256"] == run["sha256"] and len(run["sha256"]) == 3
+
+
+def test_a_report_without_curves_says_which_section_draws_them(reported):
+    cfg, _, run = reported[1]
+    (cfg.run_dir / "curves.png").unlink()
+    with pytest.raises(UserError, match=r"curves\.png is not there: run section 12\.$"):
+        write_report(cfg, run, compare([], [], []), run["log"], run["data"])
 
 
 class Tags(HTMLParser):
