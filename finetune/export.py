@@ -142,7 +142,7 @@ LLAMA = """import xllamacpp  # llama.cpp as a package; any build of llama.cpp do
 params = xllamacpp.CommonParams()
 params.model.path = "{model}"{adapter}
 params.model_alias = "{name}"
-params.n_ctx, params.port = 4096, 8000
+params.n_ctx, params.port = {context}, 8000
 server = xllamacpp.Server(params)
 input(f"Serving at {{server.listening_address}}, until Enter is pressed.")"""
 ADAPTER = """
@@ -150,12 +150,19 @@ params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo("{file}", 1.0)]
 params.chat_template = open("chat_template.jinja", encoding="utf-8").read()"""
 
 
+def context_of(settings: Settings) -> int:
+    """How many tokens a server needs room for: the longest row that is trained, and an answer."""
+    return settings.max_length + settings.max_new_tokens
+
+
 def write_page(folder: Path, settings: Settings, run: Record, models: dict) -> None:
     """Write how llama.cpp and Ollama take the files of a `gguf` folder; `models` says which."""
     parts = [f"# {settings.run_name} as GGUF\n"]
     for title, (model, adapter) in models.items():
         given = ADAPTER.format(file=adapter) if adapter else ""
-        code = LLAMA.format(model=model, adapter=given, name=settings.run_name)
+        code = LLAMA.format(
+            model=model, adapter=given, name=settings.run_name, context=context_of(settings)
+        )
         parts.append(f"## {title}\n\nIn this folder:\n\n```python\n{code}\n```\n")
     parts.append(f"Ask it:\n\n```bash\n{request(settings, run)}\n```\n")
     if settings.prompt_format != "chat":
@@ -202,7 +209,8 @@ def export_gguf(
         if merged:
             models["The merged model"] = f"merged-{kind}.gguf", ""
             to_gguf(settings, merged, work / f"merged-{kind}.gguf")
-            write_modelfile(work / "Modelfile", tokenizer, f"./merged-{kind}.gguf")
+            model = f"./merged-{kind}.gguf"
+            write_modelfile(work / "Modelfile", tokenizer, context_of(settings), model)
         if base and (why := why_no_adapter_gguf(settings)):
             print(f"No GGUF of the adapter alone, but of the merged model: {why}.")
         elif base:
@@ -211,7 +219,8 @@ def export_gguf(
             convert(settings, "convert_lora_to_gguf.py", file, settings.final_model, *options)
             where = os.path.relpath(whole, folder)
             models["The adapter, on the dequantised base"] = where, "adapter-f32.gguf"
-            write_modelfile(work / "Modelfile.adapter", tokenizer, where, "./adapter-f32.gguf")
+            page = work / "Modelfile.adapter"
+            write_modelfile(page, tokenizer, context_of(settings), where, "./adapter-f32.gguf")
         write_page(work, settings, run, models)
         shutil.copy(settings.final_model / "chat_template.jinja", work)
         seal(work, "gguf", settings.run_name)

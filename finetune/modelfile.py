@@ -36,17 +36,18 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def write_modelfile(
-    file: Path, tokenizer: PreTrainedTokenizerBase, model: str, adapter: str = ""
+    file: Path, tokenizer: PreTrainedTokenizerBase, context: int, model: str, adapter: str = ""
 ) -> None:
-    """Write a Modelfile by Ollama's grammar; with a base model's own chat template none is written.
+    """Write a Modelfile by Ollama's grammar, for talks of `context` tokens at most.
 
-    That one stands in the GGUF file, and Ollama knows some of them by heart. Quoted values may hold
-    line ends, and nothing in them is escaped:
+    With a base model's own chat template none is written: that one stands in the GGUF file, and
+    Ollama knows some of them by heart. Quoted values may hold line ends, and nothing in them is
+    escaped:
     https://github.com/ollama/ollama/blob/main/parser/parser.go
     """
     if is_chat(tokenizer):
         return
     lines = [f"FROM {model}"] + [f"ADAPTER {adapter}"] * bool(adapter)
     lines += [f'TEMPLATE """{go_template(tokenizer)}"""', f'PARAMETER stop """{STOP}"""']
-    lines += ["PARAMETER temperature 0"]
+    lines += ["PARAMETER temperature 0", f"PARAMETER num_ctx {context}"]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -416,6 +416,12 @@ def test_an_adapters_files_name_the_bases_from_where_they_stand(run_of):
     assert "'--outtype', 'f16'" in whole.read_text()
 
 
+def test_servers_hold_the_longest_row_and_an_answer(run_of):
+    folder, _ = run_of(max_length=8000, max_new_tokens=300)
+    assert "params.n_ctx, params.port = 8300, 8000\n" in (folder / "README.md").read_text()
+    assert "PARAMETER num_ctx 8300\n" in (folder / "Modelfile.adapter").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

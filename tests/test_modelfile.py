@@ -82,16 +82,17 @@ def parsed(text):
 
 
 def test_a_modelfile_says_what_to_load_how_to_ask_and_where_to_stop(tokenizer, tmp_path):
-    write_modelfile(tmp_path / "Modelfile", tokenizer, "./merged-f16.gguf")
+    write_modelfile(tmp_path / "Modelfile", tokenizer, 8448, "./merged-f16.gguf")
     told = parsed((tmp_path / "Modelfile").read_text())
     assert told["FROM"] == "./merged-f16.gguf" and "ADAPTER" not in told
     assert told["TEMPLATE"] == go_template(tokenizer)
     assert told["PARAMETER stop"] == "\n\n### End" and told["PARAMETER temperature"] == "0"
-    write_modelfile(tmp_path / "Modelfile", tokenizer, "../b.gguf", "./a.gguf")
+    assert told["PARAMETER num_ctx"] == "8448"  # Ollama's own would be 4096 or less
+    write_modelfile(tmp_path / "Modelfile", tokenizer, 8448, "../b.gguf", "./a.gguf")
     told = parsed((tmp_path / "Modelfile").read_text())
     assert (told["FROM"], told["ADAPTER"]) == ("../b.gguf", "./a.gguf")
 
 
 def test_no_modelfile_is_written_for_a_base_models_own_template(mistral_tokenizer, tmp_path):
-    write_modelfile(tmp_path / "Modelfile", tuned(mistral_tokenizer, MISTRAL), "./m.gguf")
+    write_modelfile(tmp_path / "Modelfile", tuned(mistral_tokenizer, MISTRAL), 9, "./m.gguf")
     assert not (tmp_path / "Modelfile").exists()
