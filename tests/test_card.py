@@ -229,6 +229,30 @@ def test_the_python_that_asks_is_of_the_rows_own_shape(defaults, merged, roles):
         compile(code, "card", "exec")
 
 
+@pytest.mark.parametrize("name", ['7b "new"', "back\\slash", "Straße"])
+def test_a_folder_of_any_name_stands_in_lines_that_python_reads(defaults, name):
+    for code in blocks(card_of(defaults, base_model=f"/home/me/{name}"), "python"):
+        compile(code, "card", "exec")
+        scope = {}
+        exec(next(line for line in code.splitlines() if line.startswith("base = ")), scope)
+        assert scope["base"] == name and ("ß" in code) == ("ß" in name)
+
+
+@pytest.mark.parametrize(
+    ("base_adapter", "name"),
+    [
+        ("/home/me/outputs/first/final_model", "first"),
+        ("/home/me/outputs/first", "first"),
+        ("/home/me/final_model/checkpoint-30", "checkpoint-30"),
+        ("ada/earlier", "ada/earlier"),
+    ],
+)
+def test_the_adapter_that_it_went_on_from_is_called_by_its_run(defaults, base_adapter, name):
+    assert f"Training went on from the adapter {name}, " in card_of(
+        defaults, base_adapter=base_adapter
+    )
+
+
 @pytest.mark.parametrize(
     ("base_model", "note"),
     [

@@ -29,6 +29,7 @@ from finetune.export import (
     export_gguf,
     require_convertible,
     take_with_you,
+    write_page,
 )
 from finetune.merge import merge_adapter
 from finetune.save import save_adapter
@@ -414,6 +415,14 @@ def test_an_adapters_files_name_the_bases_from_where_they_stand(run_of):
     given = (folder / "adapter-f32.gguf").read_text()
     assert f"'--base', '{base}', '--outtype', 'f32'" in given and "final_model" in given
     assert "'--outtype', 'f16'" in whole.read_text()
+
+
+def test_a_base_of_any_name_stands_in_a_line_that_python_reads(cfg_of, tmp_path):
+    write_page(tmp_path, cfg_of(), RUN, {"The adapter": ('../7b "new" \\ ß.gguf', "a.gguf")})
+    code = blocks((tmp_path / "README.md").read_text(), "python")[0]
+    path = re.search("model.path = (.+)", code)[1]
+    assert eval(path) == '../7b "new" \\ ß.gguf' and "ß" in path
+    compile(code, "page", "exec")
 
 
 def test_servers_hold_the_longest_row_and_an_answer(run_of):

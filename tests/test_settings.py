@@ -228,6 +228,18 @@ def test_a_base_model_goes_by_its_folders_own_name(monkeypatch, tmp_path):
     assert {name: base_name(name) for name in names} == names
 
 
+def test_a_folder_whose_name_says_nothing_is_called_by_its_parents_too(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for path, name in {
+        "mistral/7b/1": "7b-1",
+        "7b-instruct/2/1": "7b-instruct-2-1",
+        f"models--o--n/snapshots/{commit}": f"models--o--n-{commit}",
+        "7b": "7b",
+    }.items():
+        assert base_name(str(tmp_path / path)) == name
+    assert base_name("/1") == "1"
+
+
 # For each number: a value just inside its bounds and one just outside, on each side that has one.
 BOUNDS = {
     "validation_fraction": [(1e-9, 0.0), (0.5, 0.5000001)],
