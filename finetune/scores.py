@@ -37,13 +37,25 @@ def percent(share: float) -> str:
     return f"{share:.0%}" if share in (0, 1) else f"{min(max(share, 0.01), 0.99):.0%}"
 
 
+def loss_told(loss: float) -> str:
+    """A loss in three decimals; a small one in three digits, so that none reads as 0.000."""
+    return f"{loss:.3g}" if 0 < loss < 0.1 else f"{loss:.3f}"
+
+
+def perplexity_told(value: float) -> str:
+    """A perplexity in four digits, a large one in whole numbers, and one without bounds as such."""
+    if value >= 1e300:  # as large as `scores` lets it become
+        return "over 1e+300"
+    return f"{value:,.0f}" if 1000 <= value < 1e12 else f"{value:.4g}"
+
+
 # How the scores are named and printed wherever they are shown.
 SCORES: dict[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("exact answers", percent),
     "f1": ("words in common (F1)", percent),
     "stopped": ("stopped by itself", percent),
-    "validation_loss": ("loss (nats a token)", "{:.3f}".format),
-    "perplexity": ("perplexity", "{:.4g}".format),
+    "validation_loss": ("loss (nats a token)", loss_told),
+    "perplexity": ("perplexity", perplexity_told),
 }
 
 
@@ -128,7 +140,7 @@ def verdict(table: DataFrame, result: Record) -> str:
     """In words: how many answers are right, before and after, or how the loss of texts fell."""
     if not len(table):
         before, after = (result[when]["validation_loss"] for when in ("before", "after"))
-        return f"Loss on held-out texts: {before:.3f} before, {after:.3f} after."
+        return f"Loss on held-out texts: {loss_told(before)} before, {loss_told(after)} after."
     right, before = (int(is_right(table, when).sum()) for when in ("after", "before"))
     wrong = len(table) - right
     others = " The wrong ones are shown first." if wrong else ""

@@ -35,6 +35,7 @@ from finetune.files import BEING_WRITTEN, why_unusable
 from finetune.machine import free_cache, processes, set_random_states
 from finetune.pace import Epochs, Speed
 from finetune.plan import Plan
+from finetune.scores import loss_told
 from finetune.speed import compute_by, keep_dense, noisy
 from qlora_helpers import UserError, many
 
@@ -173,7 +174,7 @@ class PlannedTrainer(trl.SFTTrainer):
         loss, due = self.loss_of(rows), self.control.should_log
         self.log({"eval_part_loss": loss})
         self.control.should_log = due  # the step's own loss comes after this
-        told = f"validation loss {loss:.3f} ({many(len(rows), 'row')})"
+        told = f"validation loss {loss_told(loss)} ({many(len(rows), 'row')})"
         print(f"Step {self.state.global_step:,}: {told}")
 
     def part(self, model: nn.Module, inputs: Batch, count: Tensor | None, parts: int) -> Tensor:

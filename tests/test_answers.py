@@ -387,6 +387,22 @@ def test_all_and_nothing_are_said_of_all_and_nothing_alone(right, of, told):
     assert rows_of(result) == f"{of} held-out rows"
 
 
+@pytest.mark.parametrize(
+    ("loss", "told", "perplexity"),
+    [
+        (0.0004, "0.0004", "1"),
+        (0.0144, "0.0144", "1.015"),
+        (1.25, "1.250", "3.49"),
+        (11.7236, "11.724", "123,451"),
+        (1000.0, "1000.000", "over 1e+300"),
+    ],
+)
+def test_small_losses_and_large_perplexities_can_be_read(loss, told, perplexity):
+    table = table_of(("a", "a"))
+    lines = score_lines(scores(table, {"before": 9.0, "after": loss}))
+    assert [line["after"] for line in lines[-2:]] == [told, perplexity]
+
+
 def test_of_texts_and_questions_together_the_questions_are_asked(smollm_tokenizer, settings):
     rows = [{"prompt": "", "completion": f"t{n}"} for n in range(30)]
     rows += [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
