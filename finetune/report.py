@@ -17,8 +17,8 @@ from pandas import DataFrame, Series, concat, json_normalize
 from finetune.base_model import called
 from finetune.data import data_hashes
 from finetune.files import Record, file_hash, telling_if_full
-from finetune.scores import rows_of, score_lines, show_comparison, verdict
-from qlora_helpers import Settings, UserError
+from finetune.scores import loss_told, rows_of, score_lines, show_comparison, verdict
+from qlora_helpers import Settings, UserError, locate
 
 
 def history(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
@@ -35,24 +35,25 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
     if not found:
         return "No validation loss was measured."
     (best, epoch), (last, end) = min(found), found[-1]
-    if best >= start or f"{best:.3f}" == f"{start:.3f}":
+    if best >= start or loss_told(best) == loss_told(start):
         return (
-            f"Nothing was learned: validation loss never fell below {start:.3f}. Lower "
-            "learning_rate if it rose, else raise it or train longer."
+            f"Nothing was learned: validation loss never fell below {loss_told(start)}. "
+            "Lower learning_rate if it rose, else raise it or train longer."
         )
     if epoch == end:
         return (
             "Validation loss was lowest at the end: "
-            f"{best:.3f} after epoch {end:.3g}, which is kept."
+            f"{loss_told(best)} after epoch {end:.3g}, which is kept."
         )
     kept = f"epoch {epoch:.3g} is kept"
     if not keep_best:
         kept = f"epoch {end:.3g} is kept, because keep_best is off"
-    if f"{best:.3f}" == f"{last:.3f}":
-        return f"Validation loss fell no further after epoch {epoch:.3g} ({best:.3f}); {kept}."
+    if loss_told(best) == loss_told(last):
+        told = f"Validation loss fell no further after epoch {epoch:.3g}"
+        return f"{told} ({loss_told(best)}); {kept}."
     return (
         f"Overfitting: validation loss rose after epoch {epoch:.3g}, "
-        f"from {best:.3f} to {last:.3f}; {kept}."
+        f"from {loss_told(best)} to {loss_told(last)}; {kept}."
     )
 
 
@@ -113,7 +114,7 @@ def mark_kept(axes: Axes, steps: list[float], losses: list[float], keep_best: bo
     every = 1 + len(trained) // 16
     for loss, step in trained[(len(trained) - 1) % every :: every]:
         place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 9}
-        axes.annotate(f"{loss:.3f}", (step, loss), color="#b35900", **place)
+        axes.annotate(loss_told(loss), (step, loss), color="#b35900", **place)
     if trained:
         loss, step = min(trained) if keep_best else trained[-1]
         axes.plot([step], [loss], "o", ms=13, mfc="none", mec="#b35900", label="kept")
@@ -221,18 +222,30 @@ def plan_table(tried: Sequence[Record]) -> str:
     return style.apply(lambda column: mark).to_html()
 
 
+def finished_run(folder: Path) -> Record:
+    """What the report of a run has written down; raises `UserError` if there is none."""
+    told = folder / "run.json"
+    if not told.is_file():
+        raise UserError(
+            f"{folder} is no folder of a finished run: it has no run.json, which section 14 writes."
+        )
+    return json.loads(told.read_text(encoding="utf-8"))
+
+
 def compare_runs(first: str | Path, second: str | Path) -> DataFrame:
     """What differs between two runs, given by their folders: one line each.
 
-    Compared are settings, data, plan, results and versions.
+    Compared are settings, data, plan, results and versions. Raises `UserError` for a folder that
+    holds no finished run.
     """
-    columns = []
-    for folder in map(Path, (first, second)):
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    columns, folders = [], [locate(str(folder)) for folder in (first, second)]
+    same = folders[0].name == folders[1].name
+    for folder in folders:
+        run = finished_run(folder)
         left_out = ("log", "answers", "created", "trainer_state")
         kept = {name: value for name, value in run.items() if name not in left_out}
         run["plan"].pop("table", None)  # every way that was tried
-        columns.append(json_normalize(kept).iloc[0].rename(folder.name))
+        columns.append(json_normalize(kept).iloc[0].rename(str(folder) if same else folder.name))
     both = concat(columns, axis=1)
     names = both.index
     # Of the fingerprint the rows alone: the rest is among the settings or `base_revision`.

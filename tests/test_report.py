@@ -186,6 +186,14 @@ def log_of(*losses):
             True,
             r"Validation loss fell no further after epoch 1 \(1.500\); epoch 1 is kept.",
         ),
+        (
+            (0.0004, 0.0001),
+            True,
+            "Validation loss was lowest at the end: 0.0001 after epoch 1, which is kept.",
+        ),
+        ((0.0144, 0.0136), True, "Validation loss was lowest at the end: 0.0136 after .*"),
+        ((1, 0.0001, 0.0004), True, "Overfitting: .*, from 0.0001 to 0.0004; epoch 1 is kept."),
+        ((0, 0.5), True, "Nothing was learned: validation loss never fell below 0.000. .*"),
         ((), True, "No validation loss was measured."),
     ],
 )
@@ -246,7 +254,7 @@ def test_the_epoch_that_is_kept_has_a_ring_and_small_losses_can_be_told_apart(
     plot_curves([*log, {"step": 1, "loss": 6.0}], tmp_path / "c.png", "run", keep_best)
     axes = figures[0].axes[0]
     assert [*axes.lines[-1].get_xdata()] == [ring] and axes.get_yscale() == "log"
-    assert [text.get_text() for text in axes.texts] == ["0.500", "0.050", "0.060"]
+    assert [text.get_text() for text in axes.texts] == ["0.500", "0.05", "0.06"]
     near = [{"step": step, "eval_loss": 1 + loss / 10} for step, loss in losses.items()]
     plot_curves([*near, {"step": 1, "loss": 1.6}], tmp_path / "c.png", "run", keep_best)
     assert figures[1].axes[0].get_yscale() == "linear"
@@ -486,6 +494,20 @@ def test_two_runs_are_compared_by_what_differs(reported):
         "results.after.f1",
     }
     assert list(table.loc["settings.lora_r"]) == [8, 16] and isinstance(table, pandas.DataFrame)
+
+
+def test_runs_of_one_name_are_told_by_their_folders_and_no_run_is_told_as_such(
+    reported, tmp_path, monkeypatch
+):
+    cfg = reported[0][0]
+    copy = tmp_path / "content" / "earlier" / cfg.run_name
+    copy.mkdir(parents=True)
+    (copy / "run.json").write_bytes((cfg.run_dir / "run.json").read_bytes())
+    monkeypatch.chdir(tmp_path)  # where /content is, off Colab
+    table = compare_runs(cfg.run_dir, f"/content/earlier/{cfg.run_name}")
+    assert list(table.columns) == [str(cfg.run_dir), str(copy)] and table.empty
+    with pytest.raises(UserError, match=r"content/nowhere is no folder of a finished run"):
+        compare_runs(cfg.run_dir, "/content/nowhere")
 
 
 def test_runs_differ_in_rows_and_in_what_only_one_of_them_has_but_not_in_their_hour(reported):
