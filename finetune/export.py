@@ -240,14 +240,21 @@ def base_gguf(settings: Settings, base: Path) -> Path:
     return file
 
 
-def take_with_you(settings: Settings, address: str | None) -> None:
-    """Say where everything is, and what next; on Colab the browser is given zip and report."""
+def take_with_you(
+    settings: Settings, address: str | None, base: Path | None = None, pushed: str | None = None
+) -> None:
+    """Say where everything is, and what next; on Colab the browser is given zip and report.
+
+    `address` is the adapter's on the Hub, `pushed` the merged model's, `base` the dequantised base.
+    """
     places = {
         "Adapter": settings.final_model,
         "As a zip": zip_of(settings.final_model, settings.run_name),
         "On the Hub": address,
         "Report": settings.run_dir / "report.html",
         "Merged model": locate(settings.merged_dir) if settings.merges else None,
+        "Merged on Hub": pushed,
+        "Base model": base,
         "GGUF": settings.run_dir / "gguf" if settings.gguf else None,
     }
     print("Done.\n" + "\n".join(f"{name:13} {place}" for name, place in places.items() if place))

@@ -509,6 +509,11 @@ def test_the_last_section_says_where_everything_is_and_colab_downloads_it(
     (cfg.final_model / "checksums.json").write_text(json.dumps(sealed))
     take_with_you(cfg, "https://hub/ada/mine")
     out = capsys.readouterr().out
+    assert "Merged on Hub" not in out and "Base model" not in out
+    take_with_you(cfg, None, cfg.cache_dir / "7b-dequantised", "https://hub/ada/mine-merged")
+    lines = capsys.readouterr().out.splitlines()
+    assert "Merged on Hub https://hub/ada/mine-merged" in lines
+    assert f"Base model    {cfg.cache_dir / '7b-dequantised'}" in lines
     assert "mine-20260301-000000.zip" in out and out.count(".zip") == 1
     assert (
         f"Merged model  {cfg.merged_dir}" in out and f"GGUF          {cfg.run_dir / 'gguf'}" in out
