@@ -51,6 +51,12 @@ output = model.generate(**inputs.to(model.device), max_new_tokens={max_new_token
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 print(answer.strip(){end})"""
 
+CONTINUE = """tokenizer = AutoTokenizer.from_pretrained(name)
+inputs = tokenizer("{beginning}", return_tensors="pt")  # the beginning of a text
+model.generation_config = GenerationConfig.from_pretrained(name)  # greedy, without penalties
+output = model.generate(**inputs.to(model.device), max_new_tokens={max_new_tokens})
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+
 DEQUANTISE = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -58,6 +64,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 model.dequantize().to(torch.{dtype}).save_pretrained("dequantised")
 AutoTokenizer.from_pretrained(base, revision={revision}).save_pretrained("dequantised")"""
 
+FORMAT = "The tokenizer carries the prompt format as its chat template."
+FORMAT_OF_TEXTS = "It was trained on whole texts: it is given the beginning of one, and goes on."
+BEGINNING = "Once upon"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
 
 
@@ -90,10 +99,18 @@ def example(run: Record) -> str:
     return ", ".join(f'{{"role": "{role}", "content": "…"}}' for role in [*shown, "user"])
 
 
+def of_texts(run: Record) -> bool:
+    """Whether a run was trained on whole texts, which ask nothing, so that no row was answered."""
+    return run.get("roles") == [] and not run["results"].get("rows")
+
+
 def how_to_ask(settings: Settings, run: Record, merged: bool) -> str:
     """Python that loads the folder which it stands in and asks it."""
     load = LOAD_MERGED if merged else LOAD_ADAPTER
     load = load.format(here=HERE, nf4=load_base(settings, run["base_revision"]))
+    if of_texts(run):
+        told = {"beginning": BEGINNING, "max_new_tokens": settings.max_new_tokens}
+        return f"{load}\n{CONTINUE.format(**told)}"
     end = "" if settings.prompt_format == "chat" else f'.removesuffix("{END_MARKER}").rstrip()'
     told = {"messages": example(run), "max_new_tokens": settings.max_new_tokens, "end": end}
     return f"{load}\n{ASK.format(**told)}"
@@ -115,12 +132,16 @@ def stop_of(settings: Settings) -> str:
 
 def request(settings: Settings, run: Record) -> str:
     """A request to a server, for a terminal."""
+    where, asked = "chat/completions", f'"messages": [{example(run)}]'
+    stop = stop_of(settings)
+    if of_texts(run):
+        where, asked, stop = "completions", f'"prompt": "{BEGINNING}"', ""
     body = (
-        f'{{"model": "{settings.run_name}", "messages": [{example(run)}], '
-        f'"temperature": 0, "max_tokens": {settings.max_new_tokens}{stop_of(settings)}}}'
+        f'{{"model": "{settings.run_name}", {asked}, '
+        f'"temperature": 0, "max_tokens": {settings.max_new_tokens}{stop}}}'
     )
     return (
-        "curl -s http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"curl -s http://localhost:8000/v1/{where} -H 'Content-Type: application/json' \\\n"
         f"  -d '{body}'"
     )
 
@@ -245,7 +266,7 @@ tags: [lora, qlora, sft]
 
 ## Ask it
 
-The tokenizer carries the prompt format as its chat template.
+{FORMAT_OF_TEXTS if of_texts(run) else FORMAT}
 
 ```python
 {how_to_ask(settings, run, merged)}

@@ -253,6 +253,21 @@ def test_the_adapter_that_it_went_on_from_is_called_by_its_run(defaults, base_ad
     )
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_of_whole_texts_is_given_the_beginning_of_one(defaults, merged):
+    run = RUN | {"roles": [], "results": {"rows": 0}}
+    card = card_of(defaults, merged, run, max_new_tokens=77)
+    code = blocks(card, "python")[0]
+    compile(code, "card", "exec")
+    assert 'tokenizer("Once upon", return_tensors="pt")' in code and "max_new_tokens=77)" in code
+    assert "whole texts" in card and "messages" not in card and "### End" not in card
+    assert "localhost:8000/v1/completions " in card
+    body = json.loads(re.search(r"-d '(.+)'", card)[1])
+    assert body["prompt"] == "Once upon" and "stop" not in body
+    asked = run | {"results": {"rows": 3}}  # the first row is a text, and others are not
+    assert "messages" in card_of(defaults, merged, asked)
+
+
 @pytest.mark.parametrize(
     ("base_model", "note"),
     [
