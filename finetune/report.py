@@ -34,7 +34,7 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
     found = [(entry["eval_loss"], entry["epoch"]) for entry in measured if entry["step"]]
     if not found:
         return "No validation loss was measured."
-    (best, epoch), (last, end) = min(found), found[-1]
+    (best, epoch), (last, end) = min(there(measured) or found), found[-1]
     if best >= start or loss_told(best) == loss_told(start):
         return (
             f"Nothing was learned: validation loss never fell below {loss_told(start)}. "
@@ -55,6 +55,12 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
         f"Overfitting: validation loss rose after epoch {epoch:.3g}, "
         f"from {loss_told(best)} to {loss_told(last)}; {kept}."
     )
+
+
+def there(measured: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
+    """Validation loss and epoch of the evaluations whose checkpoint is not `lost`."""
+    kept = (entry for entry in measured if entry["step"] and not entry.get("lost"))
+    return [(entry["eval_loss"], entry["epoch"]) for entry in kept]
 
 
 def plot_curves(
@@ -82,7 +88,8 @@ def plot_curves(
     axes["loss"].plot(steps, smooth, color="#4c78a8", label="training, smoothed")
     measured = history(log, "eval_loss")
     axes["loss"].plot(*measured, "o-", color="#f58518", label="validation")
-    mark_kept(axes["loss"], *measured, keep_best)
+    kept = [entry for entry in log if not entry.get("lost")]
+    mark_kept(axes["loss"], *history(kept, "eval_loss"), keep_best)
     if (few := history(log, "eval_part_loss"))[0]:
         axes["loss"].plot(*few, "x", color="#f58518", alpha=0.6, label="validation, a few rows")
     axes["loss"].set(ylabel="loss (nats a token)", xlabel="step")

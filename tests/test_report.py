@@ -547,3 +547,11 @@ def test_the_report_of_whole_texts_has_no_answers_and_speaks_of_texts(reported):
     page = report_page(cfg, run, table, run["log"])
     assert "<h2>Scores on 7 held-out texts</h2>" in page and "Answers to" not in page
     assert "Loss on held-out texts: 2.000 before, 1.500 after." in page
+
+
+def test_an_epoch_whose_checkpoint_is_lost_is_not_told_as_kept():
+    losses = [(0, 9.0), (2, 1.0), (4, 2.0), (6, 3.0)]
+    log = [{"step": step, "epoch": step / 2, "eval_loss": loss} for step, loss in losses]
+    assert "after epoch 1, from 1.000 to 3.000; epoch 1 is kept" in what_it_learned(log, True)
+    log[1]["lost"] = True
+    assert "after epoch 2, from 2.000 to 3.000; epoch 2 is kept" in what_it_learned(log, True)
