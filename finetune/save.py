@@ -67,7 +67,9 @@ def manifest(settings: Settings, trainer: Trainer, plan: Plan, result: Record) -
         "fingerprint": fingerprint(settings, trainer),
         "roles": roles_of(trainer.train_dataset),
         "settings": settings.model_dump(),
-        "plan": dataclasses.asdict(dataclasses.replace(plan, settings=None)),
+        "plan": {
+            name: each for name, each in dataclasses.asdict(plan).items() if name != "settings"
+        },
         "results": result,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions(),

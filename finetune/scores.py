@@ -39,7 +39,7 @@ def percent(share: float) -> str:
 
 def loss_told(loss: float) -> str:
     """A loss in three decimals; a small one in three digits, so that none reads as 0.000."""
-    return f"{loss:.3g}" if 0 < loss < 0.01 else f"{loss:.3f}"
+    return f"{loss:.3g}" if 0 < loss < 0.1 else f"{loss:.3f}"
 
 
 def perplexity_told(value: float) -> str:
