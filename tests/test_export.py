@@ -203,7 +203,7 @@ def test_what_the_16_bit_base_costs_is_measured_and_told(
     answers = answers.assign(reference=answers["after"])  # as if all were right
     found = on_16_bits(cfg, model, smollm_tokenizer, rows, answers)
     assert (found["rows"], found["ours"]) == (20, 20) and found["right"] == found["same"] < 15
-    told = f"as a server would hold them, {found['right']} of 20 are right (on the 4-bit ones 20)"
+    told = f"in 16 bits would get {found['right']} of 20 right, not 20: serve it as "
     assert told in capsys.readouterr().out
     card = model_card(cfg, RUN | {"results": {"sixteen_bits": found}})
     told = f"{found['right']} of 20 held-out answers were exactly right in place of 20"

@@ -254,7 +254,7 @@ def test_a_second_run_trains_on_from_the_firsts_adapter(tiny, tmp_path, undistur
     run = json.loads((final / "run.json").read_text())
     assert run["settings"]["lora_r"] == 32 and run["base_adapter"].endswith("final_model")
     card = (final / "README.md").read_text()
-    assert 'Training went on from the adapter final_model, which is what "before" means' in card
+    assert 'Training went on from the adapter faults, which is what "before" means' in card
     assert "r 32," in card
     shutil.rmtree(final.parent / "checkpoint-6", ignore_errors=True)
     code, shown = child.run(settings, tmp_path / "log")

@@ -363,7 +363,7 @@ def test_what_somebody_put_among_the_old_checkpoints_is_kept(tmp_path, tuned, mo
     theirs = tmp_path / "checkpoints-before" / "checkpoint-2"
     theirs.mkdir(parents=True)
     (theirs / "mine").write_text("x")
-    monkeypatch.setattr("finetune.base_adapter.here", lambda weight: weight * 0)
+    monkeypatch.setattr("finetune.base_adapter.local_shard", lambda weight: weight * 0)
     begin(anew, tuned, "a test")
     assert (tmp_path / "checkpoints-before" / "checkpoint-2-kept" / "mine").read_text() == "x"
     assert (tmp_path / "checkpoints-before" / "checkpoint-2" / "optimizer").exists()
