@@ -185,6 +185,10 @@ def test_a_base_saved_in_4_bits_computes_and_is_dequantised_in_the_cards_type(
     assert layers and {(e.compute_dtype, e.compute_type_is_set) for e in layers} == {
         (torch.float32, True)
     }
+    if transformers.__version__.startswith("5.15."):
+        pytest.skip(
+            "5.15 cannot save what it has read in 4 bits: Bnb4bitDeserialize, no reverse_op"
+        )
     exec(dequantising, {})
     with safe_open(next((tmp_path / "dequantised").glob("*.safetensors")), "pt") as file:
         names = list(file.keys())
