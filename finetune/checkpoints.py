@@ -139,12 +139,12 @@ def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
 
 def require_as_planned(settings: Settings, trainer: Trainer, now: Record) -> None:
     """Raise `UserError` if settings that training goes by are others than it was set up with."""
-    planned = getattr(trainer, "planned_for", None)
-    if planned and planned != settings:
-        since = changes(fingerprint(planned, trainer), now)
-        if since:
-            title = "Settings have changed since sections 5 to 10 were run:"
-            raise UserError(listed(title, since) + "\nRun all again, so that they take effect.")
+    planned = trainer.planned_for
+    if not planned or planned == settings:
+        return
+    if since := changes(fingerprint(planned, trainer), now):
+        title = "Settings have changed since sections 5 to 10 were run:"
+        raise UserError(listed(title, since) + "\nRun all again, so that they take effect.")
 
 
 def how_to_go_on(settings: Settings, last: Path, changed: list[str], is_finished: bool) -> str:

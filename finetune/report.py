@@ -34,7 +34,8 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
     found = [(entry["eval_loss"], entry["epoch"]) for entry in measured if entry["step"]]
     if not found:
         return "No validation loss was measured."
-    (best, epoch), (last, end) = min(there(measured) or found), found[-1]
+    left = [(entry["eval_loss"], entry["epoch"]) for entry in not_lost(measured) if entry["step"]]
+    (best, epoch), (last, end) = min(left or found), found[-1]
     if best >= start or loss_told(best) == loss_told(start):
         return (
             f"Nothing was learned: validation loss never fell below {loss_told(start)}. "
@@ -57,10 +58,9 @@ def what_it_learned(log: Sequence[Mapping[str, float]], keep_best: bool) -> str:
     )
 
 
-def there(measured: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
-    """Validation loss and epoch of the evaluations whose checkpoint is not `lost`."""
-    kept = (entry for entry in measured if entry["step"] and not entry.get("lost"))
-    return [(entry["eval_loss"], entry["epoch"]) for entry in kept]
+def not_lost(log: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The entries of a log but for evaluations whose checkpoint is lost (`replace_lost_best`)."""
+    return [entry for entry in log if not entry.get("lost")]
 
 
 def plot_curves(
@@ -88,8 +88,7 @@ def plot_curves(
     axes["loss"].plot(steps, smooth, color="#4c78a8", label="training, smoothed")
     measured = history(log, "eval_loss")
     axes["loss"].plot(*measured, "o-", color="#f58518", label="validation")
-    kept = [entry for entry in log if not entry.get("lost")]
-    mark_kept(axes["loss"], *history(kept, "eval_loss"), keep_best)
+    mark_kept(axes["loss"], *history(not_lost(log), "eval_loss"), keep_best)
     if (few := history(log, "eval_part_loss"))[0]:
         axes["loss"].plot(*few, "x", color="#f58518", alpha=0.6, label="validation, a few rows")
     axes["loss"].set(ylabel="loss (nats a token)", xlabel="step")

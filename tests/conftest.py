@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "tests" / "faults"))
 
 import pytest  # noqa: E402
 
+from finetune import command_line  # noqa: E402
 from finetune.base_model import base_model_path, mend_cpu_gradients  # noqa: E402
 from finetune.lock import release  # noqa: E402
 from finetune.setup import quiet  # noqa: E402
@@ -26,16 +27,8 @@ quiet()
 def pytest_sessionstart(session):
     """Prepare the embedded model before there are two processes that would."""
     if not hasattr(session.config, "workerinput"):
-        values = notebook_defaults(json.loads((ROOT / "finetune_mistral.ipynb").read_text()))
+        values = command_line.defaults()
         smollm(lambda **changes: Settings.from_cell(values | changes))
-
-
-def notebook_defaults(notebook):
-    values = {}
-    for cell in notebook["cells"]:
-        if {"settings", "parameters"} & {*cell["metadata"].get("tags", [])}:
-            exec("".join(cell["source"]), values)
-    return {name: value for name, value in values.items() if not name.startswith("__")}
 
 
 def smollm(settings):
@@ -51,9 +44,9 @@ def notebook():
 
 
 @pytest.fixture(scope="session")
-def defaults(notebook):
+def defaults():
     """The hyperparameter cell's values."""
-    return notebook_defaults(notebook)
+    return command_line.defaults()
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ def trainer_of(rows=TOKENS[:2], revision="abc", **parts):
     model.config = types.SimpleNamespace(_commit_hash=revision)
     data = rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows)
     args = types.SimpleNamespace(eval_on_start=True, load_best_model_at_end=True)
-    return types.SimpleNamespace(**{"model": model, "train_dataset": data, "args": args} | parts)
+    made = {"model": model, "train_dataset": data, "args": args, "planned_for": None}
+    return types.SimpleNamespace(**made | parts)
 
 
 def test_any_other_row_makes_another_run(settings):

@@ -835,23 +835,31 @@ def test_truncate_keeps_the_instruction_and_newest_turns(tmp_path, settings, smo
     assert sorted(texts["talk"]) == sorted([TWO, qa("q2", "a2", "s")])
 
 
-def test_a_data_set_of_the_hub_gives_its_training_split(tmp_path, read, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hub, with a cache of its own."""
     import huggingface_hub.constants
     from hub import Hub, take_for_the_hub
 
     with Hub() as server:
         take_for_the_hub(server, monkeypatch)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        server.repos["datasets/ada/rows"] = {"private": True}
-        server.files["datasets/ada/rows"] = {
-            "data/train-00000.jsonl": JSONL.encode(),
-            "data/test-00000.jsonl": b"{",
-            "big.bin": b"x",
-        }
-        assert read("hf:ada/rows") == TEXTS
-        assert not server.asked("big.bin")
-        with pytest.raises(UserError, match="the Hub's data set cannot be had"):
-            read("hf:ada/none")
+        yield server
+
+
+def offer(hub, name, files):
+    """Put a private data set onto the Hub."""
+    hub.repos[f"datasets/{name}"] = {"private": True}
+    hub.files[f"datasets/{name}"] = {file: text.encode() for file, text in files.items()}
+
+
+def test_a_data_set_of_the_hub_gives_its_training_split(read, hub):
+    files = {"data/train-00000.jsonl": JSONL, "data/test-00000.jsonl": "{", "big.bin": "x"}
+    offer(hub, "ada/rows", files)
+    assert read("hf:ada/rows") == TEXTS
+    assert not hub.asked("big.bin")
+    with pytest.raises(UserError, match="the Hub's data set cannot be had"):
+        read("hf:ada/none")
 
 
 PARTS = """---
@@ -864,30 +872,19 @@ configs:
 """
 
 
-def test_a_data_set_of_several_parts_asks_for_one(tmp_path, read, monkeypatch):
-    import huggingface_hub.constants
-    from hub import Hub, take_for_the_hub
-
-    with Hub() as server:
-        take_for_the_hub(server, monkeypatch)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        server.repos["datasets/ada/rows"] = {"private": True}
-        server.files["datasets/ada/rows"] = {
-            "README.md": PARTS.encode(),
-            "en/rows.jsonl": b'{"prompt": "Yes?", "completion": "No."}\n',
-            "de/rows.jsonl": JSONL.encode(),
-        }
-        assert read("hf:ada/rows/german") == TEXTS
-        for name in ("hf:ada/rows", "hf:ada/rows/french"):
-            with pytest.raises(UserError, match="name one of its parts:") as told:
-                read(name)
-            assert "'hf:ada/rows/english'\n" in str(told.value)
-            assert str(told.value).endswith("data_files = 'hf:ada/rows/german'")
-        first = PARTS.replace("english\n", "english\n  default: true\n")
-        server.repos["datasets/ada/more"] = {"private": True}
-        server.files["datasets/ada/more"] = dict(server.files["datasets/ada/rows"])
-        server.files["datasets/ada/more"]["README.md"] = first.encode()
-        assert read("hf:ada/more") == [qa("Yes?", "No.")]
+def test_a_data_set_of_several_parts_asks_for_one(read, hub):
+    english = '{"prompt": "Yes?", "completion": "No."}\n'
+    files = {"README.md": PARTS, "en/rows.jsonl": english, "de/rows.jsonl": JSONL}
+    offer(hub, "ada/rows", files)
+    assert read("hf:ada/rows/german") == TEXTS
+    for name in ("hf:ada/rows", "hf:ada/rows/french"):
+        with pytest.raises(UserError, match="name one of its parts:") as told:
+            read(name)
+        assert "'hf:ada/rows/english'\n" in str(told.value)
+        assert str(told.value).endswith("data_files = 'hf:ada/rows/german'")
+    first = PARTS.replace("english\n", "english\n  default: true\n")
+    offer(hub, "ada/more", files | {"README.md": first})
+    assert read("hf:ada/more") == [qa("Yes?", "No.")]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def cells(cfg: Settings, model: Model, result: Result, epoch: int) -> None:
         state = transformers.TrainerState(global_step=2 * epoch, max_steps=9)
     arguments = types.SimpleNamespace(eval_on_start=True, load_best_model_at_end=False)
     options = {"model": model.tuned, "train_dataset": data, "state": state, "args": arguments}
-    trainer = types.SimpleNamespace(**options)
+    trainer = types.SimpleNamespace(**options, planned_for=None)
     for name, weight in model.tuned.named_parameters():
         if "lora_B" in name:
             weight.data.zero_()  # untrained, as `begin` wants it
