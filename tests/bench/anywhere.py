@@ -184,12 +184,17 @@ def main() -> None:
     if not MODEL.exists():
         part = MODEL.with_name(f"{MODEL.name}.part")  # whole, or not at all
         shutil.rmtree(part, ignore_errors=True)
+        print(f"Making the model in {MODEL} …", file=sys.stderr, flush=True)
         make_model(part)
         part.rename(MODEL)
     rate, bandwidth = speed.rates()
     card, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / 2**30
     free_cache()
-    results = {way: in_a_process(way, options) for way in WAYS}
+    results = {}
+    for way in WAYS:
+        print(f"{way}: about two minutes …", file=sys.stderr, flush=True)
+        results[way] = in_a_process(way, options)
+        print(f"{way}: {cell(results[way])}", file=sys.stderr, flush=True)
     best = speed.ceiling(options.data, rate, bandwidth)
     share = results["ours"].get("tokens_per_second", 0) / best
     stack = versions()
