@@ -36,6 +36,7 @@ from finetune.identity import (
     fingerprint,
     hash_of_fingerprint,
     other_release,
+    require_as_planned,
     require_same_shape,
     run_of,
     trains_on,
@@ -97,9 +98,9 @@ def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
     `backup_to` are fetched if they are further than what is here. Raises `UserError` if data or
     settings changed under an unfinished run, or if another release finished it.
     """
+    require_as_planned(settings, trainer.planned_for)
     claim(settings.run_dir)
     now, final = fingerprint(settings, trainer), settings.final_model
-    require_as_planned(settings, trainer, now)
     trainer.run = hash_of_fingerprint(now)
     last = last_good_checkpoint(settings.run_dir)
     if settings.resume == "never":
@@ -135,16 +136,6 @@ def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
     trainer.args.eval_on_start = lacks_evaluation(state)  # else its result is in the log already
     print(f"Continuing from {last.name}{' with changed data or settings' * (was != now)}.")
     return str(last)
-
-
-def require_as_planned(settings: Settings, trainer: Trainer, now: Record) -> None:
-    """Raise `UserError` if settings that training goes by are others than it was set up with."""
-    planned = trainer.planned_for
-    if not planned or planned == settings:
-        return
-    if since := changes(fingerprint(planned, trainer), now):
-        title = "Settings have changed since sections 5 to 10 were run:"
-        raise UserError(listed(title, since) + "\nRun all again, so that they take effect.")
 
 
 def how_to_go_on(settings: Settings, last: Path, changed: list[str], is_finished: bool) -> str:

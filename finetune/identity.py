@@ -17,7 +17,7 @@ from finetune.data import SPLIT
 from finetune.files import Record
 from finetune.machine import processes
 from finetune.tokens import ENCODER
-from qlora_helpers import Settings, UserError, base_name, local_base
+from qlora_helpers import Settings, UserError, base_name, listed, local_base
 
 # Settings that do not change what is trained: where things are, what happens afterwards, and how a
 # step is cut.
@@ -26,6 +26,11 @@ NOT_TRAINING = {
     *("batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb", "bf16"),
     *("sample_rows", "max_new_tokens", "report_to", "push_to_hub", "hub_repo", "hub_private"),
     *("resume", "backup_to", "merge", "export", "model_cache", "output_dir", "merged_dir"),
+}
+# Settings that are first looked at when the model is trained: nothing made before goes by them.
+LATER = {
+    *("sample_rows", "max_new_tokens", "push_to_hub", "hub_repo", "hub_private", "resume"),
+    *("backup_to", "merge", "export", "merged_dir"),
 }
 # What releases after the first have added, and what it was before.
 ADDED = {
@@ -138,6 +143,20 @@ def changes(was: Record, now: Record) -> list[str]:
         else f"{name} was {was.get(name)!r}, is {now.get(name)!r}"
         for name in names
     ]
+
+
+def require_as_planned(settings: Settings, planned: Settings | None) -> None:
+    """Raise `UserError` if model and rows in memory were made by other settings (`planned`).
+
+    What would be trained, saved or written then had neither the one nor the other.
+    """
+    was, now = (each.model_dump(exclude=LATER) for each in (planned or settings, settings))
+    if since := changes(was, now):
+        title = "Settings have changed since sections 5 to 10 were run:"
+        raise UserError(
+            listed(title, since) + "\nRun all again, so that they take effect; or put them back "
+            "and run section 2, to go on with the model that is here."
+        )
 
 
 def other_release(was: Record, now: Record) -> list[str]:

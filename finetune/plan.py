@@ -18,6 +18,7 @@ from peft import PeftModel
 from finetune.batches import Cut, row_lengths, steps_of
 from finetune.checkpoints import SAVE_SECONDS
 from finetune.files import Record
+from finetune.identity import require_as_planned
 from finetune.machine import (
     duration,
     is_spread,
@@ -62,6 +63,10 @@ class Plan:
             return text
         speed = f"{self.tokens_per_second:,.0f} tokens/s"
         return f"{text}\nAbout {duration(self.seconds)} at {speed}, peak {self.peak:.1f} GB"
+
+    def require_same(self, settings: Settings) -> None:
+        """Raise `UserError` if `settings` are others than those that this was planned for."""
+        require_as_planned(settings, self.settings)
 
     # For print(plan), and where a page cannot show HTML.
     __repr__ = __str__

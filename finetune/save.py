@@ -56,7 +56,9 @@ def manifest(settings: Settings, trainer: Trainer, plan: Plan, result: Record) -
     """What is needed to say later what this adapter is: settings, data, plan, scores, versions.
 
     `fingerprint` tells a later run whether this one is the same, and `trainer_state` has its log.
+    Raises `UserError` if section 2 has been edited since the model in memory was made.
     """
+    plan.require_same(settings)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": trainer.run,

@@ -246,3 +246,23 @@ def test_settings_that_changed_since_the_plan_are_not_trained_unsaid(begun):
         find_checkpoint(other, trainer)
     later = begun.model_copy(update={"push_to_hub": True, "max_new_tokens": 7})
     assert find_checkpoint(later, trainer) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_name": "other"},
+        {"output_dir": "elsewhere"},
+        {"data_files": "others.jsonl"},
+        {"validation_fraction": 0.2},
+        {"max_length": 99},
+        {"bf16": False},
+    ],
+    ids=str,
+)
+def test_what_rows_model_and_folders_were_made_by_does_not_change_after_the_plan(begun, change):
+    """Else others' rows would be trained than the settings say, into another run's folder."""
+    other = begun.model_copy(update=change)
+    with pytest.raises(UserError, match=rf"(?s)• {next(iter(change))} was .*put them back and run"):
+        find_checkpoint(other, trainer_of(planned_for=begun))
+    assert not other.run_dir.exists()

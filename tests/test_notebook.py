@@ -166,6 +166,9 @@ AGAIN = (
 )
 
 
+AFTER = ("Curves", "Before and after", "Report", "Merge, export (optional)")
+
+
 def again(client, notebook, name) -> str:
     """What a section's cells print, or the `UserError` they end in, when it is run again alone."""
     start = next(
@@ -186,6 +189,19 @@ def again(client, notebook, name) -> str:
     return said
 
 
+def edited(client, notebook, root) -> dict[str, str]:
+    """What the sections after training say once section 2 names another run, which is there."""
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    before, other = cell.source, root / "outputs" / "other"
+    other.mkdir()
+    (other / ".in-use").touch()
+    cell.source += "\nrun_name = 'other'"
+    names = ("Settings", "Train, save, push", *AFTER)
+    said = {name: again(client, notebook, name) for name in names}
+    cell.source = before
+    return said | {"written": str([path.name for path in other.iterdir()])}
+
+
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory, committed, base):
     """Run all, then one number changed and run all again, in one kernel: folder, and what each run
@@ -204,6 +220,7 @@ def twice(tmp_path_factory, committed, base):
             texts[-1] += json.dumps([o for c in notebook.cells for o in c.get("outputs", [])])
             if rank == 8:
                 alone = {name: again(client, notebook, name) for name in AGAIN}
+                alone["edited"] = edited(client, notebook, root)
                 shutil.copytree(root / "outputs" / "small", root / "first")
     return root, notebook, texts, alone
 
@@ -240,6 +257,13 @@ def test_a_section_run_again_alone_gives_the_same_or_says_what_to_run_first(twic
     assert "nothing is trained again" in alone["Train, save, push"]
     assert "Adapter: " in alone["Train, save, push"] and "Report: " in alone["Report"]
     assert re.search("same answer [1-9]", alone["Merge, export (optional)"])
+
+
+def test_no_section_writes_one_runs_results_into_another_that_section_2_was_edited_to(twice):
+    said = twice[3]["edited"]
+    assert "Run folder" in said["Settings"] and said["written"] == "['.in-use']"
+    for name in ("Train, save, push", *AFTER):
+        assert "• run_name was 'small', is 'other'" in said[name], name
 
 
 def test_memory_returns_to_where_the_first_run_began(twice):

@@ -239,6 +239,22 @@ def test_the_manifest_says_what_the_adapter_is(saved):
     }
 
 
+def test_nothing_is_saved_as_the_run_that_section_2_was_edited_to(saved):
+    """Its fingerprint would tell that run that it is finished, and a card what was not trained."""
+    cfg, model, _ = saved
+    data = datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
+    options = {"train_dataset": data, "state": transformers.TrainerState(), "run": "a1"}
+    trainer, plan = (
+        types.SimpleNamespace(model=model, **options),
+        dataclasses.replace(PLAN, settings=cfg),
+    )
+    for change in ({"learning_rate": 0.5}, {"run_name": "other"}, {"data_files": "others.jsonl"}):
+        with pytest.raises(UserError, match=f"changed since[^•]*• {next(iter(change))} was "):
+            manifest(cfg.model_copy(update=change), trainer, plan, RESULT)
+    asked = cfg.model_copy(update={"max_new_tokens": 9, "sample_rows": 2, "merge": True})
+    assert manifest(asked, trainer, plan, RESULT)["settings"]["max_new_tokens"] == 9
+
+
 def test_the_manifest_has_the_revision_of_a_base_from_the_hub(saved, monkeypatch):
     cfg, model, _ = saved
     monkeypatch.setattr(model.config, "_commit_hash", "c0ffee", raising=False)
