@@ -41,19 +41,27 @@ HARMLESS = {
 def adapter_folder(settings: Settings) -> Path | None:
     """The folder of `base_adapter`, fetched from the Hub where it is an id; None without one.
 
-    Raises `UserError` if there is none that can be had.
+    A finished run's own folder stands for the adapter in it. Raises `UserError` if there is none
+    that can be had, or if this run would replace it.
     """
     if not settings.base_adapter:
         return None
     folder = local_base(settings.base_adapter)
     if folder is None:
         folder = fetched(settings.base_adapter)
+    if not (folder / FILES[0]).is_file() and (folder / "final_model").is_dir():
+        folder = folder / "final_model"
+    if settings.run_dir.resolve() in folder.resolve().parents:
+        raise UserError(
+            f"base_adapter = {settings.base_adapter!r} is in the folder of this very run, which "
+            "would replace it: choose a new run_name."
+        )
     lacking = [name for name in FILES[:2] if not (folder / name).is_file()]
     if lacking:
         told = (
             f"base_adapter = {settings.base_adapter!r}: {folder} has no {' and no '.join(lacking)}"
         )
-        raise UserError(f"{told}. It must be the folder of a finished run's final_model.")
+        raise UserError(f"{told}. It must be a finished run's folder.")
     return folder
 
 

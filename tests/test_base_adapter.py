@@ -220,3 +220,25 @@ def test_an_adapter_comes_from_the_hub_by_its_id(base, settings, tmp_path, monke
         assert held_out_before(cfg) == {"abc"}
         with pytest.raises(UserError, match="is no folder here, and cannot be had from the Hub"):
             adapter_folder(settings(base_adapter="ada/none"))
+
+
+def test_a_finished_runs_own_folder_stands_for_the_adapter_in_it(settings, tmp_path, base):
+    saved(base, tmp_path / "first" / "final_model")
+    run, adapter = (
+        settings(base_adapter=str(folder), output_dir=str(tmp_path), run_name="second")
+        for folder in (tmp_path / "first", tmp_path / "first" / "final_model")
+    )
+    assert adapter_folder(run) == adapter_folder(adapter) == tmp_path / "first" / "final_model"
+    (tmp_path / "first" / "final_model" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="has no adapter_config.json. It must be a finished run's"):
+        adapter_folder(run)
+
+
+@pytest.mark.parametrize("part", [".", "final_model", "checkpoints-before/checkpoint-2"])
+def test_an_adapter_that_this_very_run_would_replace_is_refused(settings, tmp_path, base, part):
+    """It would answer "before" as it answers after, once it is saved."""
+    folder = tmp_path / "mine" / part
+    saved(base, folder / "final_model" if part == "." else folder)
+    cfg = settings(base_adapter=str(folder), output_dir=str(tmp_path), run_name="mine")
+    with pytest.raises(UserError, match="this very run.*: choose a new run_name"):
+        adapter_folder(cfg)
