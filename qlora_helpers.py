@@ -77,18 +77,30 @@ def locate(path: str) -> Path:
 
 # One plain name, as the Hub wants it: it holds no '/', no '..' and cannot leave its folder.
 NAME = r"[A-Za-z0-9](?:(?:_+|[.-])?[A-Za-z0-9])*"
-
-
 NAME_IN_WORDS = (
     "letters, digits and single '-', '.' or '_' between them, 96 at most, no blanks, not ending in "
     "'.git'"
 )
 
 
+# pydantic's kinds of error, and what a setting should be, in words that need no Python.
+WANTED = {
+    "float_type": "a number, as 0.5 or 2e-4 (no quotes)",
+    "int_type": "a whole number, as 4 (no quotes)",
+    "bool_type": "True or False (no quotes)",
+    "string_type": "a text in quotes",
+    "list_type": "a list, as ['a', 'b']",
+    "string_too_short": "a text that is not empty",
+    "too_short": "a list that is not empty",
+}
+
+
 def in_words(name: str, error: ErrorDetails) -> str:
     """What pydantic found wrong with a setting; a name's pattern in words."""
     if name == "export" and error["type"] == "list_type":
         return "it is a list, as ['gguf']"
+    if error["type"] in WANTED:
+        return f"input should be {WANTED[error['type']]}"
     if error["type"] not in ("string_pattern_mismatch", "string_too_long", "value_error"):
         return error["msg"].lower()
     if name == "export":
@@ -99,9 +111,7 @@ def in_words(name: str, error: ErrorDetails) -> str:
 
 def either(told: Sequence[str]) -> str:
     """What is wrong with a setting by each of its types, as one sentence, nothing twice."""
-    first, *others = dict.fromkeys(told)
-    others = [other.removeprefix("input should be ") for other in others]
-    return " or ".join([first, *others]).replace("a valid boolean", "True or False (no quotes)")
+    return " or ".join(dict.fromkeys(told)).replace(" or input should be ", " or ")
 
 
 PathName = Annotated[str, Field(min_length=1)]
@@ -179,8 +189,7 @@ class Settings(pydantic.BaseModel, frozen=True, strict=True):
                 else f"{name}: put its line back"
                 for name, told in problems.items()
             ]
-            title = "Please correct section 2 and run it again:"
-            raise UserError(listed(title, lines)) from None
+            raise UserError(listed("Please correct section 2 and run it again:", lines)) from None
         logger = settings.report_to
         if logger in ("wandb", "trackio") and importlib.util.find_spec(logger) is None:
             raise UserError(

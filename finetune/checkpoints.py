@@ -22,7 +22,6 @@ from finetune.base_adapter import is_untrained
 from finetune.files import (
     BEING_WRITTEN,
     SEAL,
-    Record,
     checkpoints,
     move_aside,
     read_seal,

@@ -230,7 +230,7 @@ def test_a_finished_runs_own_folder_stands_for_the_adapter_in_it(settings, tmp_p
     )
     assert adapter_folder(run) == adapter_folder(adapter) == tmp_path / "first" / "final_model"
     (tmp_path / "first" / "final_model" / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="has no adapter_config.json. It must be a finished run's"):
+    with pytest.raises(UserError, match=r"has no adapter_config\.json\. It must be a finished run's"):
         adapter_folder(run)
 
 
@@ -240,5 +240,5 @@ def test_an_adapter_that_this_very_run_would_replace_is_refused(settings, tmp_pa
     folder = tmp_path / "mine" / part
     saved(base, folder / "final_model" if part == "." else folder)
     cfg = settings(base_adapter=str(folder), output_dir=str(tmp_path), run_name="mine")
-    with pytest.raises(UserError, match="this very run.*: choose a new run_name"):
+    with pytest.raises(UserError, match=r"this very run.*: choose a new run_name"):
         adapter_folder(cfg)

@@ -96,10 +96,10 @@ def test_all_mistakes_are_told_at_once_and_without_a_traceback(settings):
     shown = "\n".join(caught.value._render_traceback_())
     for line in [
         "lora_r = 0: input should be greater than or equal to 1",
-        "learning_rate = '1e-4': input should be a valid number",
+        "learning_rate = '1e-4': input should be a number, as 0.5 or 2e-4 (no quotes)",
         "bf16 = 'yes': ",
         "epochs = nan: ",
-        "batch_size = True: input should be a valid integer",
+        "batch_size = True: input should be a whole number, as 4 (no quotes)",
         "hub_repo = 'a/b/c': ",
     ]:
         assert line in shown
@@ -318,8 +318,14 @@ def test_a_list_of_problems_shows_ten_and_counts_the_others():
         ("bf16", "True", "input should be True or False (no quotes) or 'auto'"),
         ("push_to_hub", "no", "input should be True or False (no quotes)"),
         ("export", "gguf", "it is a list, as ['gguf']"),
-        ("data_files", 5, "input should be a valid string or a valid list"),
-        ("target_modules", "q_proj", "input should be 'all-linear' or a valid list"),
+        ("data_files", 5, "input should be a text in quotes or a list, as ['a', 'b']"),
+        ("data_files", "", "input should be a text that is not empty or a list, as ['a', 'b']"),
+        ("data_files", [], "input should be a text in quotes or a list that is not empty"),
+        ("learning_rate", (0, 2), "input should be a number, as 0.5 or 2e-4 (no quotes)"),
+        ("batch_size", 4.0, "input should be a whole number, as 4 (no quotes)"),
+        ("run_name", 7, "input should be a text in quotes"),
+        ("base_model", "", "input should be a text that is not empty"),
+        ("target_modules", "q_proj", "input should be 'all-linear' or a list, as ['a', 'b']"),
         ("seed", 2**32, "input should be less than 4294967296"),
     ],
 )
