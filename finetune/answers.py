@@ -99,9 +99,10 @@ def draw_sample(
     wanted = tokenize(tokenizer, [end(row["completion"]) for row in rows], places=False)
     lengths, most = [len(one.ids) + 1 for one in wanted], settings.max_new_tokens
     if cut := sum(length > most for length in lengths):
+        are, them = ("is", "it") if cut == 1 else ("are", "them")
         print(
-            f"! {cut} of the {len(rows)} references are longer than max_new_tokens = {most}, so "
-            f"that no answer can equal them: {max(lengths)} would hold all."
+            f"! {cut} of the {len(rows)} references {are} longer than max_new_tokens = {most}, so "
+            f"that no answer can equal {them}: {max(lengths)} would hold all."
         )
     return rows
 

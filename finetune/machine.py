@@ -20,7 +20,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qlora_helpers import UserError
+from qlora_helpers import UserError, many
 
 T = TypeVar("T")
 BAR_AFTER = 2
@@ -74,7 +74,7 @@ def progress(
 def duration(seconds: float) -> str:
     """A time in words: seconds, minutes or hours."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return many(round(seconds), "second")
     if seconds < 5400:
         return f"{seconds / 60:.{1 if seconds < 600 else 0}f} minutes"
     return f"{seconds / 3600:.1f} hours"

@@ -53,9 +53,10 @@ class Plan:
     settings: Settings | None = dataclasses.field(default=None, repr=False)  # planned for
 
     def __str__(self) -> str:
+        first = f"warm-up over the first {self.warmup_steps:,}" if self.warmup_steps > 1 else ""
+        first = first or ("warm-up over the first one" if self.warmup_steps else "no warm-up")
         text = (
-            f"{many(self.steps, 'step')} ({self.steps_per_epoch:,} an epoch), "
-            f"warm-up over the first {self.warmup_steps:,}\n"
+            f"{many(self.steps, 'step')} ({self.steps_per_epoch:,} an epoch), {first}\n"
             f"Each step: {many(self.cut.micro_batch, 'row')} × "
             f"{self.accumulation}, {self.cut.layout}; {self.why}"
         )
@@ -200,6 +201,14 @@ def planned_for(settings: Settings, model: PeftModel, lengths: Sequence[int]) ->
     }
 
 
+# What has changed, where the figures that are kept of it would tell people nothing.
+IN_WORDS = {
+    "rows": "the rows have other lengths, or are more or fewer",
+    "model": "the base model, its precision or its attention is another",
+    "versions": "the libraries have other versions",
+}
+
+
 def planned_before(settings: Settings, about: Record) -> dict[str, Any] | None:
     """What an earlier plan of this run measured, if it was about the same and still fits.
 
@@ -215,7 +224,7 @@ def planned_before(settings: Settings, about: Record) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):  # it was cut short
         return None
     changed = [
-        f"{name}: {was.get(name)} then, {now} now"
+        IN_WORDS.get(name, f"{name}: {was.get(name)} then, {now} now")
         for name, now in about.items()
         if was.get(name) != now
     ]

@@ -332,6 +332,8 @@ def test_what_is_asked_is_drawn_by_the_seed_and_long_references_are_told(
     )
     assert f"! {30 - fits} of the 30 references are longer than max_new_tokens = 20" in shown
     assert f"{longest} would hold all" in shown
+    draw_sample(data, smollm_tokenizer, settings(sample_rows=30, max_new_tokens=longest - 1))
+    assert "! 1 of the 30 references is longer than" in capsys.readouterr().out
     drawn = [settings(sample_rows=5, seed=seed, max_new_tokens=99) for seed in (1, 1, 2)]
     few = [draw_sample(data, smollm_tokenizer, each) for each in drawn]
     assert few[0] == few[1] != few[2] and capsys.readouterr().out == ""

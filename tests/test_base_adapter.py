@@ -230,7 +230,7 @@ def test_a_finished_runs_own_folder_stands_for_the_adapter_in_it(settings, tmp_p
     )
     assert adapter_folder(run) == adapter_folder(adapter) == tmp_path / "first" / "final_model"
     (tmp_path / "first" / "final_model" / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"has no adapter_config\.json\. It must be a finished run's"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json\. It must be a finished run"):
         adapter_folder(run)
 
 

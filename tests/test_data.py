@@ -545,6 +545,12 @@ def test_the_rows_that_choose_are_not_the_rows_that_are_scored(settings, capsys,
             "39 rows held out: 39 both choose the epoch and are scored, being fewer than 40.",
         ),
         (200, {"keep_best": False}, "200 rows held out: 200 are scored."),
+        (1, {"keep_best": False}, "1 row held out: it is scored, and says little."),
+        (
+            1,
+            {},
+            "1 row held out: it both chooses the epoch and is scored, and says little.",
+        ),
     ],
 )
 def test_where_rows_are_few_or_nothing_is_chosen_all_are_scored(

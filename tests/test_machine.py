@@ -258,6 +258,8 @@ def test_what_an_error_came_from_is_found_raised_from_it_or_in_handling_it():
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [
+        (0.2, "0 seconds"),
+        (1.2, "1 second"),
         (2.4, "2 seconds"),
         (89, "89 seconds"),
         (222, "3.7 minutes"),

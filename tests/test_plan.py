@@ -25,7 +25,7 @@ from finetune.answers import validation_loss
 from finetune.batches import Collator, Cut, StepSampler, own_lengths, split_batch, with_void_row
 from finetune.data import write_rows
 from finetune.merge import write_shards
-from finetune.plan import at_risk, make_plan, planned_before, planned_for, require_known
+from finetune.plan import Plan, at_risk, make_plan, planned_before, planned_for, require_known
 from finetune.report import history
 from finetune.speed import checkpointable, noisy, undo, use_fast_kernels
 from finetune.train import PlannedTrainer
@@ -305,7 +305,8 @@ def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
     monkeypatch.setattr("finetune.plan.versions", lambda: {"torch": "9"})
     make_plan(planning(batch_size=2), model, data)
     said = capsys.readouterr().out
-    assert len(measured) == 2 and "batch_size: 4 then, 2 now" in said and "versions: " in said
+    assert len(measured) == 2 and "batch_size: 4 then, 2 now" in said
+    assert "• the libraries have other versions" in said
     make_plan(planning(batch_size=2, resume="never"), model, data)
     assert len(measured) == 3
 
@@ -854,6 +855,35 @@ def test_the_trainers_validation_loss_counts_every_token_alike(planning, built, 
     assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, abs=1e-5)
     assert abs(by_rows - wanted) > 1e-3
     assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_a_plan_is_made_anew_for_is_told_in_words(planning, capsys):
+    cfg, model = planning(), tiny()
+    about = planned_for(cfg, model, [7, 8, 9])
+    cfg.run_dir.mkdir(parents=True)
+    (cfg.run_dir / "plan.json").write_text(json.dumps({"about": about, "peak": 1.0}))
+    assert planned_before(cfg, about)["about"] == about
+    now = planned_for(planning(lora_r=8), tiny(layers=2), [7, 8]) | {"versions": {"torch": "9"}}
+    assert planned_before(cfg, now) is None
+    said = capsys.readouterr().out
+    assert f"lora_r: {about['lora_r']} then, 8 now" in said
+    for part in ("rows have other lengths", "base model, its", "libraries have other versions"):
+        assert f"the {part}" in said
+    assert about["rows"] not in said and "[" not in said and "{" not in said
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "told"),
+    [
+        (1, 0, "1 step (6 an epoch), no warm-up"),
+        (3, 1, "3 steps (6 an epoch), warm-up over the first one"),
+        (12, 3, "12 steps (6 an epoch), warm-up over the first 3"),
+    ],
+)
+def test_the_warm_up_is_told_for_none_for_one_and_for_many(steps, warmup, told):
+    cut = Cut(2, False, "sdpa")
+    plan = Plan(cut, 1, 6, steps, warmup, 1, 100.0, 0.6, 1.0, "as set", [{"chosen": True}])
+    assert str(plan).splitlines()[0] == told and "About 1 second at" in str(plan)
 
 
 def test_a_plan_that_needs_more_than_is_free_now_is_made_anew(planning, monkeypatch, capsys):
