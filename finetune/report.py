@@ -97,6 +97,7 @@ def plot_curves(
         axes[name].plot(*history(log, name), color="#54a24b", marker=point)
         axes[name].set_ylabel(label)
     axes["tokens_per_second"].set_xlabel("step")
+    axes["loss"].xaxis.get_major_locator().set_params(integer=True)
     positive = [value for value in (*losses, *measured[1]) if value > 0]
     far = positive and max(positive) > 10 * min(positive)
     for name, each in axes.items():
@@ -104,7 +105,7 @@ def plot_curves(
             each.set_yscale("log")
             each.yaxis.set_major_formatter("{x:g}")
         else:
-            each.set_ylim(0, None)
+            each.set_ylim(0, 1.1 * each.get_ylim()[1])  # room for the ring and the figures
         each.grid(alpha=0.3)
         each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=144)

@@ -260,6 +260,24 @@ def test_the_epoch_that_is_kept_has_a_ring_and_small_losses_can_be_told_apart(
     assert figures[1].axes[0].get_yscale() == "linear"
 
 
+def test_a_run_of_two_steps_whose_losses_are_near_is_drawn_within_its_frame(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "finetune.report.Figure", lambda **o: figures.append(Figure(**o)) or figures[-1]
+    )
+    names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+    log = [{"step": n} | dict.fromkeys(names, 10.7 - n / 100) for n in (1, 2)]
+    log += [{"step": n, "eval_loss": 10.7 - n / 100} for n in (0, 2)]
+    plot_curves(log, tmp_path / "c.png", "run")
+    ring = figures[0].axes[0].lines[-1]
+    for axes in figures[0].axes:
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+        for line in axes.lines:  # in pixels, with the half of a marker
+            height = axes.transData.transform(line.get_xydata())[:, 1]
+            half = line.get_markersize() / 2 * figures[0].dpi / 72 * (line is ring)
+            assert height.max() + half < axes.bbox.ymax, line.get_label()
+
+
 def test_the_curves_are_in_the_log_and_in_tensorboard(overfitted):
     folder, _, _, trainer, rows = overfitted
     board = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
