@@ -316,10 +316,10 @@ def safe_training(settings: Settings, trainer: Trainer) -> Iterator[None]:
         if not disk_is_full(error):
             raise
         last = last_good_checkpoint(settings.run_dir)
+        then = "this cell again: it continues from there" if last else "from section 7 on"
         raise UserError(
             f"The disk is full: {settings.run_dir} could not be written to. Saved before: "
-            f"{last.name if last else 'nothing'}. "
-            "Free some space, then run this cell again: it continues from there."
+            f"{last.name if last else 'nothing'}. Free some space, then run {then}."
         ) from None
     finally:
         for number, handler in before.items():

@@ -1,6 +1,7 @@
 """Section 11: what stops a training, what is told then, and what a finished checkpoint holds."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -216,6 +217,19 @@ def begun(cfg, monkeypatch):
 
 def press_stop(number=signal.SIGINT):
     os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_full_disk_is_told_with_the_section_from_which_training_goes_on(begun, cfg, saved):
+    """With nothing saved the adapter in memory has learned, and section 11 would refuse it."""
+    if saved:
+        seal(checkpoint(cfg.run_dir / "checkpoint-2"), "checkpoint", "safe")
+    then = (
+        r"checkpoint-2\..* run this cell again" if saved else r"nothing\..* run from section 7 on"
+    )
+    with pytest.raises(UserError, match=f"The disk is full: .* Saved before: {then}"):
+        with begun(Watched(4)):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
