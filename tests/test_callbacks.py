@@ -224,12 +224,10 @@ def test_a_full_disk_is_told_with_the_section_from_which_training_goes_on(begun,
     """With nothing saved the adapter in memory has learned, and section 11 would refuse it."""
     if saved:
         seal(checkpoint(cfg.run_dir / "checkpoint-2"), "checkpoint", "safe")
-    then = (
-        r"checkpoint-2\..* run this cell again" if saved else r"nothing\..* run from section 7 on"
-    )
-    with pytest.raises(UserError, match=f"The disk is full: .* Saved before: {then}"):
-        with begun(Watched(4)):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    then = r"checkpoint-2\..* run this cell again" if saved else r"nothing\..* from section 7 on"
+    told = f"The disk is full: .* Saved before: {then}"
+    with pytest.raises(UserError, match=told), begun(Watched(4)):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -487,6 +487,16 @@ def test_every_usual_file_gives_its_rows(tmp_path, read, name):
     assert read(str(make(tmp_path, name, FILES[name]))) == TEXTS
 
 
+@pytest.mark.parametrize("heading", ['"prompt";"completion"', '"";""\n"prompt";"completion"'])
+def test_a_heading_in_quotes_tells_the_separator_and_not_the_commas_below_it(
+    tmp_path, read, heading
+):
+    """As R writes it, and spreadsheets that put text into quotes."""
+    rows = f'{heading}\nred, green, blue;a\n"one; two";b\n'
+    expected = [qa("red, green, blue", "a"), qa("one; two", "b")]
+    assert read(str(make(tmp_path, "quoted names.csv", rows.encode()))) == expected
+
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
 
 
