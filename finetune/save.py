@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from finetune.access import base_license
+from finetune.access import base_license, refused
 from finetune.base_adapter import HELD_OUT
 from finetune.base_model import called
 from finetune.checkpoints import require_finite
@@ -41,6 +42,7 @@ from finetune.hub import (
     ensure_repo,
     hub_api,
     hub_repo_id,
+    status_of,
     with_retries,
 )
 from finetune.identity import fingerprint
@@ -220,13 +222,27 @@ def push_adapter(
         ensure_repo(api, repo, settings.hub_private)
         commit_folder(api, repo, folder, list(files))
     except Exception as error:
+        why, again = why_not_pushed(error)
         print(
-            f"Not pushed: {short(error)}\nNothing is lost: the adapter is in {folder}. To push it "
-            "later, run this cell again."
+            f"Not pushed: {why}\nNothing is lost: the adapter is in {folder}. To push it later, "
+            f"run this cell again{again}."
         )
         return None
     print(f"On the Hub: {api.endpoint}/{repo}")
     return f"{api.endpoint}/{repo}"
+
+
+def why_not_pushed(error: Exception) -> tuple[str, str]:
+    """Why a push failed, in plain words where the token is the reason, and what to run before it.
+
+    A token that the Hub does not know is taken out of the environment, so that section 3 asks.
+    """
+    fault = refused(error, "may not write to that repository")
+    if not fault:
+        return short(error), ""
+    if status_of(error) == 401:
+        os.environ.pop("HF_TOKEN", None)
+    return fault[1], ", after section 3 where the token is another"
 
 
 def push_card(settings: Settings, token: str | None, address: str | None) -> None:
@@ -254,8 +270,9 @@ def push_merged(settings: Settings, token: str | None) -> str | None:
             commit_folder(api, repo, folder, [name])
         commit_folder(api, repo, folder, [*PUSHED_FILES, "config.json", "model.safetensors.index*"])
     except Exception as error:
-        told = f"Not pushed: {short(error)}\nNothing is lost: the merged model is in {folder}."
-        print(f"{told} Run this cell again: what is on the Hub already is not sent again.")
+        why, again = why_not_pushed(error)
+        told = f"Not pushed: {why}\nNothing is lost: the merged model is in {folder}."
+        print(f"{told} Run this cell again{again}: what is on the Hub already is not sent again.")
         return None
     print(f"Merged, on the Hub: {api.endpoint}/{repo}")
     return f"{api.endpoint}/{repo}"
