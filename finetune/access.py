@@ -211,7 +211,10 @@ def check_repo(settings: Settings, api: HfApi, repo: str) -> Line:
     now = "private" if found.private else "PUBLIC"
     others = other_files(file.rfilename for file in found.siblings or [])
     if others:
-        return "!", f"will push to {repo} ({now}), which holds other files that stay: {others}"
+        told = (
+            f"a README.md and an adapter there are replaced, beside other files that stay: {others}"
+        )
+        return "!", f"will push to {repo}, which exists ({now}): {told}"
     return "!", f"will push to {repo}, which exists ({now}): its files are replaced"
 
 

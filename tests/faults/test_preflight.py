@@ -369,6 +369,7 @@ def test_another_models_files_in_the_repository_are_named(settings, hub):
     assert mark == "!" and text.endswith(
         "other files that stay: model.safetensors, pytorch_model.bin"
     )
+    assert "a README.md and an adapter there are replaced" in text
     for name in ("model.safetensors", "pytorch_model.bin"):
         del hub.files["ada/mine"][name]
     assert access.check_push(settings(hub_repo="mine"), TOKEN)[1].endswith("its files are replaced")
