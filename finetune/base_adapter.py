@@ -102,7 +102,7 @@ def as_in_base_adapter(settings: Settings) -> Settings:
     theirs = Path(config.base_model_name_or_path or "?").name
     if theirs != Path(called(settings.base_model)).name:
         print(f"! It was trained on {theirs}, and base_model is {settings.base_model}.")
-    return settings.model_copy(update=found)
+    return settings.model_copy(update=changed)
 
 
 def in_order(value: object) -> object:

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
-from finetune.base_adapter import adapter_hash
+from finetune.base_adapter import adapter_hash, in_order
 from finetune.base_model import weight_files
 from finetune.data import SPLIT
 from finetune.files import Record
@@ -130,6 +130,9 @@ def as_told_now(was: Record, now: Record) -> Record:
     if not was:
         return {}
     told = {"base_weights": now["base_weights"], **ADDED, **was}
+    layers = [in_order(each.get("target_modules")) for each in (was, now)]
+    if layers[0] == layers[1]:  # whatever their order
+        told["target_modules"] = now.get("target_modules")
     same = was.get("training rows") == now["training rows"]
     return told | {name: now[name] for name in RELEASE if same}
 

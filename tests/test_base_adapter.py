@@ -242,3 +242,14 @@ def test_an_adapter_that_this_very_run_would_replace_is_refused(settings, tmp_pa
     cfg = settings(base_adapter=str(folder), output_dir=str(tmp_path), run_name="mine")
     with pytest.raises(UserError, match=r"this very run.*: choose a new run_name"):
         adapter_folder(cfg)
+
+
+def test_an_adapter_on_the_same_layers_leaves_the_settings_as_section_2_has_them(
+    settings, tmp_path, base, capsys
+):
+    """Else section 2, run again to push or to merge, would count as another run's."""
+    given = {"base_model": base, "base_adapter": str(tmp_path / "adapter")}
+    mine = settings(**given, lora_r=3, lora_alpha=5)
+    saved(base, tmp_path / "adapter", target_modules=mine.target_modules)
+    assert as_in_base_adapter(mine) == mine
+    assert capsys.readouterr().out == f"Training goes on from {tmp_path / 'adapter'}\n"

@@ -55,6 +55,15 @@ def test_of_large_files_parts_from_end_to_end_are_looked_at(tmp_path):
     assert seen == 3
 
 
+def test_the_order_of_the_layers_makes_no_other_run(begun):
+    trainer = trainer_of()
+    mark = fingerprint(begun, trainer)
+    mark["target_modules"] = sorted(mark["target_modules"])
+    assert mark != fingerprint(begun, trainer)
+    whole(begun.final_model, "adapter", fingerprint=mark)
+    assert find_checkpoint(begun, trainer) == str(begun.final_model)
+
+
 OLDER = ["base_adapter", "adapter_weights", "encoder", "split", "base_weights"]
 
 
