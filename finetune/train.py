@@ -30,7 +30,7 @@ from finetune.batches import (
     with_void_row,
 )
 from finetune.callbacks import Dropped
-from finetune.checkpoints import require_same_state
+from finetune.checkpoints import require_same_state, stopped_early
 from finetune.files import BEING_WRITTEN, why_unusable
 from finetune.machine import free_cache, processes, set_random_states
 from finetune.pace import Epochs, Speed
@@ -95,9 +95,15 @@ class PlannedTrainer(trl.SFTTrainer):
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: object) -> TrainOutput:
         """By this plan's micro-batch: transformers 4.57 goes on by the checkpoint's."""
         try:
-            return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
+            done = super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
         except Dropped as dropped:
             return self.save_last_step(dropped)
+        if self.state.global_step < self.steps and stopped_early(self, self.state):
+            print(
+                f"Stopped early, after epoch {self.state.epoch:.3g} (step "
+                f"{self.state.global_step:,} of {self.steps:,}): validation loss fell no further."
+            )
+        return done
 
     def save_last_step(self, dropped: Dropped) -> TrainOutput:
         """Save the state after the last whole step, unless that was done already."""

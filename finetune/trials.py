@@ -256,7 +256,7 @@ class Trials:
         """Seconds of one real forward and backward pass, GiB before it and at its peak.
 
         On a GPU the first pass builds kernels; the fastest of those after it counts, of up to four
-        or within a second.
+        or of a second.
         """
         compute_by(self.model.train(), cut)
         batch = on_device(self.model, Collator(cut, 0)([self.data[row] for row in rows]))
@@ -265,7 +265,7 @@ class Trials:
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         warm_ups, most = (1, 5) if self.gpu else (0, 1)
-        while len(seconds) <= warm_ups or (len(seconds) < most and sum(seconds) < 1):
+        while len(seconds) <= warm_ups or (len(seconds) < most and sum(seconds[warm_ups:]) < 1):
             seconds.append(self.pass_seconds(batch))
         return min(seconds[warm_ups:]), before, peak_memory()
 

@@ -334,6 +334,8 @@ def test_early_stopping_goes_on_counting_after_a_kill(tiny, tmp_path):
     last = max(losses)
     best = min((s for s in losses if s), key=losses.get)
     assert last == best + 4 < 16  # two epochs of two steps after the best one
+    told = f"Stopped early, after epoch {last // 2} (step {last} of 16): validation loss fell no"
+    assert told in shown, shown
     assert run(tiny, tmp_path / "killed", "kill_at", last, **changes)[0] == KILLED
     code, shown = run(tiny, tmp_path / "killed", **changes)
     assert code == 0 and f"Continuing from checkpoint-{last - 2}." in shown, shown
