@@ -1,6 +1,7 @@
 """Section 6: rows are read whole or refused with their place, and held out by their own hash."""
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from finetune.data import (
+    KEPT,
     RowReader,
     at_most,
     read_rows,
@@ -120,6 +122,16 @@ def test_bad_lines_are_counted_by_kind_and_all_are_written_down(tmp_path, read):
         "b.jsonl:2",
     ]
     assert (lines[-1]["reason"].partition(":")[0], lines[-1]["text"]) == ("not an object", "5")
+
+
+def test_of_very_many_bad_lines_the_first_are_written_down_and_that_is_said(tmp_path, read):
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([b"{" + b"x" * 2000, *[b"{"] * KEPT]))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "rows.jsonl")
+    told = re.search(r"10,001 lines cannot .* The first 10,000 are in (.*)", str(caught.value))
+    lines = Path(told[1]).read_text(encoding="utf-8").splitlines()
+    assert len(lines) == KEPT and json.loads(lines[-1])["line"] == "rows.jsonl:10000"
+    assert json.loads(lines[0])["text"] == "{" + "x" * 999
 
 
 def test_bad_lines_can_be_skipped_with_a_count_and_none_is_reported_later(tmp_path, read, capsys):
@@ -534,6 +546,13 @@ def test_the_rows_that_choose_are_not_the_rows_that_are_scored(settings, capsys,
     assert f"{len(validation)} choose the epoch to keep, {len(test)} others are scored" in said
     more = share_held_out(held(400, same), settings())
     assert all(was <= {*now["completion"]} for was, now in zip(texts, more, strict=True))
+
+
+def test_the_rows_that_were_held_out_fall_into_two_halves(settings):
+    """Their own hashes are the lowest of all, by which they were held out."""
+    rows = as_dataset([{"prompt": f"p{n}", "completion": str(n)} for n in range(1000)])
+    parts = share_held_out(split_rows(rows, 0.1)[1], settings())
+    assert all(30 < len(part) < 70 for part in parts)
 
 
 @pytest.mark.parametrize(
