@@ -295,13 +295,15 @@ def test_a_line_may_be_as_long_as_the_limit_and_no_longer(tmp_path, read, capsys
     row = b'{"prompt": "a", "completion": "%s"}'
     longest = row % (b"b" * (LONGEST_LINE - len(row) + 2))
     assert len(longest) == LONGEST_LINE
-    lines = [longest, longest.replace(b"bb", b"bbb", 1), GOOD]
+    lines = [longest, longest.replace(b"bb", b"bbb", 1), longest * 3, GOOD]
     for number, newline in enumerate([b"\n", b"\r\n"]):
         file = tmp_path / f"{number}.jsonl"
         file.write_bytes(newline.join(lines))
         rows = read(file, on_bad_rows="skip")
-        assert list(rows["where"]) == [f"{file.name}:1", f"{file.name}:3"]
-        assert f"{file.name}:2: longer than " in capsys.readouterr().out
+        assert list(rows["where"]) == [f"{file.name}:1", f"{file.name}:4"]
+        out = capsys.readouterr().out
+        assert all(f"{file.name}:{n}: longer than " in out for n in (2, 3))
+        assert "2 lines cannot be used" in out
 
 
 def test_files_are_read_by_name_whatever_the_folder_lists_first(tmp_path, read):

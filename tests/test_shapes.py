@@ -472,6 +472,7 @@ FILES = {
     "a.parquet": lambda file: pandas.DataFrame(ROWS).to_parquet(file),
     "a.xlsx": excel(rows=ROWS),
     "hidden.xlsx": lambda file: cells(file, TABLE, hidden=[["prompt", "completion"], ["x", "y"]]),
+    "hidden alone.xlsx": lambda file: cells(file, [["notes"]], hidden=TABLE),
     "sheets.xlsx": excel(empty=[], rows=ROWS, notes=[{"a": 1}]),
 }
 
@@ -598,6 +599,8 @@ def test_a_file_of_no_rows_is_told_beside_good_ones(tmp_path, read, capsys):
     out = capsys.readouterr().out
     assert all(f"! {name} holds no rows" in out for name in EMPTY)
     assert "Dropped 4 exact duplicates" in out and "! table" not in out
+    assert read([str(tmp_path / name) for name in ("bare.csv", "good.jsonl")]) == TEXTS
+    assert "! bare.csv holds no rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("indent", [None, 1])
