@@ -461,6 +461,9 @@ FILES = {
     "array.json.gz": gzip.compress(json.dumps(ROWS).encode()),
     "held.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
     "objects.json": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
+    "windows objects.json": "\n".join(json.dumps(row, indent=2) for row in ROWS)
+    .replace("\n", "\r\n")
+    .encode(),
     "a.csv": CSV.encode(),
     "excels.csv": CSV.replace(",", ";").encode("utf-8-sig"),
     "sep.csv": ("sep=;\r\n" + CSV.replace(",", ";")).encode("utf-8-sig"),
@@ -630,6 +633,19 @@ def test_rows_that_hold_lists_of_objects_stay_lines(tmp_path, read, settings):
 def test_a_table_that_was_put_together_has_its_heading_in_it(tmp_path, read):
     make(tmp_path, "a.csv", f"{CSV}\n{CSV}".encode())
     assert read(str(tmp_path / "a.csv")) == TEXTS
+
+
+def test_numbers_are_trained_as_they_stand_in_the_file(tmp_path, read):
+    make(tmp_path, "a.jsonl", b'{"prompt": 12.50, "completion": -0}')
+    assert read(str(tmp_path / "a.jsonl")) == [qa("12.50", "-0")]
+
+
+@pytest.mark.parametrize(("number", "told"), [(float("nan"), "NaN"), (float("inf"), "Infinity")])
+def test_a_number_of_a_table_that_is_none_is_told_by_its_name(tmp_path, read, number, told):
+    table = pyarrow.table({"prompt": ["q"], "completion": [number]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=f"'completion' is {told}: it must be text in quotes"):
+        read(str(tmp_path / "a.parquet"))
 
 
 def test_a_pattern_that_python_refuses_matches_nothing(tmp_path, read):
@@ -923,6 +939,7 @@ PART = '{"type": "text", "text": "q", "text": "LOST"}'
         ("{'prompt': 'q', 'completion': 'a', 3: 'x'}", "a key that is no text: 3; put it in"),
         ("{'prompt': 'q', 'completion': 'a', 'prompt': 'b'}", "the same key stands twice: 'pro"),
         ("{'prompt': 'q', 'completion': ('a',)}", "Python's spelling with a tuple or a set: "),
+        ("{'prompt': 'q', 'completion': {'a'}}", "Python's spelling with a tuple or a set: "),
         (
             '{"messages": [{"role": "user", "content": [' + PART + "]}]}",
             "the same key stands twice in a turn's part: 'text'",
