@@ -442,6 +442,7 @@ FILES = {
     "mac.jsonl": JSONL.replace("\n", "\r").encode(),
     "utf16.jsonl": JSONL.encode("utf-16"),
     "utf16be.jsonl": JSONL.encode("utf-16-be"),
+    "utf16be with its mark.jsonl": f"\ufeff{JSONL}".encode("utf-16-be"),
     "utf16.json": json.dumps(ROWS, indent=1).encode("utf-16"),
     "utf16.csv": CSV.replace(",", "\t").encode("utf-16"),
     "mac.csv": CSV.replace("\n", "\r").encode(),
@@ -467,6 +468,7 @@ FILES = {
     "a.csv": CSV.encode(),
     "excels.csv": CSV.replace(",", ";").encode("utf-8-sig"),
     "sep.csv": ("sep=;\r\n" + CSV.replace(",", ";")).encode("utf-8-sig"),
+    "sep in capitals.csv": ('"SEP=;"\n' + CSV.replace(",", ";")).encode(),
     "blank lines.csv": f"\n  \n,,\n{CSV}".encode(),
     "quoted heading.csv": CSV.replace("completion", 'completion,"a;b;c;d;e"').encode(),
     "tabs.tsv": CSV.replace(",", "\t").encode(),
@@ -729,6 +731,21 @@ def test_names_that_are_no_utf8_are_read_and_shown(tmp_path, read):
         file.write(b"\n".join([*(line.encode() for line in LINES), b"{"]))
     with pytest.raises(UserError, match=r"gr\ufffd\ufffde\.jsonl:5: broken JSON"):
         read(str(tmp_path / "*.jsonl"))
+
+
+def test_a_hidden_folder_is_read_where_its_name_is_given(tmp_path, read):
+    (tmp_path / ".rows").mkdir()
+    make(tmp_path / ".rows", "a.jsonl", JSONL.encode())
+    with pytest.raises(UserError, match="No file matches"):
+        read(str(tmp_path / "*" / "*.jsonl"))
+    assert read(str(tmp_path / ".r*" / "*.jsonl")) == TEXTS
+
+
+def test_a_file_with_two_names_is_read_once_by_the_first(tmp_path, read):
+    make(tmp_path, "b.jsonl", JSONL.encode() + b"\n{")
+    (tmp_path / "a.jsonl").symlink_to("b.jsonl")
+    with pytest.raises(UserError, match=r"1 line cannot be used(.|\n)*a\.jsonl:5: broken JSON"):
+        read(str(tmp_path))
 
 
 def test_several_names_a_folder_and_a_file_twice(tmp_path, read):
@@ -1022,6 +1039,7 @@ def test_what_is_no_text_is_told_with_what_to_do(tmp_path, read, row, told):
 def test_what_is_left_out_of_a_folder_is_told(tmp_path, read, capsys):
     for name in ("a.jsonl", "b.jsonl.txt", "c", "old.xls", "README.md", "LICENSE", ".hidden"):
         make(tmp_path, name, JSONL.encode())
+    make(tmp_path, "data.rejected.jsonl", b"{")  # another run's
     (tmp_path / "more").mkdir()
     for _ in range(2):  # the second time, there is a run's folder beside them
         assert read(str(tmp_path)) == TEXTS
