@@ -32,7 +32,7 @@ from finetune.audit import (
 )
 from finetune.chat import control_ids
 from finetune.data import read_rows, split_rows
-from finetune.lengths import fit_length, shorten, tell_long
+from finetune.lengths import fit_length, length_of, shorten, shorten_talk, tell_long
 from finetune.report import history
 from finetune.talks import Turn
 from finetune.template import chat_template, usable
@@ -403,6 +403,14 @@ def test_a_prompt_loses_no_more_than_it_must(tokenizer, joint):
             assert len(end.split()) == max(0, limit - fewest + 1)
 
 
+@pytest.mark.parametrize("first", [1, 3, 5])
+def test_a_talk_loses_no_more_turns_than_it_must(tokenizer, first):
+    system, *turns = as_turns("s", [("a", "b"), ("c", "d"), ("e", "f")])
+    newest = json.dumps([system, *turns[first - 1 :]])
+    limit = length_of(tokenizer, newest)
+    assert shorten_talk(tokenizer, json.dumps([system, *turns]), limit) == newest
+
+
 def test_a_prompt_cut_within_a_word_is_measured_anew(tokenizer):
     """Its rest may have more tokens than it had within the whole."""
     prompt = " ".join(f"Rhabarber{n}barbarabar" for n in range(90, 99))
@@ -423,6 +431,8 @@ def test_long_rows_are_told_by_their_first_lines_and_by_what_would_hold_them(cou
         f"{', '.join(places[:10])}{more}\n"
         "max_length = 198 would keep 99 % of the rows, 200 all."
     )
+    told = tell_long(np.arange(1, 151), long, 140)
+    assert told.endswith("max_length = 149 would keep 99 % of the rows, 150 all.")
 
 
 def test_a_long_row_can_stop_the_run(tokenizer, cfg):
