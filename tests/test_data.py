@@ -393,6 +393,22 @@ def test_exact_duplicates_are_dropped_with_a_count(tmp_path, read, capsys):
             ("Who?", "Who? Me."),
             "1 row with a completion that begins with the whole prompt: rows.jsonl:1",
         ),
+        (
+            ("Who?\n", "Who? Me."),
+            "1 row with a completion that begins with the whole prompt: rows.jsonl:1",
+        ),
+        (
+            ("Who?", " Me."),
+            "1 row with a completion that begins with a space, which is trained as a second one: r",
+        ),
+        (
+            ("[INST] Who? [/INST]", "Me."),
+            "1 row with another format's markers ([INST], <|im_start|>, …): rows.jsonl:1",
+        ),
+        (
+            ("Who?", "Me.<|im_end|>"),
+            "1 row with another format's markers ([INST], <|im_start|>, …): rows.jsonl:1",
+        ),
         (("Who?", "Yes."), "95% of the completions are the same text"),
     ],
 )
@@ -419,7 +435,35 @@ def test_what_looks_odd_is_counted_and_its_first_lines_are_named():
     assert note.endswith(", ".join(f"a.jsonl:{n}" for n in range(1, 6)))
 
 
-@pytest.mark.parametrize("prompt", ["Who is {}?", "Say {} in French"])
+def ending(count, end, start=0):
+    """Rows of which two in three, from one on, end in the same way."""
+    ends = [end if n % 3 and n >= start else "." for n in range(count)]
+    return as_dataset(
+        [
+            {"prompt": f"Q{n}?", "completion": f"A{n}{end}", "where": f"a.jsonl:{n}"}
+            for n, end in enumerate(ends)
+        ]
+    )
+
+
+def test_an_end_that_most_answers_share_is_told():
+    (note,) = data_notes(ending(12, "\n[END OF THE REPLY]"))
+    told = "8 rows with a completion that ends in '[END OF THE REPLY]', which is trained, too: "
+    assert note == f"{told}a.jsonl:1, a.jsonl:2, a.jsonl:4, a.jsonl:5, a.jsonl:7"
+    assert data_notes(ending(3, "\n[END OF THE REPLY]")) == data_notes(ending(12, "!")) == []
+    (note,) = data_notes(ending(12_000, " [END]", start=2500))  # all are looked at, here and there
+    assert note.endswith(": a.jsonl:2500, a.jsonl:2501, a.jsonl:2503, a.jsonl:2504, a.jsonl:2506")
+
+
+def test_nine_answers_of_ten_that_are_the_same_are_told():
+    rows = [{"prompt": f"Q{n}?", "completion": "Yes.", "where": "a.jsonl:1"} for n in range(10)]
+    rows[3]["completion"] = "No."
+    assert data_notes(as_dataset(rows)) == ["90% of the completions are the same text"]
+    rows[4]["completion"] = "Perhaps."
+    assert data_notes(as_dataset(rows)) == []
+
+
+@pytest.mark.parametrize("prompt", ["Who is {}?", "Item {}", "Say {} in French"])
 def test_answers_in_lower_case_are_not_odd_by_themselves(prompt):
     """Neither after a whole prompt, nor where they are the habit of rows by the thousand."""
     rows = [
@@ -427,7 +471,7 @@ def test_answers_in_lower_case_are_not_odd_by_themselves(prompt):
         for n in range(2100)
     ]
     assert data_notes(as_dataset(rows)) == []
-    if prompt.endswith("?"):
+    if not prompt.endswith("French"):
         rows += [row | {"completion": "N" + row["completion"]} for row in rows]
         assert data_notes(as_dataset(rows)) == []
 
