@@ -54,6 +54,10 @@ TWO = qa("q", "a") + "[EOS]" + qa("q2", "a2")
 PARTS = [{"type": "text", "text": "q"}]
 VALUES = [{"type": "text", "value": "q"}]
 IMAGE = [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]
+MARKED = [
+    ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}),
+    ({"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2", "weight": 1}),
+]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
 
 TRAINED = {
@@ -76,6 +80,23 @@ TRAINED = {
     "prompt and completion": ({"prompt": "q", "completion": "a"}, qa("q", "a")),
     "numbers": ({"prompt": 5, "completion": 2.50}, qa("5", "2.5")),
     "a system text beside": ({"prompt": "q", "completion": "a", "system": "s"}, qa("q", "a", "s")),
+    "a rejected answer that is none": (
+        {"prompt": "q", "completion": "a", "rejected": None},
+        qa("q", "a"),
+    ),
+    "Gemini's roles": (said(Q, ("model", "a")), qa("q", "a")),
+    "two text parts": (
+        {"messages": [{"role": "user", "content": [*PARTS, *VALUES]}, *said(A)["messages"]]},
+        qa("qq", "a"),
+    ),
+    "an answer that is not learned before one that is": (
+        {"messages": [*MARKED[0], said(("assistant", "b"))["messages"][0]]},
+        qa("q", "a") + "[EOS]### Answer: b\n\n### End",
+    ),
+    "a weight as a table has it": (
+        {"messages": [*said(Q)["messages"], said(A)["messages"][0] | {"weight": 1.0}]},
+        qa("q", "a"),
+    ),
     "lists of messages": (
         {"prompt": said(Q)["messages"], "completion": said(A)["messages"]},
         qa("q", "a"),
@@ -158,6 +179,7 @@ def test_what_a_row_means_is_trained(tmp_path, read, name, kind):
             "no tools",
             "text parts",
             "LLaMA-Factory's parts",
+            "two text parts",
         ):
             return  # a column has one type
         pandas.DataFrame([row]).to_parquet(file)
@@ -166,10 +188,6 @@ def test_what_a_row_means_is_trained(tmp_path, read, name, kind):
     assert read(str(file)) == [text]
 
 
-MARKED = [
-    ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}),
-    ({"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2", "weight": 1}),
-]
 TOLD = {
     "tool calls": (
         {"messages": [*said(Q)["messages"], CALL, *said(A)["messages"]]},
@@ -209,6 +227,10 @@ TOLD = {
     "half a weight": (
         {"messages": [MARKED[0][0], MARKED[0][1] | {"weight": 0.5}]},
         "a turn of the assistant has 'weight': 0.5, which cannot be done",
+    ),
+    "a question to train": (
+        {"messages": [MARKED[0][0] | {"train": True}, MARKED[1][1]]},
+        "a turn of the user has 'train': True, which cannot be done",
     ),
     "nothing to train": ({"messages": [*MARKED[0]]}, "none of the answers is to be trained"),
     "unknown keys": (
@@ -291,13 +313,15 @@ def test_a_turns_own_mark_leaves_its_answer_untrained(tmp_path, settings, smollm
 
 
 def test_fields_that_nothing_is_made_of_are_counted_by_name(tmp_path, read, capsys):
-    rows = [said(Q, A, id=1, source="x"), said(("user", "r"), A, id=2)]
-    rows[1]["messages"][0]["name"] = "Ada"
+    rows = [said(Q, A, id=0, source=""), said(("user", "r"), A, id=2)]
+    part = {"type": "text", "text": "r", "cache_control": {"type": "ephemeral"}}
+    rows[1]["messages"][0] |= {"name": "Ada", "content": [part]}
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, said(*LONG, Q)])))
     read(str(tmp_path / "rows.jsonl"))
     shown = capsys.readouterr().out
     assert "3 rows (messages) from rows.jsonl. Not used: 'id' in 2, " in shown
     assert "'source' in 1" in shown and "'messages[].name' in 1" in shown
+    assert "'messages[].content[].cache_control' in 1" in shown
     assert "Left out: 1 turn after a last answer" in shown
 
 
