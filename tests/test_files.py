@@ -158,6 +158,7 @@ def test_what_is_moved_aside_keeps_its_content_under_a_name_that_was_free(tmp_pa
     found = sorted((path / "mine").read_text() for path in tmp_path.iterdir())
     assert found == ["0", "1", "2"] and not (tmp_path / "run").exists()
     assert is_free(tmp_path / "run") and not is_free(next(tmp_path.iterdir()))
+    assert not is_free(next(tmp_path.iterdir()) / "mine")  # a file
     assert not unused(next(tmp_path.iterdir())).exists()
 
 
@@ -263,6 +264,20 @@ def test_a_file_is_copied_where_the_disk_cannot_give_it_a_second_name(tmp_path, 
     link_or_copy(str(tmp_path / "one"), str(tmp_path / "two"))
     assert (tmp_path / "two").read_text() == "weights"
     assert (tmp_path / "two").samefile(tmp_path / "one") == (error is None)
+
+
+def test_what_is_written_gets_the_usual_rights_and_what_is_a_second_name_keeps_its_own(tmp_path):
+    theirs, usual = tmp_path / "theirs", tmp_path / "usual"
+    for file in (theirs, usual):
+        file.write_text("weights")
+    theirs.chmod(0o600)
+    with new_folder(tmp_path / "x", "adapter") as work:
+        fill(work, "adapter")
+        (work / "adapter_model.safetensors").chmod(0o600)  # as safetensors leaves it
+        link_or_copy(str(theirs), str(work / "base.safetensors"))
+    assert theirs.stat().st_mode & 0o777 == 0o600
+    written = tmp_path / "x" / "adapter_model.safetensors"
+    assert written.stat().st_mode == usual.stat().st_mode
 
 
 @pytest.mark.parametrize("moved", range(4))
