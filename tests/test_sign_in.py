@@ -173,8 +173,9 @@ def test_drive_is_mounted_on_colab_only_where_something_goes_there(
     there = "/content/drive/MyDrive/x"
     exec(cell, {"cfg": settings(backup_to="none", merged_dir=there, merge=False)})
     assert len(mounted) == 1  # nothing is written there
-    for number, changes in enumerate(
-        ({"output_dir": there}, {"model_cache": there}, {"merged_dir": there, "merge": True}), 2
-    ):
+    used = [{name: there} for name in ("output_dir", "model_cache", "base_model", "base_adapter")]
+    used += [{"merged_dir": there, "merge": True}, {"merged_dir": there, "export": ["gguf"]}]
+    used += [{"data_files": ["/content/data/*.jsonl", f"{there}/*.csv"]}]
+    for number, changes in enumerate(used, 2):
         exec(cell, {"cfg": settings(backup_to="none", **changes)})
         assert len(mounted) == number, changes
