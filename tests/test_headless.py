@@ -134,6 +134,18 @@ def test_a_setting_that_is_a_word_or_a_truth_value_takes_both():
     assert parse(words, defaults()) == expected
 
 
+def test_several_files_are_a_list_unless_a_folder_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, value in {
+        "['a.jsonl', 'b.csv']": ["a.jsonl", "b.csv"],
+        "[a].jsonl": "[a].jsonl",
+        "[2024]": [2024],
+    }.items():
+        assert parse([f"DATA={text}"], defaults()) == {"data_files": value}
+    (tmp_path / "[2024]").mkdir()
+    assert parse(["DATA=[2024]"], defaults()) == {"data_files": "[2024]"}
+
+
 def test_a_name_that_is_no_setting_is_told_with_those_that_are():
     with pytest.raises(SystemExit, match=r"EPOCS=1: no such setting\. There are: DATA_FILES "):
         parse(["EPOCS=1"], defaults())
