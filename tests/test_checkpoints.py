@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, TrainerState
 
 from finetune.backup import drive_folder
+from finetune.batches import with_void_row
 from finetune.checkpoints import find_checkpoint, finished, replace_lost_best
 from finetune.files import NEEDED, checkpoints, edit_json, seal
 from finetune.identity import fingerprint
@@ -54,6 +55,13 @@ def test_any_other_row_makes_another_run(settings):
     assert len(set(marks.values())) == len(kinds), marks
     parts = [datasets.Dataset.from_list(rows) for rows in (TOKENS[:1300], TOKENS[1300:])]
     assert mark(datasets.concatenate_datasets(parts)) == marks["these"]
+
+
+def test_the_row_that_two_processes_need_besides_makes_no_other_run(settings, monkeypatch):
+    alone = fingerprint(settings(), trainer_of())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    filled = with_void_row(datasets.Dataset.from_list(TOKENS[:2]))
+    assert len(filled) == 3 and fingerprint(settings(), trainer_of(filled)) == alone
 
 
 OTHER_TRAINING = [

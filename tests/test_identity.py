@@ -106,6 +106,16 @@ def test_a_run_that_another_release_finished_is_not_started_over(
     assert find_checkpoint(begun.model_copy(update={"resume": "never"}), other) is None
 
 
+def test_a_run_of_the_first_release_is_known_by_how_it_wrote_rows(begun):
+    """Which its fingerprint does not say; the same tokens are the same in any release."""
+    mark = fingerprint(begun, trainer_of())
+    first = {name: value for name, value in mark.items() if name not in OLDER}
+    whole(begun.final_model, "adapter", fingerprint=first)
+    other = trainer_of([{"input_ids": [1, 2], "labels": [1, 2]}])
+    with pytest.raises(UserError, match=r"rows become tokens \(encoder 1, now \d\)"):
+        find_checkpoint(begun, other)
+
+
 def test_a_setting_that_a_release_adds_or_drops_starts_no_finished_run_over(begun):
     mark = fingerprint(begun, trainer_of())
     for other in (mark | {"older_setting": 1}, {n: v for n, v in mark.items() if n != "seed"}):
