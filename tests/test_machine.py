@@ -5,12 +5,14 @@ import gc
 import importlib.metadata
 import os
 import platform
+import random
 import socket
 import subprocess
 import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -29,7 +31,9 @@ from finetune.machine import (
     memory_limit,
     peak_memory,
     processes,
+    random_states,
     same_randomness,
+    set_random_states,
     short,
     versions,
 )
@@ -76,6 +80,7 @@ def test_on_a_second_machine_a_process_counts_among_all_and_has_a_gpu_of_its_own
         ({}, False, False),
         ({"ACCELERATE_USE_FSDP": "false"}, False, False),
         ({"ACCELERATE_USE_FSDP": "true"}, True, True),
+        ({"ACCELERATE_USE_FSDP": "True"}, True, True),
         ({"QLORA_SPREAD": "1"}, False, True),
     ],
 )
@@ -142,6 +147,16 @@ def test_what_is_drawn_in_between_changes_no_later_draw(no_gpu):
     with same_randomness():
         torch.rand(5)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_every_kind_of_randomness_goes_on_from_where_it_was(no_gpu):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    states = random_states()
+    drawn = [draw() for _ in range(3)]
+    set_random_states(states)
+    assert [draw() for _ in range(3)] == drawn
 
 
 # -------- memory --------------------------------------------------------------------------
