@@ -219,6 +219,26 @@ def test_a_folder_needs_no_hub_whether_it_is_there_or_not(name, monkeypatch, tmp
     assert is_local(name) and not is_local("there/is-none")
 
 
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, False),
+        ({"base_model": "owner/name"}, True),
+        ({"base_adapter": "owner/name"}, True),
+        ({"base_adapter": "./mine"}, False),
+        ({"data_files": ["rows.jsonl", "hf:owner/name"]}, True),
+        ({"push_to_hub": True}, True),
+        ({"backup_to": "hub"}, True),
+        ({"backup_to": "drive"}, False),
+        ({"merge": "push"}, True),
+        ({"merge": True}, False),
+    ],
+)
+def test_the_hub_is_needed_for_what_comes_from_it_or_goes_there(settings, changes, needed):
+    here = {"base_model": "embedded", "push_to_hub": False}
+    assert settings(**here | changes).needs_hub == needed
+
+
 def test_a_base_model_goes_by_its_folders_own_name(monkeypatch, tmp_path):
     (tmp_path / "mistral-v3" / "sub").mkdir(parents=True)
     (tmp_path / "current").symlink_to("mistral-v3")
