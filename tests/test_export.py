@@ -474,6 +474,7 @@ def test_the_bases_gguf_is_made_once_and_again_when_the_base_is_another(run_of, 
         ({"export": ["base"]}, False, ""),
         ({"export": ["gguf"]}, True, "f16"),
         ({"export": ["gguf:q8_0"]}, True, "q8_0"),
+        ({"export": ["gguf:q8_0", "gguf:bf16"]}, True, "bf16"),  # the last counts
         ({"export": ["base", "gguf:bf16"]}, False, "bf16"),
         ({"export": ["base", "gguf"], "merge": True}, True, "f16"),
         ({"export": ["base", "gguf"], "use_rslora": True}, True, "f16"),
