@@ -76,7 +76,10 @@ def test_a_base_model_that_cannot_be_is_told_why(settings, hub, tmp_path, monkey
 NO_WEIGHTS = b"\2\0\0\0\0\0\0\0{}"  # a whole file of safetensors without any
 
 
-@pytest.mark.parametrize("weights", ["model-1.safetensors", "pytorch_model.bin", "q4.gguf"])
+@pytest.mark.parametrize(
+    "weights",
+    ["model-1.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "q4.gguf"],
+)
 def test_a_folder_with_weights_of_any_kind_is_a_base_model(settings, tmp_path, weights):
     for file in ("config.json", "tokenizer.model", weights):
         assert access.check_base_model(settings(base_model=str(tmp_path)), None)[0] == "✗"
