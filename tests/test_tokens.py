@@ -306,6 +306,8 @@ def test_what_nobody_trained_is_refused_by_the_template(smollm_tokenizer):
         smollm_tokenizer.apply_chat_template(talk)
     joined = [{"role": "user", "content": text} for text in ("a", "b")]
     empty = [{"role": "system", "content": " "}, *joined]
+    told = [[{"role": role, "content": "s"}, *joined] for role in ("system", "developer")]
+    assert len({smollm_tokenizer.apply_chat_template(talk, tokenize=False) for talk in told}) == 1
     for messages in (joined, empty):
         ids = smollm_tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         assert ids == encode_prompt(smollm_tokenizer, "a\n\nb")
