@@ -39,6 +39,7 @@ from finetune.template import chat_template, usable
 from finetune.tokens import (
     ENCODER,
     adds_bos,
+    as_chat,
     encode_example,
     encode_examples,
     encode_prompt,
@@ -311,6 +312,18 @@ def test_what_nobody_trained_is_refused_by_the_template(smollm_tokenizer):
     for messages in (joined, empty):
         ids = smollm_tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         assert ids == encode_prompt(smollm_tokenizer, "a\n\nb")
+
+
+def test_several_talks_are_asked_with_as_each_alone(tokenizer):
+    talks = [[("user", f"{n}?"), ("assistant", f"{n}!"), ("user", "Why?")] for n in range(3)]
+    talks.insert(1, "Who?")
+    assert encode_prompts(tokenizer, talks) == [encode_prompt(tokenizer, one) for one in talks]
+
+
+def test_a_model_of_whole_texts_goes_on_from_the_first_twelve_words():
+    words = [f"w{n}" for n in range(40)]
+    row = {"prompt": "", "completion": "\n".join(words)}
+    assert as_chat(row) == [{"role": "user", "content": " ".join(words[:12])}]
 
 
 ROWS = [
