@@ -963,3 +963,17 @@ def test_answers_in_unknown_characters_are_told_with_their_lines(mistral_tokeniz
     assert "learn <unk> in their place: row 2" in shown
     audit_labels(encode_rows(rows, mistral_tokenizer), mistral_tokenizer)
     assert capsys.readouterr().out == ""
+    tokenizer.eos_token = "<unk>"  # some base models' end is their unknown word, too
+    assert audit_labels(encode_rows(rows[:1], tokenizer), tokenizer)
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_that_would_mistrain_are_named_behind_others_in_unknown_characters():
+    words = {"<unk>": 0, "</s>": 1, "###": 2, "Question": 3, ":": 4, "Answer": 5, "End": 6, "a": 7}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="</s>")
+    rows = encode_rows([{"prompt": "a", "completion": c} for c in "bba"], tokenizer).to_list()
+    rows[2]["labels"][-1] = -100
+    with pytest.raises(UserError, match=r"1 of 3 rows would mis-train.*\n  • row 3 has an EOS"):
+        audit_labels(Dataset.from_list(rows), tokenizer)
