@@ -105,6 +105,7 @@ REFUSED = {
     "the adapter": ("/content/model_outputs/faults/final_model", "is where the run itself writes"),
     "its rows": ("/content/model_outputs/faults/data", "is where the run itself writes"),
     "a checkpoint": ("/content/model_outputs/faults/checkpoint-2", "is where the run itself"),
+    "in its rows": ("/content/model_outputs/faults/data/merged", "is where the run itself writes"),
     "the cache": ("/content/model_cache", "is or holds model_cache"),
     "the base": ("./base", "is or holds the base model's folder"),
     "in the base": ("base/merged", "is inside the base model's folder"),

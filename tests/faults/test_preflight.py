@@ -737,6 +737,13 @@ def test_a_link_to_a_disk_that_is_away_is_told(settings, tmp_path, part):
     assert found and "leads to /mnt/away/for/now, which is not there" in found[0]
 
 
+def test_a_link_to_a_folder_beside_it_is_that_folder(settings, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    places = {"output_dir": str(tmp_path / "out"), "model_cache": str(tmp_path / "out" / "c")}
+    assert not list(folders.check_folders(settings(**places)))
+
+
 @pytest.mark.parametrize("name", ["n" * 300, "~nobody-here/x"])
 def test_a_folder_that_cannot_be_is_told_or_taken_as_it_is(settings, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
