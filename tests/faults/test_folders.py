@@ -614,6 +614,14 @@ def test_a_second_notebook_on_a_run_says_so_and_touches_nothing(tiny, tmp_path, 
     claim(outputs(tmp_path))  # a dead process holds nothing
 
 
+@pytest.mark.parametrize("beat", ["", '{"host": "here", "pid": 7, "time": 0}'])
+def test_a_lock_that_is_held_counts_however_old_its_heartbeat_is(tmp_path, holder, beat):
+    """As that of a process that was stopped, and goes on later."""
+    (outputs(tmp_path) / lock.FILE).write_text(beat)
+    with pytest.raises(UserError, match="in use by another notebook"):
+        claim(outputs(tmp_path))
+
+
 def no_locks(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
