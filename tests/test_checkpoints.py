@@ -2,6 +2,7 @@
 finished one. Killed and damaged runs are in faults/test_resume.py.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -17,7 +18,13 @@ from transformers import EarlyStoppingCallback, TrainerState
 
 from finetune.backup import drive_folder
 from finetune.batches import with_void_row
-from finetune.checkpoints import find_checkpoint, finished, replace_lost_best
+from finetune.checkpoints import (
+    find_checkpoint,
+    finished,
+    replace_lost_best,
+    require_same_state,
+    state_hashes,
+)
 from finetune.files import NEEDED, checkpoints, edit_json, seal
 from finetune.identity import fingerprint
 from qlora_helpers import UserError
@@ -223,14 +230,14 @@ def test_the_saved_adapter_comes_back_as_it_is_with_its_results(done):
 
 @pytest.mark.parametrize(
     ("left", "kept", "words"),
-    [((10, 12), 10, "the best of those left is checkpoint-10"), ((), None, "none is left")],
+    [((10, 12, 14), 12, "the best of those left is checkpoint-12"), ((), None, "none is left")],
 )
 def test_where_the_best_checkpoint_is_gone_the_best_of_the_others_is_kept(
     tmp_path, capsys, left, kept, words
 ):
     for step in left:
         (tmp_path / f"checkpoint-{step}").mkdir()
-    losses = {0: 9.0, 8: 1.0, 10: 2.0, 12: 3.0}
+    losses = {0: 9.0, 8: 1.0, 10: 3.0, 12: 2.0, 14: 4.0}
     log = [{"eval_loss": loss, "step": step} for step, loss in losses.items()]
     state = TrainerState(log_history=log, best_metric=1.0)
     state.best_model_checkpoint = str(tmp_path / "checkpoint-8")
@@ -239,11 +246,49 @@ def test_where_the_best_checkpoint_is_gone_the_best_of_the_others_is_kept(
     best = str(tmp_path / f"checkpoint-{kept}") if kept else None
     assert state.best_model_checkpoint == best
     assert [entry["step"] for entry in log if entry.get("lost")] == [
-        step for step in (8, 10, 12) if step not in left
+        step for step in (8, 10, 12, 14) if step not in left
     ]
     if kept:
         replace_lost_best(state)
         assert state.best_metric == 2.0 and not capsys.readouterr().out
+
+
+def test_each_part_of_what_training_goes_on_from_has_a_hash_of_its_own():
+    model, scaler = torch.nn.Linear(2, 2), torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    parts = {"optimizer": optimizer, "lr_scheduler": schedule}
+    parts |= {"trainable": lambda: dict(model.named_parameters())}
+    trainer = types.SimpleNamespace(accelerator=types.SimpleNamespace(scaler=scaler), **parts)
+    moment, before = optimizer.state[model.weight]["exp_avg"], state_hashes(trainer)
+    for name, change in {
+        "adapter": lambda: model.weight.data.add_(1),
+        "optimizer": lambda: moment.add_(1),
+        "schedule": schedule.step,
+        "scaler": lambda: scaler.set_growth_interval(7),
+        "random states": lambda: torch.rand(1),
+    }.items():
+        change()
+        now = state_hashes(trainer)
+        assert [part for part in now if now[part] != before[part]] == [name]
+        before = now
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_another_number_of_processes_has_other_random_states(tmp_path, monkeypatch, processes):
+    saved = {"adapter": "1f", "random states": "2f", "random state of the GPU": "3f"}
+    folder = whole(tmp_path / "checkpoint-2", "checkpoint")
+    (folder / "run.json").write_text(json.dumps({"state": saved | {"processes": "2"}}))
+    now = dict.fromkeys(saved, "1f") | {"processes": processes}
+    monkeypatch.setattr("finetune.checkpoints.state_hashes", lambda _: now)
+    words = "loaded as it was saved: random states, random state of the GPU differ"
+    same = pytest.raises(UserError, match=words) if processes == "2" else contextlib.nullcontext()
+    with same:
+        require_same_state(None, folder)
+    told = json.loads((tmp_path / "resumed.json").read_text())
+    assert [*told["loaded"]] == [*(saved if processes == "2" else ("adapter",))]
 
 
 def test_settings_that_changed_since_the_plan_are_not_trained_unsaid(begun):
