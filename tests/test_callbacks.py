@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from finetune.callbacks import Dropped, KeepSafe, safe_training
+from finetune.callbacks import Dropped, KeepSafe, raise_if_stopped, safe_training
 from finetune.files import BEING_WRITTEN, NEEDED, read_seal, seal, why_unusable
 from qlora_helpers import UserError
 
@@ -92,10 +92,11 @@ def test_saves_inside_an_epoch_take_a_twentieth_of_the_time_at_most(cfg, monkeyp
         clock[0] += 180
 
     monkeypatch.setattr("finetune.callbacks.require_finite", three_minutes)
-    safe.on_save(None, state(is_world_process_zero=False), None)
-    for minutes, due in ((59, False), (61, True)):
-        clock[0] = safe.saved + 60 * minutes
-        assert safe.is_late() == due
+    for _ in range(2):  # each time by what the last one took
+        safe.on_save(None, state(is_world_process_zero=False), None)
+        for minutes, due in ((59, False), (61, True)):
+            clock[0] = safe.saved + 60 * minutes
+            assert safe.is_late() == due
 
 
 @pytest.mark.parametrize("fp16", [False, True])
@@ -267,9 +268,12 @@ def test_what_is_unfinished_is_dropped_at_once_but_never_half_an_optimizer_step(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(("seconds", "stops"), [(0.1, False), (3, True)])
+@pytest.mark.parametrize(
+    ("seconds", "number", "stops"),
+    [(0.1, signal.SIGINT, False), (3, signal.SIGINT, True), (3, signal.SIGTERM, False)],
+)
 def test_a_second_press_stops_at_once_unless_it_is_the_same_one_passed_on(
-    begun, monkeypatch, seconds, stops
+    begun, monkeypatch, seconds, number, stops
 ):
     clock = [time.monotonic()]
     monkeypatch.setattr("finetune.callbacks.time.monotonic", lambda: clock[0])
@@ -277,8 +281,34 @@ def test_a_second_press_stops_at_once_unless_it_is_the_same_one_passed_on(
         press_stop()
         clock[0] += seconds
         press_stop(signal.SIGTERM)  # a launcher's, while the checkpoint is being written
-        press_stop()
+        press_stop(number)
         raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("step", "resume", "told"),
+    [
+        (0, "auto", "before the end of the first step: there is nothing to save yet. Run this"),
+        (1, "auto", "at step 1 of 10, and saved. Run this cell again to continue."),
+        (4, "anyway", "at step 4 of 10, and saved. Run this"),
+        (4, "never", "and saved. Set resume = 'auto' in section 2 and run it. Run this cell again"),
+    ],
+)
+def test_what_a_stop_has_saved_and_how_to_go_on_is_told(cfg, step, resume, told):
+    safe = KeepSafe(cfg.model_copy(update={"resume": resume}), {})
+    safe.stopped = True
+    with pytest.raises(UserError, match=told):
+        raise_if_stopped(safe, state(step, max_steps=10))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_the_time_that_training_took_is_told_where_a_step_was_done(begun, capsys, fp16):
+    for steps in (0, 1):
+        with begun(trainer := Watched(4)):
+            told = (types.SimpleNamespace(fp16=fp16), trainer.state, None)
+            for _ in range(steps):
+                trainer.callbacks[0].on_pre_optimizer_step(*told, model=weights(1.0))
+        assert ("peak memory" in capsys.readouterr().out) == (steps == 1)
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
