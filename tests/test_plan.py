@@ -22,7 +22,15 @@ from tiny import tiny_base, tiny_tuned
 from tqdm.auto import tqdm
 
 from finetune.answers import validation_loss
-from finetune.batches import Collator, Cut, StepSampler, own_lengths, split_batch, with_void_row
+from finetune.batches import (
+    Collator,
+    Cut,
+    StepSampler,
+    own_lengths,
+    row_lengths,
+    split_batch,
+    with_void_row,
+)
 from finetune.data import write_rows
 from finetune.merge import write_shards
 from finetune.plan import Plan, at_risk, make_plan, planned_before, planned_for, require_known
@@ -89,9 +97,11 @@ def test_two_processes_get_as_many_micro_batches_of_every_step(monkeypatch, cut,
         assert sorted(row for row in step if row != n) == sorted(members)
 
 
-def test_the_row_that_fills_a_step_up_is_the_shortest_and_nothing_of_it_is_trained():
+def test_the_row_that_fills_a_step_up_is_the_shortest_and_nothing_of_it_is_trained(monkeypatch):
     data = rows(7)
     filled = with_void_row(data)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert StepSampler(row_lengths(data), 16, 7, FLAT).lengths == row_lengths(filled)
     assert list(filled)[:-1] == list(data)
     shortest = min(data["input_ids"], key=len)
     assert filled[7] == {"input_ids": shortest, "labels": [-100] * len(shortest)}
@@ -884,6 +894,24 @@ def test_the_warm_up_is_told_for_none_for_one_and_for_many(steps, warmup, told):
     cut = Cut(2, False, "sdpa")
     plan = Plan(cut, 1, 6, steps, warmup, 1, 100.0, 0.6, 1.0, "as set", [{"chosen": True}])
     assert str(plan).splitlines()[0] == told and "About 1 second at" in str(plan)
+
+
+@pytest.mark.parametrize("tokens", [300, 1])
+def test_a_part_of_the_held_out_rows_is_drawn_by_the_seed(
+    planning, built, tmp_path, monkeypatch, capsys, tokens
+):
+    monkeypatch.setattr("finetune.train.PART_TOKENS", tokens)
+    model, data, cfg = tiny(), rows(40, longest=90), planning()
+    trainer = built(model, cfg, plan_for(cfg, model, data, FLAT), data, tmp_path)
+    trainer.control.should_log = True
+    trainer.log_part()
+    drawn = data.shuffle(cfg.seed)
+    count = max(1, sum(n <= tokens for n in itertools.accumulate(row_lengths(drawn))))
+    loss = trainer.state.log_history[-1]["eval_part_loss"]
+    assert loss == pytest.approx(validation_loss(model, drawn.select(range(count))), abs=1e-5)
+    assert abs(loss - validation_loss(model, data.select(range(count)))) > 1e-4
+    assert f"({count} row{'s' * (count > 1)})" in capsys.readouterr().out
+    assert trainer.control.should_log  # the step's own loss is still to come
 
 
 def test_a_plan_that_needs_more_than_is_free_now_is_made_anew(planning, monkeypatch, capsys):
