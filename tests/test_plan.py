@@ -440,11 +440,12 @@ def test_the_adapter_that_validated_best_is_the_one_that_stays(
 ):
     class Judged(PlannedTrainer):
         def evaluate(self, *_, **__):
-            return {"eval_loss": [3.0, 1.0, 2.0][self.state.global_step - 1]}
+            return {"eval_loss": [0.5, 3.0, 1.0, 2.0][self.state.global_step]}
 
     model = tiny_tuned(tiny_base(tmp_path / "base", smollm_tokenizer))
     cfg, data = planning(max_steps=3), rows(48)
     when = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    when |= {"eval_on_start": True}  # of what training begins with, which is no epoch to be kept
     when |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     plan = plan_for(cfg, model, data, CUTS[1])
     trainer = built(model, cfg, plan, data, tmp_path, Judged, **when)
