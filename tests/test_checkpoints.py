@@ -18,6 +18,9 @@ from transformers import EarlyStoppingCallback, TrainerState
 
 from finetune.backup import drive_folder
 from finetune.batches import with_void_row
+
+
+from finetune.backup import back_up, drive_folder
 from finetune.checkpoints import (
     find_checkpoint,
     finished,
@@ -126,6 +129,15 @@ def test_copies_are_fetched_only_where_nothing_is_here(begun, capsys):
     whole(copies / "final_model", "adapter", fingerprint=mark)
     assert find_checkpoint(begun, trainer) == str(begun.final_model)
     assert "step 0" not in capsys.readouterr().out
+
+
+def test_what_is_left_of_another_runs_copies_is_kept_apart_with_the_rest(begun):
+    mine, copies = fingerprint(begun, trainer_of()), drive_folder(begun)
+    whole(copies / "checkpoint-2", "checkpoint", fingerprint=mine)
+    whole(copies / "final_model", "adapter", fingerprint=mine | {"training rows": "others"})
+    back_up(begun, whole(begun.run_dir / "checkpoint-4", "checkpoint", fingerprint=mine))
+    assert {path.name for path in copies.iterdir()} == {"kept", "checkpoint-4"}
+    assert {path.name for path in (copies / "kept").iterdir()} == {"checkpoint-2", "final_model"}
 
 
 def test_a_setting_that_is_no_more_is_named_as_the_difference(begun):

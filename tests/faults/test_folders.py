@@ -507,6 +507,8 @@ def test_copies_on_drive_follow_the_run_and_spare_what_is_not_ours(copied, drive
         sealed(copied.run_dir / f"checkpoint-{step}", "checkpoint")
         shutil.rmtree(copied.run_dir / f"checkpoint-{step - 2}", ignore_errors=True)
         back_up(copied, copied.run_dir / f"checkpoint-{step}")
+        if step == 8:
+            (drive / "checkpoint-8" / "notes.txt").write_text("the user's")
     for answer in ("{}", '{"better": 1}'):
         shutil.rmtree(copied.final_model, ignore_errors=True)
         sealed(copied.final_model, "adapter")
@@ -515,7 +517,8 @@ def test_copies_on_drive_follow_the_run_and_spare_what_is_not_ours(copied, drive
         back_up(copied, copied.final_model)
     assert capsys.readouterr().out.count(f"is copied to {drive}") == 6
     copies = {"checkpoint-10", "checkpoint-11", "final_model"}
-    assert {p.name for p in drive.iterdir()} == copies | {"checkpoint-3", "checkpoint-10-kept"}
+    theirs = {"checkpoint-3", "checkpoint-8", "checkpoint-10-kept"}
+    assert {p.name for p in drive.iterdir()} == copies | theirs
     for name in copies:
         assert checksums(drive / name) == checksums(copied.run_dir / name)
     assert (drive / "checkpoint-10-kept" / "mine").read_text() == "checkpoint-10"
