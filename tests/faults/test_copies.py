@@ -186,7 +186,7 @@ def test_a_run_that_begins_anew_keeps_what_was_there_apart(copied, resume):
 
 
 def test_preflight_says_what_is_there_and_with_which_settings(copied):
-    cfg, _ = copied
+    cfg = copied[0].model_copy(update={"base_model": "./models/mine"})
     assert [mark for mark, _ in check_backup(cfg, "hf_x")] == ["✓"]
     mark = fingerprint(cfg, trainer_of()) | {"learning_rate": 0.5}
     copy_of(cfg, "checkpoint-9", mark)
