@@ -16,11 +16,13 @@ from finetune.answers import (
     cache_tokens,
     draw_sample,
     evaluating,
+    evaluation_tokens,
     generate_answers,
     read_answer,
     trained_logits,
     validation_loss,
 )
+from finetune.machine import device
 from finetune.report import history, plot_curves
 from finetune.scores import (
     compare,
@@ -107,8 +109,9 @@ LOSSES = {"before": 6.0, "after": 1.25}
 
 
 def test_scores_count_exact_answers_and_those_that_stopped():
-    result = scores(compare(ROWS, BEFORE, AFTER), LOSSES)
-    assert result["rows"] == 4
+    table = compare(ROWS, BEFORE, AFTER)
+    result = scores(table, LOSSES)
+    assert result["rows"] == 4 and [*table["reference"]] == ["c0", "c1", "c2", "c3"]
     before = {"exact_match": 0.0, "f1": 0.0, "stopped": 0.0, "validation_loss": 6.0}
     after = {"exact_match": 0.75, "f1": 0.75, "stopped": 0.75, "validation_loss": 1.25}
     assert result["before"] == before | {"perplexity": pytest.approx(403.43, abs=0.01)}
@@ -186,7 +189,7 @@ def test_losses_of_a_model_in_16_bits_are_computed_in_32(tmp_path, mistral_token
 
 
 def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batched(
-    tmp_path, mistral_tokenizer
+    tmp_path, mistral_tokenizer, monkeypatch
 ):
     model = tiny_tuned(tiny_base(tmp_path, mistral_tokenizer))
     rows = [{"prompt": f"p{i}", "completion": "word " * (1 + 5 * i)} for i in range(4)]
@@ -199,11 +202,34 @@ def test_validation_loss_is_the_mean_over_trained_tokens_however_they_are_batche
     counts = [sum(label != -100 for label in row["labels"]) for row in examples]
     mean = sum(loss * n for (loss, _), n in zip(alone, counts, strict=True)) / sum(counts)
     assert validation_loss(model, examples) == pytest.approx(mean, rel=1e-5)
+    for name in ("RANK", "LOCAL_RANK"):  # a second process that takes all rows, as under FSDP
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert validation_loss(model, examples) == pytest.approx(mean, rel=1e-5)
     one_by_one = [ids.tolist() for _, ids in trained_logits(model, examples, tokens=1)]
     assert one_by_one == [[i for i in row["labels"] if i != -100] for row in examples]
     with model.disable_adapter():
         assert abs(validation_loss(model, examples) - mean) > 0.1
     assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_validation_loss_is_computed_as_training_computes(tmp_path, mistral_tokenizer, dtype):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_base(tmp_path, mistral_tokenizer), dtype=dtype
+    )
+    examples, seen = encode_rows([{"prompt": "p", "completion": "c"}], mistral_tokenizer), []
+    kind = device().partition(":")[0]
+    model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled(kind)))
+    validation_loss(model, examples)
+    assert seen == [dtype == torch.bfloat16]
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(30_000, 4096), (131_072, 1024)])
+def test_fewer_tokens_go_at_once_where_a_vocabulary_is_large(vocabulary, tokens):
+    shape = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = MistralConfig(vocab_size=vocabulary, intermediate_size=8, **shape)
+    assert evaluation_tokens(AutoModelForCausalLM.from_config(config)) == tokens
 
 
 def test_batches_hold_rows_of_like_length_and_no_more_tokens_than_asked_for():
@@ -303,6 +329,7 @@ def test_decoding_alters_no_text(smollm_tokenizer):
         (" Two words ### Endpoints are\n\n### End", "Two words ### Endpoints are"),
         (" a # b ## c\n\n\n d", "a # b ## c\n\n\n d"),
         (" ### E", "### E"),
+        (" Paris\n\n### End \n", "Paris"),
     ],
 )
 def test_a_streamed_answer_never_shows_the_end_marker(smollm_tokenizer, capsys, text, shown):
@@ -349,6 +376,7 @@ def test_one_spelling_of_a_character_is_as_right_as_another_and_words_need_no_sp
     table = table_of(("Caf\u00e9", "Cafe\u0301"), ("x", "y"))
     result = scores(table, {"before": 1.0, "after": 0.5})
     assert result["after"]["exact_match"] == result["after"]["f1"] == 0.5
+    assert show_comparison(table, result).to_html().count("#d7f0dd") == 1
     assert words_in_common("東京です", "東京でした") == pytest.approx(2 * 3 / 9)
     assert words_in_common("กา", "กข") == pytest.approx(0.5)
     assert words_in_common("Tokyo is 東京", "Tokyo is 東") == pytest.approx(2 * 3 / 7)
@@ -396,6 +424,7 @@ def test_all_and_nothing_are_said_of_all_and_nothing_alone(right, of, told):
         (0.0144, "0.0144", "1.015"),
         (1.25, "1.250", "3.49"),
         (11.7236, "11.724", "123,451"),
+        (30.0, "30.000", "1.069e+13"),
         (1000.0, "1000.000", "over 1e+300"),
     ],
 )

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from finetune.answers import AnswerStreamer, read_answer
+from finetune.answers import AnswerStreamer, draw_sample, read_answer
 from finetune.audit import audit_labels
 from finetune.card import how_to_ask
 from finetune.chat import control_ids, encode_asked, encode_talks
@@ -369,6 +369,14 @@ def test_the_end_marker_is_shown_where_it_is_a_text_like_another(tokenizer, caps
     for piece in (" See", " ### ", "End", ""):
         streamer.on_finalized_text(piece, piece == "")
     assert capsys.readouterr().out.strip() == "See ### End"
+
+
+def test_a_reference_takes_no_room_for_an_end_marker(tokenizer, cfg, capsys):
+    data = encode_rows(rows_of(("user", "a"), ("assistant", "so it goes")), tokenizer)
+    end = len(tokenizer("so it goes", add_special_tokens=False)["input_ids"]) + 1
+    for most in (end, end - 1):
+        draw_sample(data, tokenizer, cfg(max_new_tokens=most, sample_rows=1))
+        assert ("1 of the 1 references are longer" in capsys.readouterr().out) == (most < end)
 
 
 def test_the_card_asks_without_the_end_marker(cfg):
