@@ -30,6 +30,7 @@ from finetune.plan import Plan
 from finetune.report import (
     compare_runs,
     history,
+    plan_table,
     plot_curves,
     report_page,
     what_it_learned,
@@ -241,20 +242,23 @@ def test_each_curve_is_drawn_from_its_own_numbers(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("keep_best", "ring"), [(True, 20), (False, 30)])
+@pytest.mark.parametrize(
+    ("keep_best", "lost", "ring"), [(True, None, 20), (False, None, 30), (True, 20, 30)]
+)
 def test_the_epoch_that_is_kept_has_a_ring_and_small_losses_can_be_told_apart(
-    tmp_path, monkeypatch, keep_best, ring
+    tmp_path, monkeypatch, keep_best, lost, ring
 ):
     figures = []
     monkeypatch.setattr(
         "finetune.report.Figure", lambda **o: figures.append(Figure(**o)) or figures[-1]
     )
     losses = {0: 6.0, 10: 0.5, 20: 0.05, 30: 0.06}
-    log = [{"step": step, "eval_loss": loss} for step, loss in losses.items()]
+    log = [{"step": n, "eval_loss": loss, "lost": n == lost} for n, loss in losses.items()]
     plot_curves([*log, {"step": 1, "loss": 6.0}], tmp_path / "c.png", "run", keep_best)
     axes = figures[0].axes[0]
     assert [*axes.lines[-1].get_xdata()] == [ring] and axes.get_yscale() == "log"
-    assert [text.get_text() for text in axes.texts] == ["0.500", "0.05", "0.06"]
+    told = {10: "0.500", 20: "0.05", 30: "0.06"}
+    assert [text.get_text() for text in axes.texts] == [told[n] for n in told if n != lost]
     near = [{"step": step, "eval_loss": 1 + loss / 10} for step, loss in losses.items()]
     plot_curves([*near, {"step": 1, "loss": 1.6}], tmp_path / "c.png", "run", keep_best)
     assert figures[1].axes[0].get_yscale() == "linear"
@@ -567,9 +571,16 @@ def test_the_report_of_whole_texts_has_no_answers_and_speaks_of_texts(reported):
     assert "Loss on held-out texts: 2.000 before, 1.500 after." in page
 
 
+def test_the_way_that_was_chosen_is_green():
+    page = plan_table([{"rows": n, "chosen": n == 2} for n in (1, 2, 3)])
+    green = next(rule for rule in page.split("}") if "#d7f0dd" in rule)
+    assert {*re.findall(r"_row(\d+)_", green)} == {"1"}  # the second
+
+
 def test_an_epoch_whose_checkpoint_is_lost_is_not_told_as_kept():
     losses = [(0, 9.0), (2, 1.0), (4, 2.0), (6, 3.0)]
     log = [{"step": step, "epoch": step / 2, "eval_loss": loss} for step, loss in losses]
     assert "after epoch 1, from 1.000 to 3.000; epoch 1 is kept" in what_it_learned(log, True)
-    log[1]["lost"] = True
-    assert "after epoch 2, from 2.000 to 3.000; epoch 2 is kept" in what_it_learned(log, True)
+    for entry in log[1::2]:  # the best one, and then the last one, too
+        entry["lost"] = True
+        assert "after epoch 2, from 2.000 to 3.000; epoch 2 is kept" in what_it_learned(log, True)
