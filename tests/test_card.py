@@ -286,7 +286,8 @@ def test_a_base_that_no_hub_has_is_told_as_a_folder(defaults, base_model, note):
 READ = """
 import sys, json, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-print(json.dumps([tokenizer("a <x> b <y>")["input_ids"], sorted(tokenizer.all_special_tokens)]))
+made = tokenizer("a <x> b <y>")
+print(json.dumps([made["input_ids"], sorted(tokenizer.all_special_tokens), sorted(made)]))
 """
 
 
@@ -300,13 +301,15 @@ def test_extra_special_tokens_load_on_both_majors(python, smollm_path, tmp_path)
         [python, "-c", READ, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    ids, special = json.loads(done.stdout.splitlines()[-1])
+    ids, special, made = json.loads(done.stdout.splitlines()[-1])
+    assert made == ["attention_mask", "input_ids"]  # models take no token_type_ids
     assert ids == tokenizer("a <x> b <y>")["input_ids"] and {"<x>", "<y>"} <= set(special)
 
 
 def test_the_generation_config_is_greedy_whatever_the_base_recommends(tuned):
     told = json.loads((tuned[0].final_model / "generation_config.json").read_text())
     assert "repetition_penalty" not in told and not told.get("do_sample")
+    assert told["pad_token_id"] == told["eos_token_id"] != told["bos_token_id"]
 
 
 def test_tokenizer_model_goes_along_where_the_base_has_it(smollm_tokenizer, tmp_path):

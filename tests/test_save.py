@@ -28,7 +28,7 @@ from finetune.files import read_seal, why_unusable
 from finetune.machine import computing_type, resolve_precision
 from finetune.plan import Plan
 from finetune.preflight import check_room, preflight
-from finetune.save import complete_adapter, manifest, save_adapter
+from finetune.save import complete_adapter, manifest, roles_of, save_adapter
 from finetune.tokens import encode_example, encode_prompt
 from qlora_helpers import UserError
 
@@ -135,7 +135,7 @@ def test_other_weights_or_another_runs_are_saved_though_the_rest_is_the_same(
     kept = weight.detach().clone()
 
     def save(card, seed):
-        run = {"fingerprint": {"seed": seed}}
+        run = {"fingerprint": {"seed": seed}, "created": card}
         save_adapter(model, smollm_tokenizer, folder, card, run)
         return (folder / "README.md").read_text()
 
@@ -253,6 +253,22 @@ def test_nothing_is_saved_as_the_run_that_section_2_was_edited_to(saved):
             manifest(cfg.model_copy(update=change), trainer, plan, RESULT)
     asked = cfg.model_copy(update={"max_new_tokens": 9, "sample_rows": 2, "merge": True})
     assert manifest(asked, trainer, plan, RESULT)["settings"]["max_new_tokens"] == 9
+
+
+TALK = [["system", "s", True], ["user", "q", True], ["assistant", "a", True]]
+
+
+@pytest.mark.parametrize(
+    ("row", "roles"),
+    [
+        ({"prompt": "q", "completion": "a"}, ["user"]),
+        ({"prompt": "q", "completion": "a", "turns": json.dumps(TALK)}, ["system", "user"]),
+        ({"prompt": "", "completion": "a whole text"}, []),
+        ({"input_ids": [1, 2]}, []),
+    ],
+)
+def test_the_manifest_says_whose_turns_a_row_has(row, roles):
+    assert roles_of(datasets.Dataset.from_list([row])) == roles
 
 
 def test_the_manifest_has_the_revision_of_a_base_from_the_hub(saved, monkeypatch):

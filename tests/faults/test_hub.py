@@ -17,7 +17,7 @@ from sums import checksums
 from finetune.backup import back_up, fetch_backup
 from finetune.files import NEEDED, checkpoints, is_ours, seal, why_unusable
 from finetune.hub import CARD_FILES, commit_folder, ensure_repo, hub_api, status_of, with_retries
-from finetune.save import push_adapter
+from finetune.save import push_adapter, push_card
 from qlora_helpers import UserError
 
 TOKEN = "hf_" + "s3cret" * 5
@@ -141,6 +141,8 @@ def test_a_public_repository_gets_nothing_unless_that_is_meant(hub, saved, capsy
 
 
 def test_a_card_that_comes_later_is_pushed_alone(hub, saved, capsys):
+    push_card(saved, TOKEN, None)  # its adapter was not pushed
+    assert not hub.requests
     assert push_adapter(saved, TOKEN, CARD_FILES) == f"{hub.url}/ada/nights"
     assert set(hub.files["ada/nights"]) - {".gitattributes"} == set(CARD_FILES)
     hub.refuse["/commit/"] = (403,)
