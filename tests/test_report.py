@@ -25,7 +25,7 @@ from tiny import one_thread, tiny_base  # noqa: F401  `one_thread` works by bein
 from finetune.answers import Answer, validation_loss
 from finetune.batches import Cut, StepSampler
 from finetune.data import read_rows
-from finetune.pace import Speed
+from finetune.pace import Epochs, Speed
 from finetune.plan import Plan
 from finetune.report import (
     compare_runs,
@@ -340,6 +340,30 @@ def test_speed_is_of_each_steps_own_tokens_and_leaves_out_what_comes_between_epo
     # Two seconds a step; the first of an epoch also has the two between the last log and the
     # epoch's end.
     assert found == [n / seconds for n, seconds in zip(tokens, [2, 2, 2, 4, 2, 2], strict=True)]
+
+
+def test_speed_is_over_all_epochs_since_the_last_log(monkeypatch):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("finetune.pace.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    speed = Speed(StepSampler([10, 20, 30, 40], 2, 0, PLAN.cut))
+    for epoch in range(3):
+        speed.on_epoch_begin()
+        for step in (1, 2):
+            speed.on_step_end(None, SimpleNamespace(global_step=2 * epoch + step))
+        speed.on_epoch_end()
+    speed.on_epoch_begin()
+    logs, state = {"loss": 1.0}, SimpleNamespace(global_step=6, log_history=[{}])
+    speed.on_log(None, state, None, logs=logs)
+    assert logs["tokens_per_second"] == 3 * 100 / (4 * 2)  # two seconds in each of four epochs
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_the_order_of_rows_is_of_the_epoch_that_begins_or_goes_on(rows):
+    sampler = StepSampler([10] * rows, 2, 0, PLAN.cut)
+    steps = len(sampler.steps(0))
+    for step in range(3 * steps):
+        Epochs(sampler).on_epoch_begin(None, SimpleNamespace(global_step=step), None)
+        assert sampler.epoch == step // steps
 
 
 def test_an_evaluation_between_two_logs_takes_no_steps_from_the_next(monkeypatch):
