@@ -80,6 +80,8 @@ def main() -> None:
         return
     if not gpus.isdecimal() or int(gpus) < 1:
         raise SystemExit(f"GPUS={gpus}: how many GPUs train, as a number: GPUS=2")
+    if fsdp not in ("", "True") and not Path(fsdp).is_file():
+        raise SystemExit(f"FSDP={fsdp}: there is no such file; FSDP=True needs none of your own")
     try:
         folder = Settings.from_cell(known | settings).run_dir
     except UserError as error:

@@ -194,6 +194,7 @@ def test_as_many_processes_are_launched_as_were_asked_for(started):
     [
         ("GPUS=two", "GPUS=two: how many GPUs train, as a number"),
         ("GPUS=0", "GPUS=0: how many GPUs train"),
+        ("FSDP=true", "FSDP=true: there is no such file; FSDP=True needs none"),
         ("EPOCHS=-1", "epochs = -1: input should be greater than 0"),
     ],
 )
@@ -215,7 +216,10 @@ def test_processes_share_the_cores_unless_the_user_has_said_how(started):
 
 
 @pytest.mark.parametrize("fsdp", ["True", "my/own.yaml"])
-def test_after_fsdp_one_process_does_the_rest(started, fsdp, capsys):
+def test_after_fsdp_one_process_does_the_rest(started, fsdp, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "own.yaml").touch()
     ((first, told), (second, then)), ended = started(f"FSDP={fsdp}", "GPUS=4", "EPOCHS=2")
     file = first[first.index("--config_file") + 1]
     assert Path(file) == (ROOT / "finetune" / "fsdp.yaml" if fsdp == "True" else Path(fsdp))
