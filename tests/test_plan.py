@@ -290,6 +290,7 @@ def test_the_plan_keeps_the_effective_batch_and_marks_its_choice(planning):
     use_fast_kernels(model, data, "fp32")
     plan = make_plan(planning(batch_size=3, gradient_accumulation=5, epochs=2), model, data)
     assert plan.cut.micro_batch * plan.accumulation == 15
+    assert f"× {plan.accumulation}, {plan.cut.layout}; " in str(plan)
     assert (plan.steps_per_epoch, plan.steps) == (4, 8)
     assert sum(row["chosen"] for row in plan.table) == 1 and len(plan.table) >= 2
     assert plan.cut.recomputed_layers == 0  # on a CPU, unless it is asked for
@@ -330,6 +331,10 @@ def test_a_plan_is_used_again_until_something_that_it_depends_on_changes(
         {"memory_limit_gb": 20.0},
         {"seed": 43},
         {"max_steps": 9},
+        {"lora_r": 8},
+        {"lora_dropout": 0.1},
+        {"use_dora": True},
+        {"target_modules": ["q_proj"]},
         {"bf16": True},
         {"lengths": [8, 7, 9]},
         {"processes": 2},
@@ -349,15 +354,19 @@ def test_a_plan_depends_on_all_that_decides_what_fits_and_what_is_fastest(
     assert planned_for(planning(**changes), model, lengths) != before
 
 
-@pytest.mark.parametrize(("batch_size", "rows_at_once"), [(4, 4), (6, 6), (1, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "processes", "rows_at_once", "passes"),
+    [(4, 4, 1, 4, 4), (6, 4, 1, 6, 4), (1, 4, 1, 1, 4), (8, 3, 2, 6, 2)],
+)
 def test_a_model_over_several_gpus_trains_as_set_with_all_layers_recomputed(
-    planning, monkeypatch, batch_size, rows_at_once
+    planning, monkeypatch, batch_size, accumulation, processes, rows_at_once, passes
 ):
     monkeypatch.setenv("QLORA_SPREAD", "1")
-    model, data = tiny(), rows(50)
-    plan = make_plan(planning(batch_size=batch_size, gradient_accumulation=4), model, data)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    cfg = planning(batch_size=batch_size, gradient_accumulation=accumulation)
+    plan = make_plan(cfg, tiny(), rows(50))
     assert plan.cut == Cut(rows_at_once, False, "sdpa", recomputed_layers=3)
-    assert plan.accumulation == 4 and not plan.table
+    assert plan.accumulation == passes and not plan.table
     assert "About" not in str(plan) and "all layers recomputed" in plan._repr_html_()
 
 
@@ -369,6 +378,7 @@ def test_a_model_over_several_gpus_trains_as_set_with_all_layers_recomputed(
         ({"epochs": 5, "max_steps": 0}, 30, 3),
         ({"epochs": 5, "max_steps": 12, "warmup_ratio": 0.25}, 12, 3),
         ({"epochs": 20, "warmup_ratio": 0.0}, 120, 0),
+        ({"epochs": 50}, 300, 30),
         ({"epochs": 5, "max_steps": 1}, 1, 0),  # the only step is not lost to a rate of 0
         ({"epochs": 5, "max_steps": 3, "warmup_ratio": 1.0}, 3, 2),
     ],
@@ -925,6 +935,8 @@ def test_a_plan_that_needs_more_than_is_free_now_is_made_anew(planning, monkeypa
         monkeypatch.setattr("finetune.plan.memory_limit", lambda _, limit=limit: limit)
         assert planned_before(cfg, about) == found
     assert "memory: 21.0 GB were used then, 20.5 may be now" in capsys.readouterr().out
+    assert planned_before(cfg, about | {"what a newer release looks at": 1}) is None
+    assert "what a newer release looks at: None then, 1 now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", '{"about": {"GPU": "T4', "[]", "{}", '{"about": null}'])
