@@ -157,13 +157,16 @@ def test_copies_go_to_a_repository_that_is_private_alone(settings, hub, private)
 
 
 @pytest.mark.parametrize(
-    ("status", "kept"), [(401, False), (500, True)], ids=["not accepted", "does not answer"]
+    ("status", "role", "kept"),
+    [(401, "write", False), (500, "write", True), (None, "read", False)],
+    ids=["not accepted", "does not answer", "only reads"],
 )
 def test_a_token_that_is_wrong_is_asked_for_again(
-    settings, hub, tmp_path, monkeypatch, status, kept
+    settings, hub, tmp_path, monkeypatch, status, role, kept
 ):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.refuse = {"": (status,)}
+    hub.refuse = {"": (status,)} if status else {}
+    hub.user = hub.user | {"auth": {"accessToken": {"role": role}}}
     cfg = settings(
         base_model="embedded", output_dir=str(tmp_path), push_to_hub=True, memory_limit_gb=1
     )
@@ -481,6 +484,10 @@ def test_a_base_model_that_needs_a_gpu_is_refused_without_one(settings, monkeypa
 
     assert marks(base_model="embedded", output_dir=str(tmp_path)) == ["✓"]
     assert marks(output_dir=str(tmp_path)) == ["✗"]  # Mistral 7B, on the Hub
+    monkeypatch.setattr(preflight, "count_weights", lambda *_: 0)  # it cannot be told
+    assert marks(base_model="owner/odd", output_dir=str(tmp_path)) == ["✗"]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # By its weights: in 4 bits those of a 7B model take less room than a small one's in 32.
     for layers, mark in ((4, "✓"), (32, "✗")):
         changes = {"model_type": "mistral", "num_hidden_layers": layers}
@@ -510,6 +517,8 @@ def test_a_larger_adapter_needs_more_room_and_a_gpu_spares_the_merge_memory(
         return float(re.search(r"checkpoints and adapter (\d+\.\d)", told(**changes)[0])[1])
 
     assert adapter(lora_r=256) > 2 * adapter(lora_r=64) > 2 * adapter(lora_r=32)
+    more = [*settings().target_modules, "up_proj"]
+    assert adapter(target_modules=["q_proj"]) < adapter() < adapter(target_modules=more)
     monkeypatch.setattr(preflight, "resolve_precision", lambda _: ("bf16", ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "the merge holds about 22.2 GB" in told(merge=True)[-1]
@@ -640,12 +649,14 @@ def test_a_public_repository_is_refused_and_no_line_publishes(
     assert "hf upload" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("limit", [0, 12])
-def test_a_limit_of_gpu_memory_is_refused_without_a_gpu(settings, monkeypatch, limit):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+@pytest.mark.parametrize(("limit", "gpu"), [(0, False), (12, False), (12, True)])
+def test_a_limit_of_gpu_memory_is_refused_without_a_gpu(settings, monkeypatch, limit, gpu):
+    card(monkeypatch, (8, 0), ["sm_80"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     cfg = settings(base_model="embedded", memory_limit_gb=limit)
     failed = [text for mark, text in preflight.check_machine(cfg, None, True) if mark == "✗"]
-    assert len(failed) == (limit > 0) and all("memory_limit_gb" in text for text in failed)
+    refused = limit > 0 and not gpu
+    assert len(failed) == refused and all("memory_limit_gb" in text for text in failed)
 
 
 @pytest.mark.parametrize(
@@ -675,10 +686,12 @@ def test_a_base_adapter_that_cannot_be_had_stops_before_the_model(settings, hub,
 
 
 @pytest.mark.parametrize(
-    ("gpus", "spread", "told"), [(1, False, False), (2, False, True), (4, True, False)]
+    ("gpus", "processes", "spread", "told"),
+    [(1, 1, False, False), (2, 1, False, True), (2, 2, False, False), (4, 1, True, False)],
 )
-def test_the_other_gpus_are_told_of(monkeypatch, gpus, spread, told):
+def test_the_other_gpus_are_told_of(monkeypatch, gpus, processes, spread, told):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     if spread:
         monkeypatch.setenv("QLORA_SPREAD", "1")
     lines = list(preflight.check_other_gpus())

@@ -135,15 +135,18 @@ def test_of_the_embedded_model_the_hub_is_asked_nothing(settings, hub, monkeypat
     assert found["merged model"] == 0.3 and not hub.requests
 
 
-def test_the_size_that_is_pushed_is_the_one_that_is_written(settings, tmp_path, hub, capsys):
+@pytest.mark.parametrize(("bf16", "size"), [(True, 14.5), (False, 29.0)])
+def test_the_size_that_is_pushed_is_the_one_that_is_written(
+    settings, tmp_path, hub, capsys, bf16, size
+):
     (base := tmp_path / "base").mkdir()
     save_config(base)
     for name in ("model.safetensors", "tokenizer.json"):
         (base / name).write_bytes(b"\2\0\0\0\0\0\0\0{}")  # a file of no weights
-    asked = {"merge": "push", "push_to_hub": False, "bf16": True, "output_dir": str(tmp_path)}
+    asked = {"merge": "push", "push_to_hub": False, "bf16": bf16, "output_dir": str(tmp_path)}
     with pytest.raises(UserError):  # there are no rows
         preflight(settings(base_model=str(base), run_name="mine", **asked), TOKEN)
-    assert "the merged model, 14.5 GB: will push to ada/mine-merged" in capsys.readouterr().out
+    assert f"the merged model, {size} GB: will push to ada/mine-merged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
