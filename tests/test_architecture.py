@@ -141,6 +141,14 @@ def test_a_mixture_whose_experts_stay_in_16_bits_is_refused():
         weights_held(model)
 
 
+def test_what_would_stay_in_16_bits_is_told_in_gb():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig())
+    # 46.4 of its 46.7 billion weights are no embeddings, and none is in 4 bits here.
+    with pytest.raises(UserError, match=r"Only 0% of .* and take 87 GB in 16 bits\."):
+        weights_held(model)
+
+
 def test_a_base_saved_in_4_bits_computes_as_this_gpu_can(tmp_path, mistral_tokenizer):
     base = tiny_nf4(tiny_base(tmp_path / "whole", mistral_tokenizer))
     base.save_pretrained(tmp_path / "four")
@@ -157,3 +165,5 @@ def test_a_base_saved_in_4_bits_computes_as_this_gpu_can(tmp_path, mistral_token
     assert all(layer.weight.quant_state.nested for layer in layers)  # as it was saved
     compute_in(model, torch.bfloat16)
     assert layers[0](torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    layers[0](torch.ones(1, 64))
+    assert layers[0].compute_dtype == torch.bfloat16  # whatever comes in
