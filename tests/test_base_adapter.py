@@ -133,13 +133,22 @@ def test_what_is_no_adapter_or_does_not_fit_is_told(base, settings, tmp_path, mi
     cfg = as_in_base_adapter(cfg)
     with pytest.raises(UserError, match="does not fit this base model: 2 of its 8 matrices"):
         load_base_adapter(fresh(wider, cfg), cfg)
+    saved(tiny_base(tmp_path / "deeper", mistral_tokenizer, num_hidden_layers=3), tmp_path / "deep")
+    cfg = as_in_base_adapter(settings(base_model=base, base_adapter=str(tmp_path / "deep")))
+    with pytest.raises(UserError, match="does not fit this base model: 4 of its 12 matrices"):
+        load_base_adapter(fresh(base, cfg), cfg)
 
 
-def test_another_base_models_name_is_told(base, settings, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "is_other"), [("mistralai/Another-7B", True), ("mistralai/Mistral-7B", False)]
+)
+def test_another_base_models_name_is_told(base, settings, tmp_path, capsys, name, is_other):
     saved(base, tmp_path / "adapter")
-    edit(tmp_path / "adapter", base_model_name_or_path="mistralai/Another-7B")
-    as_in_base_adapter(settings(base_model=base, base_adapter=str(tmp_path / "adapter")))
-    assert "! It was trained on Another-7B, and base_model is" in capsys.readouterr().out
+    edit(tmp_path / "adapter", base_model_name_or_path=name)
+    own = {"base_adapter": str(tmp_path / "adapter"), "base_model": "mistralai/Mistral-7B"}
+    as_in_base_adapter(settings(**own))
+    told = "! It was trained on Another-7B, and base_model is" in (out := capsys.readouterr().out)
+    assert told == ("!" in out) == is_other
 
 
 def test_a_run_from_other_adapter_weights_is_another(base, settings, tmp_path):
