@@ -165,5 +165,5 @@ def test_a_base_saved_in_4_bits_computes_as_this_gpu_can(tmp_path, mistral_token
     assert all(layer.weight.quant_state.nested for layer in layers)  # as it was saved
     compute_in(model, torch.bfloat16)
     assert layers[0](torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    layers[0](torch.ones(1, 64))
-    assert layers[0].compute_dtype == torch.bfloat16  # whatever comes in
+    layers[1](torch.ones(1, 64))
+    assert layers[1].compute_dtype == torch.bfloat16  # whatever comes in
