@@ -288,6 +288,8 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_control_token():
     )
     assert control_ids(own) == {1}
     assert encode_asked(own, [[("user", "know this")]]) == [[2, 4, 0, 3]]
+    own.unk_token = own.eos_token  # as GPT-2 has it
+    assert 1 in control_ids(own)
 
 
 PLANTED = {
