@@ -1,5 +1,6 @@
 """The notebook without a browser: settings from the command line and from make."""
 
+import copy
 import json
 import os
 import subprocess
@@ -198,6 +199,21 @@ def test_what_cells_print_and_how_far_training_is_is_shown_as_it_happens(
     assert "Grüße, mine 7" in (tmp_path / "elsewhere" / "notebook.html").read_text("utf-8")
     assert nbformat.read(tmp_path / "elsewhere" / "notebook.ipynb", 4) == notebook
     assert not (tmp_path / "content").exists()
+
+
+def test_the_page_has_no_bars_and_the_notebook_keeps_them():
+    bar = "Reading:  50%|#####     | 1/2\rReading: 100%|##########| 2/2\n"
+    out = nbformat.v4.new_output
+    outputs = [out("stream", name="stderr", text=text) for text in (bar, f"{bar}a warning\n")]
+    outputs += [out("stream", text="said"), out("display_data", {"text/plain": "a plot"})]
+    outputs.append(out("display_data", {headless.WIDGET: {}, "text/plain": "a widget"}))
+    cells = [nbformat.v4.new_code_cell("1", outputs=outputs), nbformat.v4.new_markdown_cell("2")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    before = copy.deepcopy(notebook)
+    shown = headless.without_bars(notebook).cells[0].outputs
+    told = [each.get("text") or each.data["text/plain"] for each in shown]
+    assert [text.strip() for text in told] == ["a warning", "said", "a plot"]
+    assert notebook == before
 
 
 def test_what_was_executed_before_a_cell_failed_is_kept(with_cells, tmp_path, capsys):
