@@ -708,6 +708,13 @@ def test_the_next_way_of_computing_leaves_nothing_of_the_last_one():
         assert any(hasattr(module, "dense") for module in model.modules()) is cut.dense
 
 
+def test_a_model_that_lies_on_several_gpus_computes_in_its_own_way(monkeypatch):
+    monkeypatch.setenv("QLORA_SPREAD", "1")
+    model = tiny()
+    assert use_fast_kernels(model, rows(8), "fp32").startswith("nothing: spread over GPUs")
+    assert "_replaced" not in vars(model)
+
+
 def test_a_merged_adapter_is_not_added_a_second_time():
     model, ids = tiny(), torch.tensor([[5, 6, 7, 8]])
     fast(model)
