@@ -756,6 +756,21 @@ def test_rows_go_end_to_end_in_smaller_numbers_where_those_that_pay_do_not_fit(
     assert [trial.cut.micro_batch for trial in trials.tried[:4]] == [8, 1, 2, 4]
 
 
+def test_rows_are_padded_where_none_fits_end_to_end_however_much_that_pads(planning, monkeypatch):
+    trials = planner(planning, monkeypatch, [10, 3000] * 20)
+    monkeypatch.setattr("finetune.trials.flat_attention", lambda *_: "sdpa")
+    monkeypatch.setattr(trials, "dense_size", lambda: math.inf)
+    monkeypatch.setattr(trials, "measure", lambda cut, _: Trial(cut, 1.0, note="no" * cut.flat))
+    assert trials.choose().cut.flat is False and trials.tried[0].cut.flat
+
+
+@pytest.mark.parametrize(("epochs", "counted"), [(0.5, 1), (1, 1), (1.5, 2), (3, 3)])
+def test_an_epoch_that_is_only_begun_counts_for_what_must_fit(
+    planning, monkeypatch, epochs, counted
+):
+    assert planner(planning, monkeypatch, [100] * 64, epochs=epochs).epochs == counted
+
+
 def test_what_fits_nowhere_is_a_clear_error(planning, monkeypatch):
     trials = planner(planning, monkeypatch, [300] * 20, gpu=False)
     monkeypatch.setattr(trials, "measure", lambda cut, most: Trial(cut, note="does not fit"))
