@@ -202,9 +202,9 @@ def test_what_cells_print_and_how_far_training_is_is_shown_as_it_happens(
 
 
 def test_the_page_has_no_bars_and_the_notebook_keeps_them():
-    bar = "Reading:  50%|#####     | 1/2\rReading: 100%|##########| 2/2\n"
+    bar = "Reading:  50%|#####     | 1/2\rReading: 100%|##########| 2/2"
     out = nbformat.v4.new_output
-    outputs = [out("stream", name="stderr", text=text) for text in (bar, f"{bar}a warning\n")]
+    outputs = [out("stream", name="stderr", text=text) for text in (bar, f"{bar}\ra warning\n")]
     outputs += [out("stream", text="said"), out("display_data", {"text/plain": "a plot"})]
     outputs.append(out("display_data", {headless.WIDGET: {}, "text/plain": "a widget"}))
     cells = [nbformat.v4.new_code_cell("1", outputs=outputs), nbformat.v4.new_markdown_cell("2")]
