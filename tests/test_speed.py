@@ -39,6 +39,7 @@ from finetune.speed import (
     keep_dense,
     own_attention,
     recompute_layers,
+    reversibly,
     state_preserved,
     taken_back,
     undo,
@@ -706,6 +707,16 @@ def test_the_next_way_of_computing_leaves_nothing_of_the_last_one():
         again = sum(layer.gradient_checkpointing for layer in checkpointable(model))
         assert again == cut.recomputed_layers
         assert any(hasattr(module, "dense") for module in model.modules()) is cut.dense
+
+
+def test_of_two_changes_to_the_same_the_first_is_taken_back():
+    model = tiny()
+    layer = checkpointable(model)[0]
+    for _ in range(2):
+        with reversibly(model):
+            layer.forward = lambda x: x
+    undo(model)
+    assert "forward" not in vars(layer)
 
 
 def test_a_model_that_lies_on_several_gpus_computes_in_its_own_way(monkeypatch):
