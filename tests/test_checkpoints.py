@@ -16,11 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, TrainerState
 
-from finetune.backup import drive_folder
-from finetune.batches import with_void_row
-
-
 from finetune.backup import back_up, drive_folder
+from finetune.batches import with_void_row
 from finetune.checkpoints import (
     find_checkpoint,
     finished,
