@@ -117,7 +117,7 @@ def either(told: Sequence[str]) -> str:
 PathName = Annotated[str, Field(min_length=1)]
 
 
-class Settings(pydantic.BaseModel, frozen=True, strict=True):
+class Settings(pydantic.BaseModel, frozen=True, strict=True, str_strip_whitespace=True):
     """The values of section 2, checked. Make it with `from_cell`."""
 
     base_model: str = Field(min_length=1)

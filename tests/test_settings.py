@@ -57,7 +57,7 @@ def test_every_setting_of_the_cell_is_checked_and_none_is_unknown(defaults):
         "a-",
         ".a",
         "a b",
-        "a\n",
+        "a\nb",
         "é",
         "a" * 97,
         "~",
@@ -66,6 +66,15 @@ def test_every_setting_of_the_cell_is_checked_and_none_is_unknown(defaults):
 def test_a_run_name_cannot_leave_the_outputs_folder(settings, name):
     with pytest.raises(UserError, match="run_name = "):
         settings(run_name=name)
+
+
+def test_blanks_around_a_text_are_no_part_of_it(settings):
+    pasted = {"run_name": "\tmine ", "output_dir": " /out", "base_model": "o/n\n", "hub_repo": " "}
+    cfg = settings(**pasted, data_files=[" a b.jsonl ", "c.jsonl"])
+    assert (cfg.run_name, cfg.output_dir, cfg.base_model) == ("mine", "/out", "o/n")
+    assert cfg.hub_repo == "" and cfg.data_files == ["a b.jsonl", "c.jsonl"]
+    with pytest.raises(UserError, match="base_model = ' ': input should be a text that is not"):
+        settings(base_model=" ")
 
 
 @pytest.mark.parametrize("name", ["mistral-qlora", "a", "run_2", "v1.2", "A__b", "a" * 96])
