@@ -18,6 +18,7 @@ from finetune.base_model import called
 from finetune.data import data_hashes
 from finetune.files import Record, file_hash, telling_if_full
 from finetune.scores import loss_told, rows_of, score_lines, show_comparison, verdict
+from finetune.sixteen_bits import in_words
 from qlora_helpers import Settings, UserError, locate
 
 
@@ -158,7 +159,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 h1 { margin-bottom: 0 }
 h2 { margin-top: 1.6em; border-bottom: 1px solid #ddd } img { max-width: 100% }
 table { border-collapse: collapse; width: 100%; font-size: 13px } caption { display: none }
-td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 10px 4px 0; text-align: left;
+td, th { border: 0; border-bottom: 1px solid #e4e4e4; padding: 4px 8px; text-align: left;
          vertical-align: top; overflow-wrap: anywhere; font-weight: normal }
 thead th, tbody th { font-weight: 600 }
 tbody th { width: 14em }
@@ -186,6 +187,7 @@ def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dic
         return column.to_html(header=False, border=0)
 
     result = run["results"]
+    served = in_words(result.get("sixteen_bits", {}))
     scores = DataFrame(score_lines(result)).to_html(index=False, border=0)
     curves = b64encode(curves_of(settings).read_bytes()).decode()
     learned = html.escape(what_it_learned(log, settings.keep_best))
@@ -199,7 +201,7 @@ def report_page(settings: Settings, run: Record, table: DataFrame, log: list[dic
     half = (len(settings_now) + 1) // 2
     left, right = lines(dict(settings_now[:half])), lines(dict(settings_now[half:]))
     parts = {
-        f"Scores on {rows_of(result)}": f"<p>{verdict(table, result)}</p>{scores}",
+        f"Scores on {rows_of(result)}": f"<p>{verdict(table, result)} {served}</p>{scores}",
         "Curves": f"<p>{learned}</p>"
         '<img alt="losses, learning rate, gradient norm, speed" '
         f'src="data:image/png;base64,{curves}">',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import peft
 import transformers
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.answers import generate_answers
 from finetune.base_model import base_place, cache_of, linear_4bit, placement
 from finetune.fields import Fields
+from finetune.files import Record
 from finetune.machine import free_cache, free_memory_size, is_spread
 from finetune.scores import is_right
 from qlora_helpers import Settings
@@ -41,7 +41,7 @@ def on_16_bits(
     tokenizer: PreTrainedTokenizerBase,
     sample: Sequence[Fields],
     table: DataFrame,
-) -> dict[str, Any]:
+) -> Record:
     """How the saved adapter answers `sample` on the base model's 16-bit weights; says it.
 
     It was trained against the 4-bit ones, and a server that is given base and adapter by their
@@ -66,10 +66,19 @@ def on_16_bits(
     right = int(is_right(table.assign(after=texts), "after").sum())
     same = sum(text == was for text, was in zip(texts, table["after"], strict=True))
     ours = int(is_right(table, "after").sum())
-    print(
-        f"A server that holds the base model in 16 bits would get {right} of {len(sample)} right, "
-        f"not {ours}: serve it as {settings.final_model / 'README.md'} says."
-        if right < ours
-        else f"On the base model's 16-bit weights {right} of {len(sample)} are right, too."
-    )
-    return {"rows": len(sample), "right": right, "same": same, "ours": ours}
+    found = {"rows": len(sample), "right": right, "same": same, "ours": ours}
+    print(in_words(found))
+    return found
+
+
+def in_words(found: Record) -> str:
+    """What `on_16_bits` has measured, in a sentence; empty if nothing was."""
+    if "right" not in found:
+        return ""
+    right = f"{found['right']} of {found['rows']}"
+    if found["right"] < found["ours"]:
+        return (
+            f"A server that holds the base model in 16 bits would get {right} right, not "
+            f"{found['ours']}: serve it as the adapter's README.md says."
+        )
+    return f"On the base model's 16-bit weights {right} are right, too."

@@ -595,6 +595,22 @@ def test_the_report_of_whole_texts_has_no_answers_and_speaks_of_texts(reported):
     assert "Loss on held-out texts: 2.000 before, 1.500 after." in page
 
 
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({"rows": 9, "right": 2, "same": 2, "ours": 3}, "would get 2 of 9 right, not 3: serve it"),
+        ({"rows": 9, "right": 3, "same": 4, "ours": 3}, "16-bit weights 3 of 9 are right, too."),
+        ({"why": "several GPUs hold this model in parts"}, ""),
+    ],
+)
+def test_the_report_says_what_a_server_with_a_16_bit_base_would_get_right(reported, found, told):
+    cfg, _, run = reported[0]
+    table = compare(ROWS[:1], [Answer("no", True)], [Answer("no", True)])
+    run = run | {"results": run["results"] | {"sixteen_bits": found}}
+    scored = report_page(cfg, run, table, run["log"]).partition("<h2>Curves</h2>")[0]
+    assert told in scored and ("16" in scored.partition("Scores on")[2]) == bool(told)
+
+
 def test_the_way_that_was_chosen_is_green():
     page = plan_table([{"rows": n, "chosen": n == 2} for n in (1, 2, 3)])
     green = next(rule for rule in page.split("}") if "#d7f0dd" in rule)
