@@ -53,10 +53,10 @@ class Plan:
     settings: Settings | None = dataclasses.field(default=None, repr=False)  # planned for
 
     def __str__(self) -> str:
-        first = f"warm-up over the first {self.warmup_steps:,}" if self.warmup_steps > 1 else ""
-        first = first or ("warm-up over the first one" if self.warmup_steps else "no warm-up")
+        few = {0: "no warm-up", 1: "warm-up over the first one"}
+        warmup = few.get(self.warmup_steps, f"warm-up over the first {self.warmup_steps:,}")
         text = (
-            f"{many(self.steps, 'step')} ({self.steps_per_epoch:,} an epoch), {first}\n"
+            f"{many(self.steps, 'step')} ({self.steps_per_epoch:,} an epoch), {warmup}\n"
             f"Each step: {many(self.cut.micro_batch, 'row')} × "
             f"{self.accumulation}, {self.cut.layout}; {self.why}"
         )
