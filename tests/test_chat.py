@@ -378,7 +378,7 @@ def test_a_reference_takes_no_room_for_an_end_marker(tokenizer, cfg, capsys):
     end = len(tokenizer("so it goes", add_special_tokens=False)["input_ids"]) + 1
     for most in (end, end - 1):
         draw_sample(data, tokenizer, cfg(max_new_tokens=most, sample_rows=1))
-        assert ("1 of the 1 references are longer" in capsys.readouterr().out) == (most < end)
+        assert ("1 of the 1 references is longer" in capsys.readouterr().out) == (most < end)
 
 
 def test_the_card_asks_without_the_end_marker(cfg):

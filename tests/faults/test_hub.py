@@ -147,7 +147,8 @@ def test_a_card_that_comes_later_is_pushed_alone(hub, saved, capsys):
     assert set(hub.files["ada/nights"]) - {".gitattributes"} == set(CARD_FILES)
     hub.refuse["/commit/"] = (403,)
     assert push_adapter(saved, TOKEN, CARD_FILES) is None
-    assert "To push it later, run this cell again." in capsys.readouterr().out
+    told = "run this cell again, after section 3 where the token is another."
+    assert f"To push it later, {told}" in capsys.readouterr().out
 
 
 def test_a_damaged_adapter_is_not_pushed(hub, saved, capsys):
