@@ -266,7 +266,7 @@ def unsloth_trainer(way: str, path: str, common: dict, targets: str):
 
 
 def measure(way: str, kind: str, path: str, limit: float, targets: str) -> dict:
-    """Train two epochs one way; figures of the second."""
+    """Train three epochs one way; figures of the third."""
     if way.startswith("unsloth"):
         import unsloth  # noqa: F401  it wants to be imported first
     import accelerate
