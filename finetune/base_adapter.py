@@ -1,4 +1,4 @@
-"""Section 8: training goes on from an adapter that is there already."""
+"""Section 8: training continues from an existing adapter."""
 
 from __future__ import annotations
 

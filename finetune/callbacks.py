@@ -1,4 +1,4 @@
-"""Section 11: callbacks of a training: checkpoints sealed, faults told, stopped when asked."""
+"""Section 11: training callbacks: they seal checkpoints, report faults, and stop when asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 15: what servers take: the base model as it was trained against, GGUF, a Modelfile."""
+"""Section 15: files for servers: the base model as it was trained against, GGUF, a Modelfile."""
 
 from __future__ import annotations
 

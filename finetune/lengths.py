@@ -1,4 +1,4 @@
-"""Section 6: rows longer than `max_length` are left out, or lose what they can do without."""
+"""Section 6: rows longer than `max_length` are left out, or lose what is least needed."""
 
 from __future__ import annotations
 

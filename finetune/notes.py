@@ -1,4 +1,4 @@
-"""Section 6: what is worth a look in the rows though it can be trained."""
+"""Section 6: what is worth a look in the rows, though they can be trained on."""
 
 from __future__ import annotations
 

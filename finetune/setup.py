@@ -1,4 +1,4 @@
-"""Section 1: what is missing is installed, and what is loaded is held at its version.
+"""Section 1: installs what is missing, and keeps loaded packages at their versions.
 
 Importing it needs the standard library alone, because it runs before anything else is there.
 """

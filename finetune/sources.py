@@ -1,4 +1,4 @@
-"""Section 6: the files and data sets that `data_files` names, and what a file's bytes say of it."""
+"""Section 6: the files and data sets that `data_files` names, and what kind each file is."""
 
 from __future__ import annotations
 

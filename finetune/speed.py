@@ -1,4 +1,4 @@
-"""Section 8: all that replaces forwards, classes or hooks: compared first, taken back by `undo`."""
+"""Section 8: all that replaces forwards, classes or hooks: compared first, reverted by `undo`."""
 
 from __future__ import annotations
 
