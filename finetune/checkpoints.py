@@ -97,7 +97,7 @@ def find_checkpoint(settings: Settings, trainer: Trainer) -> str | None:
     `backup_to` are fetched if they are further than what is here. Raises `UserError` if data or
     settings changed under an unfinished run, or if another release finished it.
     """
-    require_as_planned(settings, trainer.planned_for)
+    settings = require_as_planned(settings, trainer.planned_for)
     claim(settings.run_dir)
     now, final = fingerprint(settings, trainer), settings.final_model
     trainer.run = hash_of_fingerprint(now)

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
-from finetune.base_adapter import adapter_hash, in_order
+from finetune.base_adapter import BROUGHT, adapter_hash, in_order
 from finetune.base_model import weight_files
 from finetune.data import SPLIT
 from finetune.files import Record
@@ -148,11 +148,15 @@ def changes(was: Record, now: Record) -> list[str]:
     ]
 
 
-def require_as_planned(settings: Settings, planned: Settings | None) -> None:
-    """Raise `UserError` if model and rows in memory were made by other settings (`planned`).
+def require_as_planned(settings: Settings, planned: Settings | None) -> Settings:
+    """`settings`, with what `base_adapter` brought: section 2, run again, does not know of it.
 
-    What would be trained, saved or written then had neither the one nor the other.
+    Raises `UserError` if model and rows in memory were made by other settings (`planned`): what
+    would be trained, saved or written then had neither the one nor the other.
     """
+    if planned and settings.base_adapter and settings.base_adapter == planned.base_adapter:
+        brought = {name: getattr(planned, name) for name in BROUGHT}
+        settings = settings.model_copy(update=brought)
     was, now = (each.model_dump(exclude=LATER) for each in (planned or settings, settings))
     if since := changes(was, now):
         title = "Settings have changed since sections 5 to 10 were run:"
@@ -160,6 +164,7 @@ def require_as_planned(settings: Settings, planned: Settings | None) -> None:
             listed(title, since) + "\nRun all again, so that they take effect; or put them back "
             "and run section 2, to go on with the model that is here."
         )
+    return settings
 
 
 def other_release(was: Record, now: Record) -> list[str]:

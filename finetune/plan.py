@@ -65,9 +65,9 @@ class Plan:
         speed = f"{self.tokens_per_second:,.0f} tokens/s"
         return f"{text}\nAbout {duration(self.seconds)} at {speed}, peak {self.peak:.1f} GB"
 
-    def require_same(self, settings: Settings) -> None:
-        """Raise `UserError` if `settings` are others than those that this was planned for."""
-        require_as_planned(settings, self.settings)
+    def require_same(self, settings: Settings) -> Settings:
+        """`settings` for this model; raises `UserError` if this was planned for others."""
+        return require_as_planned(settings, self.settings)
 
     # For print(plan), and where a page cannot show HTML.
     __repr__ = __str__

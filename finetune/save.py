@@ -60,7 +60,7 @@ def manifest(settings: Settings, trainer: Trainer, plan: Plan, result: Record) -
     `fingerprint` tells a later run whether this one is the same, and `trainer_state` has its log.
     Raises `UserError` if section 2 has been edited since the model in memory was made.
     """
-    plan.require_same(settings)
+    settings = plan.require_same(settings)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": trainer.run,

@@ -21,7 +21,7 @@ from finetune.base_adapter import (
 )
 from finetune.base_model import mend_cpu_gradients
 from finetune.data import split_rows
-from finetune.identity import fingerprint
+from finetune.identity import fingerprint, require_as_planned
 from qlora_helpers import UserError
 
 
@@ -262,3 +262,16 @@ def test_an_adapter_on_the_same_layers_leaves_the_settings_as_section_2_has_them
     saved(base, tmp_path / "adapter", target_modules=mine.target_modules)
     assert as_in_base_adapter(mine) == mine
     assert capsys.readouterr().out == f"Training goes on from {tmp_path / 'adapter'}\n"
+
+
+def test_section_2_run_again_goes_on_with_what_the_adapter_brought(settings, tmp_path, base):
+    """To push or to merge: its own values of what an adapter brings count for nothing."""
+    saved(base, tmp_path / "adapter")
+    again = settings(base_model=base, base_adapter=str(tmp_path / "adapter"))
+    planned = as_in_base_adapter(again)
+    assert planned != again and require_as_planned(again, planned) == planned
+    later = again.model_copy(update={"merge": True})
+    assert require_as_planned(later, planned) == planned.model_copy(update={"merge": True})
+    other = again.model_copy(update={"base_adapter": ""})
+    with pytest.raises(UserError, match=r"(?s)• base_adapter was .* is ''.*• lora_r was 3"):
+        require_as_planned(other, planned)
