@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.base_model import cached_gb, cached_where
 from finetune.files import Record
-from finetune.hub import PUSHED_FILES, hub_api, hub_repo_id, status_of
+from finetune.hub import MERGED_FILES, PUSHED_FILES, hub_api, hub_repo_id, status_of
 from finetune.machine import short
 from qlora_helpers import EMBEDDED, NAME, Settings, first_of, is_local, local_base
 
@@ -134,7 +134,7 @@ def check_target(settings: Settings, token: str, end: str = "") -> Line:
         api = hub_api(token)
         user = api.whoami()
         repo = hub_repo_id(settings, user["name"]) + end
-        return check_writing(user, repo) or check_repo(settings, api, repo)
+        return check_writing(user, repo) or check_repo(settings, api, repo, bool(end))
     except HFValidationError:
         return "✗", TOO_LONG.format(repo=repo)
     except Exception as error:
@@ -198,8 +198,11 @@ def check_writing(user: Record, repo: str) -> Line | None:
     return None
 
 
-def check_repo(settings: Settings, api: HfApi, repo: str) -> Line:
-    """Whether the target repository is there, as private as wanted, and what else is in it."""
+def check_repo(settings: Settings, api: HfApi, repo: str, whole: bool) -> Line:
+    """Whether the target repository is there, as private as wanted, and what else is in it.
+
+    `whole` is whether a whole model is pushed to it, not an adapter.
+    """
     private = "private" if settings.hub_private else "PUBLIC"
     try:
         found = api.model_info(repo)
@@ -209,18 +212,17 @@ def check_repo(settings: Settings, api: HfApi, repo: str) -> Line:
         told = "choose another hub_repo, or set hub_private = False if that is meant"
         return "✗", f"{repo} exists and is PUBLIC: {told}"
     now = "private" if found.private else "PUBLIC"
-    others = other_files(file.rfilename for file in found.siblings or [])
-    if others:
-        told = (
-            f"a README.md and an adapter there are replaced, beside other files that stay: {others}"
-        )
+    names = [file.rfilename for file in found.siblings or []]
+    if others := other_files(names, PUSHED_FILES + MERGED_FILES * whole):
+        what = "a README.md and a model" if whole else "a README.md and an adapter"
+        told = f"{what} there are replaced, beside other files that stay: {others}"
         return "!", f"will push to {repo}, which exists ({now}): {told}"
     return "!", f"will push to {repo}, which exists ({now}): its files are replaced"
 
 
-def other_files(names: Iterable[str]) -> str:
-    """Those of a repository's files that a push neither replaces nor needs; empty if none."""
-    others = [n for n in names if not any(fnmatch(n, part) for part in PUSHED_FILES)]
+def other_files(names: Iterable[str], pushed: Sequence[str]) -> str:
+    """Those of a repository's files that a push of `pushed` does not replace; empty if none."""
+    others = [n for n in names if not any(fnmatch(n, part) for part in pushed)]
     return first_of(sorted(set(others) - {".gitattributes"}), 5)
 
 

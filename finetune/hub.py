@@ -121,6 +121,8 @@ PUSHED_FILES = [
     *("chat_template.jinja", "generation_config.json", "README.md", "run.json", "checksums.json"),
     "held_out.json",
 ]
+# What goes to a merged model's besides.
+MERGED_FILES = ["model*.safetensors", "config.json", "model.safetensors.index*"]
 CARD_FILES = ["README.md", "run.json", "checksums.json"]
 
 

@@ -37,6 +37,7 @@ from finetune.files import (
 )
 from finetune.hub import (
     CARD_FILES,
+    MERGED_FILES,
     PUSHED_FILES,
     commit_folder,
     ensure_repo,
@@ -265,10 +266,11 @@ def push_merged(settings: Settings, token: str | None) -> str | None:
         api = hub_api(token)
         repo = f"{hub_repo_id(settings, with_retries(api.whoami)['name'])}-merged"
         ensure_repo(api, repo, settings.hub_private)
-        files = [name for name in files_of(folder) if fnmatch(name, "model*.safetensors")]
+        weights, *others = MERGED_FILES
+        files = [name for name in files_of(folder) if fnmatch(name, weights)]
         for name in progress(files, "Uploading", " files"):
             commit_folder(api, repo, folder, [name])
-        commit_folder(api, repo, folder, [*PUSHED_FILES, "config.json", "model.safetensors.index*"])
+        commit_folder(api, repo, folder, [*PUSHED_FILES, *others])
     except Exception as error:
         why, again = why_not_pushed(error)
         told = f"Not pushed: {why}\nNothing is lost: the merged model is in {folder}."

@@ -82,6 +82,17 @@ def test_its_size_and_its_repository_are_told_before_training(settings, hub):
     cfg = settings(run_name="mine", merge="push", push_to_hub=False)
     told = "the merged model, 14.5 GB: will push to ada/mine-merged, a new repository (private)"
     assert list(check_merged(cfg, TOKEN, 14.5)) == [("✓", told)]
+    hub.repos["ada/mine-merged"] = {"private": True}
+    names = ["README.md", "config.json", "model-00001-of-00002.safetensors", "run.json"]
+    hub.files["ada/mine-merged"] = dict.fromkeys([*names, "model.safetensors.index.json"], b"x")
+    ((mark, text),) = check_merged(cfg, TOKEN, 14.5)
+    assert mark == "!" and text.endswith("which exists (private): its files are replaced")
+    hub.files["ada/mine-merged"]["pytorch_model.bin"] = b"x"
+    ((_, text),) = check_merged(cfg, TOKEN, 14.5)
+    assert text.endswith(
+        "a README.md and a model there are replaced, beside other files that stay: "
+        "pytorch_model.bin"
+    )
     hub.repos["ada/mine-merged"] = {"private": False}
     ((mark, text),) = check_merged(cfg, TOKEN, 14.5)
     assert mark == "✗" and "ada/mine-merged exists and is PUBLIC" in text
