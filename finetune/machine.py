@@ -227,8 +227,9 @@ def versions() -> dict[str, str]:
 
 
 def short(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    """The kind of an error and the first line of what it says, behind the Hub's request number."""
+    said = re.sub(r"^\([\w ]+ ID: [^)]*\)\s+", "", str(error).strip())
+    return f"{type(error).__name__}: {(said or 'no reason given').splitlines()[0]}"
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

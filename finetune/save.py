@@ -48,7 +48,7 @@ from finetune.hub import (
 )
 from finetune.identity import fingerprint
 from finetune.lock import claim
-from finetune.machine import progress, short, versions
+from finetune.machine import chain, progress, short, versions
 from finetune.plan import Plan
 from finetune.template import chat_template
 from finetune.tokens import as_chat
@@ -234,7 +234,7 @@ def push_adapter(
 
 
 def why_not_pushed(error: Exception) -> tuple[str, str]:
-    """Why a push failed, in plain words where the token is the reason, and what to run before it.
+    """Why a push failed, in plain words where the token may be why, and what to run before it.
 
     A token that the Hub does not know is taken out of the environment, so that section 3 asks.
     """
@@ -243,7 +243,11 @@ def why_not_pushed(error: Exception) -> tuple[str, str]:
         return short(error), ""
     if status_of(error) == 401:
         os.environ.pop("HF_TOKEN", None)
-    return fault[1], ", after section 3 where the token is another"
+    again = ", after section 3 where the token is another"
+    said = next((s for e in chain(error) if (s := getattr(e, "server_message", None))), "")
+    if status_of(error) == 403 and said:  # or there is no room for more that is private
+        return f"{said.splitlines()[0]}\nIf {fault[1]}", again
+    return fault[1], again
 
 
 def push_card(settings: Settings, token: str | None, address: str | None) -> None:

@@ -250,6 +250,8 @@ def test_on_a_gpu_its_kernels_are_among_the_versions(gpu, monkeypatch, tmp_path,
         ("\n\n first \n", "ValueError: first "),
         ("", "ValueError: no reason given"),
         (" \n", "ValueError: no reason given"),
+        (" (Request ID: Root=1-2;3)\n\n429 Too Many\nRetry", "ValueError: 429 Too Many"),
+        ("Refused. (Request ID: 4)\n\nNo.", "ValueError: Refused. (Request ID: 4)"),
     ],
 )
 def test_an_error_is_told_in_one_line_by_its_first(said, told):

@@ -112,6 +112,7 @@ def test_a_refusal_of_any_call_costs_nothing_and_is_retried_as_it_deserves(
         assert "again, after section 3 where the token is another." in shown
         assert "token (401), it is wrong, exp" in shown or "this token may not write" in shown
         assert ("HF_TOKEN" in os.environ) == (status == 403)
+        assert ("refused by the test\nIf this token may not" in shown) == (status == 403)
 
 
 @pytest.mark.parametrize("fault", ["hang", "reset"])
