@@ -235,6 +235,6 @@ def separator_of(head: str) -> tuple[bool, str]:
     """
     if said := re.match(r'"?sep=([^\s"]|\t)"?\r?\n', head, re.IGNORECASE):
         return True, said[1]
-    lines = re.sub('"[^"]*"', "text", head).split("\n")
+    lines = re.sub('"[^"]*"', lambda cell: "text" * (cell[0] != '""'), head).split("\n")
     heading = next((line for line in lines if line.strip(" ,;|\t\r")), lines[0])
     return False, max(",;\t|", key=heading.count)

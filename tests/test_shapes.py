@@ -517,7 +517,9 @@ def test_every_usual_file_gives_its_rows(tmp_path, read, name):
     assert read(str(make(tmp_path, name, FILES[name]))) == TEXTS
 
 
-@pytest.mark.parametrize("heading", ['"prompt";"completion"', '"";""\n"prompt";"completion"'])
+@pytest.mark.parametrize(
+    "heading", ['"prompt";"completion"', '"";""\n"prompt";"completion"', '""\nprompt;completion']
+)
 def test_a_heading_in_quotes_tells_the_separator_and_not_the_commas_below_it(
     tmp_path, read, heading
 ):
