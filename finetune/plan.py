@@ -60,6 +60,7 @@ class Plan:
             f"Each step: {many(self.cut.micro_batch, 'row')} × "
             f"{self.accumulation}, {self.cut.layout}; {self.why}"
         )
+        # A plan of a spread model was not measured: it has no time and no speed to tell.
         if not self.table:
             return text
         speed = f"{self.tokens_per_second:,.0f} tokens/s"
@@ -112,6 +113,7 @@ def make_plan(settings: Settings, model: PeftModel, data: Dataset) -> Plan:
         steps=steps,
         # A rate that rises is 0 in its first step: the only one is not to be lost.
         warmup_steps=min(math.ceil(steps * settings.warmup_ratio), steps - 1),
+        # A hundred points are a curve, however long the run.
         logging_steps=max(1, steps // 100),
         tokens_per_second=sum(lengths) / seconds if seconds else 0.0,
         seconds=run_seconds,
@@ -139,6 +141,7 @@ def require_positions(model: PeftModel, lengths: Sequence[int]) -> None:
     Past it, learned position embeddings fail with a CUDA error and rotary ones silently degrade.
     Models without positions (Mamba) have no such limit.
     """
+    # Models without positions lack the name, or have None there.
     ends = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if max(lengths) > ends:
         raise UserError(
@@ -162,6 +165,7 @@ def require_known(model: PeftModel, data: Dataset) -> None:
 
 def at_risk(settings: Settings, seconds: float) -> str:
     """What is lost if Colab or Kaggle takes the machine away; empty with copies, and elsewhere."""
+    # A run no longer than the time between two copies would lose as much with them.
     if settings.backup_to != "none" or not (on_colab() or on_kaggle()) or seconds <= SAVE_SECONDS:
         return ""
     whose = "Colab" if on_colab() else "Kaggle"
@@ -186,6 +190,7 @@ def plan_unmeasured(settings: Settings, model: PeftModel) -> dict[str, Any]:
 def planned_for(settings: Settings, model: PeftModel, lengths: Sequence[int]) -> dict[str, Any]:
     """All that a plan depends on; its figures are of no use where one of these has changed."""
     names = ["batch_size", "gradient_accumulation", "gradient_checkpointing", "memory_limit_gb"]
+    # The seed shuffles the rows, and with them which lengths come together in a micro-batch.
     names += ["seed", "max_steps", "lora_r", "lora_dropout", "use_dora", "target_modules"]
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     size = [sum(p.numel() for p in model.parameters()), len(checkpointable(model))]
@@ -215,6 +220,7 @@ def planned_before(settings: Settings, about: Record) -> dict[str, Any] | None:
     Says what has changed if not.
     """
     path = settings.run_dir / "plan.json"
+    # "never" is a run from the very beginning, its plan included.
     if settings.resume == "never" or not path.exists():
         return None
     # Compared name by name: a newer release may know more that matters.
