@@ -297,9 +297,10 @@ def share_held_out(held: Dataset, settings: Settings) -> tuple[Dataset, Dataset]
     if apart:
         told = f"{len(validation):,} choose the epoch to keep, {len(test):,} others are scored"
     else:
-        few = f", being fewer than {ENOUGH}" if len(held) < ENOUGH else ""
-        told = f"{len(test):,} both choose the epoch and are scored{few}"
-        told = told if chooses else f"{len(test):,} are scored"
+        told = f"{len(test):,} are scored"
+        if chooses:
+            few = f", being fewer than {ENOUGH}" if len(held) < ENOUGH else ""
+            told = f"{len(test):,} both choose the epoch and are scored{few}"
         if len(held) == 1:
             told = f"it {'both chooses the epoch and ' * chooses}is scored, and says little"
     print(f"{many(len(held), 'row')} held out: {told}.")
